@@ -1,0 +1,5 @@
+"""Check every shape in every signature of `toco_core` while the tests run."""
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("toco_core", "beartype.beartype")
