@@ -1,0 +1,10 @@
+"""ToCo: Token Contrast for weakly supervised semantic segmentation (CVPR 2023), thin and readable.
+
+Data flows one way: images -> tokens -> CAM -> labels -> losses.
+"""
+
+from ._torchvision import make_importable
+
+make_importable()
+
+__version__ = "0.1.0"
