@@ -16,7 +16,7 @@ import math
 import numbers
 import os
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ToCoError
@@ -26,7 +26,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def option(default: Any, help: str, *, at_least=None, above=None, at_most=None, below=None, one_of=None, length=None):
-    """A dataclass field with its help text and the values that it allows (bounds also hold for each item of a tuple)."""
+    """A field with its help text and the values that it allows (bounds also hold for each item of a tuple)."""
     allowed = {
         "at_least": at_least,
         "above": above,
@@ -36,22 +36,21 @@ def option(default: Any, help: str, *, at_least=None, above=None, at_most=None, 
         "length": length,
     }
     allowed = {name: limit for name, limit in allowed.items() if limit is not None}
-    return dataclasses.field(default=default, metadata={"help": " ".join(help.split()), "allowed": allowed})
-
-
-def section(kind: type, help: str):
-    """A field that holds another record, by default that record's defaults."""
-    return dataclasses.field(default_factory=kind, metadata={"help": help, "allowed": {}})
+    return field(default=default, metadata={"help": " ".join(help.split()), "allowed": allowed})
 
 
 class Config:
     """What all records share: conversion, refusal of wrong values, dictionaries."""
 
+    __no_type_check__ = (
+        True  # jaxtyping's import hook leaves __init__ alone: wrong values get a ToCoError, lists become tuples
+    )
+
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = _converted(field, getattr(self, field.name))
-            _check_bounds(field, value)
-            object.__setattr__(self, field.name, value)
+        for f in dataclasses.fields(self):
+            value = _converted(f, getattr(self, f.name))
+            _check_bounds(f, value)
+            object.__setattr__(self, f.name, value)
         self.check()
 
     def check(self):
@@ -70,12 +69,12 @@ class Config:
         for name in values:
             if name not in known:
                 raise ToCoError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
-        return cls(
-            **{
-                n: known[n].type.from_dict(v) if _is_config(known[n].type) and isinstance(v, dict) else v
-                for n, v in values.items()
-            }
-        )
+        nested = {
+            n: known[n].type.from_dict(v)
+            for n, v in values.items()
+            if _is_config(known[n].type) and isinstance(v, dict)
+        }
+        return cls(**values | nested)
 
     @classmethod
     def help(cls) -> dict[str, str]:
@@ -340,13 +339,15 @@ class ReleaseBehaviour(Config):
 class TrainConfig(Config):
     """A whole experiment."""
 
-    model: ModelConfig = section(ModelConfig, "The network.")
-    labels: LabelConfig = section(LabelConfig, "From CAM to labels.")
-    loss: LossConfig = section(LossConfig, "The total loss and its stages.")
-    crops: CropConfig = section(CropConfig, "Local views.")
-    data: DataConfig = section(DataConfig, "Images.")
-    schedule: ScheduleConfig = section(ScheduleConfig, "Optimiser and rates.")
-    release: ReleaseBehaviour = section(ReleaseBehaviour, "What is done as in the published release.")
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "The network."})
+    labels: LabelConfig = field(default_factory=LabelConfig, metadata={"help": "From CAM to labels."})
+    loss: LossConfig = field(default_factory=LossConfig, metadata={"help": "The total loss and its stages."})
+    crops: CropConfig = field(default_factory=CropConfig, metadata={"help": "Local views."})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "Images."})
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata={"help": "Optimiser and rates."})
+    release: ReleaseBehaviour = field(
+        default_factory=ReleaseBehaviour, metadata={"help": "What is done as in the published release."}
+    )
     seed: int = option(0, "Seed of everything random.", at_least=0)
     device: str = option("auto", "`auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.")
     precision: str = option(
@@ -452,10 +453,10 @@ def override(config: TrainConfig, **values: Any) -> TrainConfig:
 def field_sections() -> dict[str, str]:
     """Name of every field -> section of `TrainConfig` that holds it ('' for its own fields). Names are unique."""
     where = {}
-    for field in dataclasses.fields(TrainConfig):
-        where[field.name] = ""
-        if _is_config(field.type):
-            where |= {f.name: field.name for f in dataclasses.fields(field.type)}
+    for own in dataclasses.fields(TrainConfig):
+        where[own.name] = ""
+        if _is_config(own.type):
+            where |= {f.name: own.name for f in dataclasses.fields(own.type)}
     return where
 
 
@@ -475,18 +476,18 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _converted(field, value):
+def _converted(f, value):
     """The value in the type of its field, or an error that says which type is wanted."""
-    kinds = typing.get_args(field.type) if type(None) in typing.get_args(field.type) else (field.type,)
+    kinds = typing.get_args(f.type) if type(None) in typing.get_args(f.type) else (f.type,)
     empty = value is None or (isinstance(value, (str, tuple, list)) and len(value) == 0)
     if type(None) in kinds and empty:
         return None
     kind = kinds[0]
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)) or not value:
-            raise ToCoError(f"{field.name} = {value!r} is not allowed: a tuple of numbers is wanted")
-        return tuple(_scalar(field.name, typing.get_args(kind)[0], v) for v in value)
-    return _scalar(field.name, kind, value)
+            raise ToCoError(f"{f.name} = {value!r} is not allowed: a tuple of numbers is wanted")
+        return tuple(_scalar(f.name, typing.get_args(kind)[0], v) for v in value)
+    return _scalar(f.name, kind, value)
 
 
 def _scalar(name, kind, value):
@@ -504,8 +505,8 @@ def _scalar(name, kind, value):
     raise ToCoError(f"{name} = {value!r} is not allowed: {wanted} is wanted")
 
 
-def _check_bounds(field, value):
-    allowed = field.metadata["allowed"]
+def _check_bounds(f, value):
+    allowed = f.metadata.get("allowed")
     if value is None or not allowed:
         return
     items = value if isinstance(value, tuple) else (value,)
@@ -525,4 +526,4 @@ def _check_bounds(field, value):
         words += [
             f"{k.replace('_', ' ')} {allowed[k]}" for k in ("at_least", "above", "at_most", "below") if k in allowed
         ]
-        raise ToCoError(f"{field.name} = {value!r} is not allowed: {', '.join(words)}")
+        raise ToCoError(f"{f.name} = {value!r} is not allowed: {', '.join(words)}")
