@@ -460,10 +460,12 @@ def field_sections() -> dict[str, str]:
     return where
 
 
-def did_you_mean(name: str, known) -> str:
-    """': did you mean ...?' with the nearest known names, or the list of all where none is near."""
+def did_you_mean(name: str, known, otherwise: str | None = None) -> str:
+    """': did you mean ...?' with the nearest known names; where none is near, `otherwise` or the list of all."""
     near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.6)
-    return f": did you mean {' or '.join(near)}?" if near else f": known are {', '.join(sorted(known))}"
+    if near:
+        return f": did you mean {' or '.join(near)}?"
+    return f": known are {', '.join(sorted(known))}" if otherwise is None else otherwise
 
 
 def _is_config(kind) -> bool:

@@ -1,0 +1,120 @@
+"""Class activation maps.
+
+Paper, section 3.1 (equation 1): CAM of a class is the classifier's weight of that class applied at every patch token. Negative values are cut off
+and each map is brought to [0, 1] over the image. The auxiliary CAM is the same with the tokens of block `layer` and the auxiliary classifier.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from .errors import ToCoError
+from .model import ToCo, Tokens
+
+EPSILON = 1e-5  # added to a map's maximum: a map without any activation stays 0
+
+
+class CAMs(NamedTuple):
+    """Maps in [0, 1] at image size."""
+
+    cam: Float[Tensor, "B K H W"]
+    aux_cam: Float[Tensor, "B K H W"]
+
+
+def class_activation(patch_map: Float[Tensor, "B D h w"], weight: Float[Tensor, "K D"]) -> Float[Tensor, "B K h w"]:
+    """Raw CAM at the patch grid: the classifier's `weight` applied at every token; negative values are kept.
+
+    A 1 x 1 convolution on contiguous maps, because it then rounds exactly as the release does.
+    """
+    return F.conv2d(patch_map.contiguous(), weight[:, :, None, None])
+
+
+def normalise_cam(cam: Float[Tensor, "M H W"]) -> Float[Tensor, "M H W"]:
+    """Bring each map to [0, 1): subtract its minimum, divide by its maximum (plus EPSILON)."""
+    cam = cam - cam.amin(dim=(-2, -1), keepdim=True)
+    return cam / (cam.amax(dim=(-2, -1), keepdim=True) + EPSILON)
+
+
+@torch.no_grad()
+def multi_scale_cam(
+    model: ToCo,
+    images: Float[Tensor, "B 3 H W"],
+    *,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+    tokens: Tokens | None = None,
+    image_labels: Num[Tensor, "B K"] | None = None,
+) -> CAMs:
+    """CAM and auxiliary CAM, summed over scales of the (normalised) images.
+
+    Each scale contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W; the sum is normalised per image and
+    class. Without `flip` the mirrored image is left out.
+
+    tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not repeated.
+    image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what `labels.valid_cam` would make of
+        them. Without it, all K.
+
+    No gradient, no decoder. Equals the release (which always includes scale 1) to rounding when `model.dropped_border`; otherwise a scaled image
+    whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border is lost.
+    """
+    if not len(scales) or min(scales) <= 0:
+        raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
+    size = images.shape[-2:]
+    labelled = _labelled(images, model.n_classes, image_labels)
+    total = aux_total = 0
+    for scale in scales:
+        views = _scaled(model, images, scale)
+        if scale == 1 and tokens is not None:
+            parts = [(tokens, False)] + ([(model.encode(views.flip(-1)), True)] if flip else [])
+        elif flip:
+            both = model.encode(torch.cat([views, views.flip(-1)]))
+            parts = [(_half(both, 0), False), (_half(both, 1), True)]
+        else:
+            parts = [(model.encode(views), False)]
+        cams = [_maps(t.patch_map, model.classifier.weight, labelled, mirrored, size) for t, mirrored in parts]
+        aux_cams = [
+            _maps(t.aux_patch_map, model.aux_classifier.weight, labelled, mirrored, size) for t, mirrored in parts
+        ]
+        total = total + torch.stack(cams).amax(0).relu_()
+        aux_total = aux_total + torch.stack(aux_cams).amax(0).relu_()
+
+    def spread(maps: Tensor) -> Tensor:
+        cam = maps.new_zeros(len(images), model.n_classes, *size)
+        cam[labelled] = normalise_cam(maps)
+        return cam
+
+    return CAMs(spread(total), spread(aux_total))
+
+
+def _labelled(images: Tensor, n_classes: int, image_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Image and class numbers of the M maps that are wanted."""
+    if image_labels is None:
+        image_labels = torch.ones(len(images), n_classes, device=images.device)
+    return torch.nonzero(image_labels, as_tuple=True)
+
+
+def _scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return images
+    height, width = int(scale * images.shape[-2]), int(scale * images.shape[-1])
+    if not model.dropped_border:
+        height, width = model.fitted_size(height, width)
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def _half(tokens: Tokens, which: int) -> Tokens:
+    class_token, patch_tokens, aux_patch_tokens = (t.chunk(2)[which] for t in tokens[:3])
+    return Tokens(class_token, patch_tokens, aux_patch_tokens, tokens.grid)
+
+
+def _maps(patch_map: Tensor, weight: Tensor, labelled, mirrored: bool, size) -> Tensor:
+    """M H W maps of the labelled classes; a mirrored one is turned back at token resolution, where it is smallest."""
+    with torch.autocast(patch_map.device.type, enabled=False):
+        cam = class_activation(patch_map.to(weight.dtype), weight)[labelled]
+    if mirrored:
+        cam = cam.flip(-1)
+    return F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,529 @@
+"""The network: one plain vision transformer, two classifiers, a projection head with its moving average, and a decoder.
+
+Paper (figure 3, section 3.1): an image gives patch tokens and one class token. The class logits are a linear function of the maximum over the
+patch tokens, and the same weights applied at every token give CAM (see `cam.py`). The patch tokens of an earlier block, `layer`, feed an
+auxiliary classifier of the same form. The class token feeds the projection head that class token contrast compares.
+
+The encoder runs once per batch (`encode`); heads are applied to its tokens (`heads`, `project`), so nothing is computed twice.
+"""
+
+import contextlib
+import pathlib
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .config import ModelConfig, did_you_mean
+from .errors import ToCoError
+
+WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
+DILATION = 5  # of the LargeFOV decoder
+FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
+
+
+class Tokens(NamedTuple):
+    """What the encoder says about a batch. `h w` is the patch grid, N = h * w, row by row."""
+
+    class_token: Float[Tensor, "B D"]
+    """After the final norm."""
+    patch_tokens: Float[Tensor, "B N D"]
+    """After the final norm."""
+    aux_patch_tokens: Float[Tensor, "B N D"]
+    """Of block `layer`, without norm."""
+    grid: tuple[int, int]
+    """(h, w)."""
+
+    @property
+    def patch_map(self) -> Float[Tensor, "B D h w"]:
+        return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    @property
+    def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
+        return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+class Output(NamedTuple):
+    """Heads applied to the tokens of a batch. C = K + 1, background first."""
+
+    class_logits: Float[Tensor, "B K"]
+    aux_class_logits: Float[Tensor, "B K"]
+    seg_logits: Float[Tensor, "B C h w"] | None
+    tokens: Tokens
+
+
+class ToCo(nn.Module):
+    """The network of Token Contrast.
+
+    `n_classes` is K, the number of foreground classes. `dropped_border`: ignore what remains at the right and at the bottom of an image whose size is
+    not a multiple of the patch, as the release does. By default such an image is resized to the nearest multiple instead, because the
+    ignored border is never seen and the maps, stretched back over the whole image, are shifted by up to a patch.
+
+    `mean` and `std` are the normalisation that the encoder expects, for images in [0, 1] (see `normalise`).
+
+    Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had or do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False):
+        super().__init__()
+        if n_classes < 1:
+            raise ToCoError(f"n_classes = {n_classes} is not allowed: at least 1 foreground class")
+        self.config = config
+        self.n_classes = n_classes
+        self.dropped_border = dropped_border
+        self.release_extras: dict[str, Tensor] = {}  # see release.py
+
+        self.encoder = build_encoder(config)
+        self.depth = len(self.encoder.blocks)
+        if config.layer > self.depth:
+            raise ToCoError(f"layer = {config.layer} is not allowed: {config.backbone} has blocks 1..{self.depth}")
+        self.layer = config.layer
+        self.patch_size: tuple[int, int] = tuple(self.encoder.patch_embed.patch_size)
+        self.width: int = self.encoder.embed_dim
+        if self.encoder.pos_embed is not None and config.freeze_pos_embed:
+            self.encoder.pos_embed.requires_grad_(False)
+        self._positions: dict = {}
+
+        self.classifier = nn.Linear(self.width, n_classes, bias=False)
+        self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
+        self.proj_head = ProjectionHead(self.width, config.proj_hidden, config.proj_bottleneck, config.proj_dim)
+        self.proj_head_ema = ProjectionHead(self.width, config.proj_hidden, config.proj_bottleneck, config.proj_dim)
+        self.proj_head_ema.load_state_dict(self.proj_head.state_dict())
+        self.proj_head_ema.requires_grad_(False)
+        self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1)
+
+        default = self.encoder.pretrained_cfg
+        for name in ("mean", "std"):
+            values = getattr(config, name) or default[name]
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    # ---- images
+
+    def normalise(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """[0, 1] -> what the encoder expects."""
+        return (images - self.mean) / self.std
+
+    def denormalise(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """The inverse of `normalise`, not rounded."""
+        return images * self.std + self.mean
+
+    def fitted_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which the encoder sees an image of this size: whole patches, at least one."""
+        ph, pw = self.patch_size
+        if self.dropped_border:
+            if height < ph or width < pw:
+                raise ToCoError(f"image size {height} x {width} is smaller than a patch, {ph} x {pw}")
+            return height // ph * ph, width // pw * pw
+        return max(1, int(height / ph + 0.5)) * ph, max(1, int(width / pw + 0.5)) * pw
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        size = self.fitted_size(*images.shape[-2:])
+        if size == tuple(images.shape[-2:]):
+            return images
+        if self.dropped_border:
+            return images[..., : size[0], : size[1]]
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    # ---- encoder
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
+        """One pass through the encoder. Images are normalised (see `normalise`) and of any size."""
+        for number, x, grid in self._run_blocks(images):
+            if number == self.layer:
+                aux = x
+        n_prefix = self.encoder.num_prefix_tokens
+        x = self._final_norm(x)
+        return Tokens(x[:, 0], x[:, n_prefix:], aux[:, n_prefix:], grid)
+
+    def _run_blocks(self, images: Tensor):
+        """Yield (block number from 1, all tokens after it, grid), block by block."""
+        encoder = self.encoder
+        x = encoder.patch_embed(self._fitted(images))  # B h w D
+        grid = (x.shape[1], x.shape[2])
+        rope = getattr(encoder, "rope", None)
+        rope = None if rope is None else rope.get_embed(shape=grid)
+        x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
+        for number, block in enumerate(encoder.blocks, 1):
+            if rope is None:
+                x = block(x)
+            else:
+                x = block(x, rope=rope[number - 1] if encoder.rope_mixed else rope)
+            yield number, x, grid
+
+    def _with_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Prepend the prefix tokens (class, distillation, register) and add position embeddings."""
+        encoder = self.encoder
+        prefix = [getattr(encoder, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        prefix = [token.expand(len(patches), -1, -1) for token in prefix if token is not None]
+        if encoder.pos_embed is None:
+            return torch.cat([*prefix, patches], dim=1)
+        positions = self._resized_positions(grid)
+        if encoder.no_embed_class:
+            return torch.cat([*prefix, patches + positions], dim=1)
+        return torch.cat([*prefix, patches], dim=1) + positions
+
+    def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings of a grid; kept per size while they are frozen and unchanged."""
+        pos_embed = self.encoder.pos_embed
+        n_prefix = 0 if self.encoder.no_embed_class else self.encoder.num_prefix_tokens
+        old = tuple(self.encoder.patch_embed.grid_size)
+        if pos_embed.requires_grad:
+            return resize_positions(pos_embed, old, grid, n_prefix, antialias=self.config.pos_embed_antialias)
+        state = (pos_embed.data_ptr(), pos_embed._version, pos_embed.device, pos_embed.dtype)
+        if self._positions.get("state") != state:
+            self._positions = {"state": state}
+        if grid not in self._positions:
+            resized = resize_positions(
+                pos_embed.detach(), old, grid, n_prefix, antialias=self.config.pos_embed_antialias
+            )
+            self._positions[grid] = resized
+        return self._positions[grid]
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        """Backbones that pool by the mean keep their norm behind the pooling; it is the same norm."""
+        norm = self.encoder.norm
+        return self.encoder.fc_norm(x) if isinstance(norm, nn.Identity) else norm(x)
+
+    # ---- heads
+
+    def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
+        """Class logits (maximum over patch tokens, then a bias-free linear layer) and, unless left out, segmentation logits."""
+        return Output(
+            class_logits=self.classifier(tokens.patch_tokens.max(dim=1).values),
+            aux_class_logits=self.aux_classifier(tokens.aux_patch_tokens.max(dim=1).values),
+            seg_logits=self.decoder(tokens.patch_map) if segmentation else None,
+            tokens=tokens,
+        )
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Output:
+        """`heads(encode(images))`."""
+        return self.heads(self.encode(images))
+
+    def project(self, class_token: Float[Tensor, "*B D"]) -> Float[Tensor, "*B P"]:
+        """The student's head of class token contrast."""
+        return self.proj_head(class_token)
+
+    @torch.no_grad()
+    def project_ema(self, class_token: Float[Tensor, "*B D"]) -> Float[Tensor, "*B P"]:
+        """The teacher's head. The teacher shares the encoder; only the head is averaged. No gradient."""
+        return self.proj_head_ema(class_token)
+
+    @torch.no_grad()
+    def update_ema(self, momentum: float) -> None:
+        """Teacher's head <- momentum * teacher's head + (1 - momentum) * student's head."""
+        for teacher, student in zip(self.proj_head_ema.parameters(), self.proj_head.parameters(), strict=True):
+            teacher.mul_(momentum).add_(student, alpha=1 - momentum)
+
+    def parameter_groups(
+        self, *, lr: float, head_lr_scale: float, weight_decay: float, decay_all: bool = True
+    ) -> list[dict]:
+        """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and `weight_decay`.
+
+        `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and the prefix tokens do not, and
+        form groups of their own.
+        """
+        groups: dict = {}
+        for full_name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            name = "encoder" if full_name.startswith("encoder.") else "heads"
+            decays = decay_all or (parameter.ndim > 1 and not full_name.endswith(("_token", "pos_embed")))
+            groups.setdefault((name, decays), []).append(parameter)
+        rate = {"encoder": lr, "heads": lr * head_lr_scale}
+        return [
+            {
+                "name": name,
+                "params": params,
+                "lr": rate[name],
+                "base_lr": rate[name],
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (name, decays), params in sorted(groups.items(), key=lambda item: item[0][0])
+        ]
+
+    # ---- looking inside
+
+    def block_tokens(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B N D"]]:
+        """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]` feeds the auxiliary classifier."""
+        n_prefix = self.encoder.num_prefix_tokens
+        return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
+
+    @torch.no_grad()
+    def attention(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B heads T T"]]:
+        """Attention probabilities of each block, rows sum to 1. The first `encoder.num_prefix_tokens` of the T tokens are not patches.
+
+        The fused attention, which never forms these matrices, is switched off for this call only.
+        """
+        maps: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.plain_attention())
+            for block in self.encoder.blocks:
+                hook = block.attn.attn_drop.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
+                stack.callback(hook.remove)
+            for _ in self._run_blocks(images):
+                pass
+        return maps
+
+    @contextlib.contextmanager
+    def plain_attention(self):
+        """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
+
+        Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in bf16.
+        """
+        attentions = [block.attn for block in self.encoder.blocks]
+        before = [attention.fused_attn for attention in attentions]
+        try:
+            for attention in attentions:
+                attention.fused_attn = False
+            yield
+        finally:
+            for attention, fused in zip(attentions, before, strict=True):
+                attention.fused_attn = fused
+
+    # ---- checkpoints of the release
+
+    @classmethod
+    def from_release(cls, path: str | pathlib.Path, **options) -> "ToCo":
+        """Read a checkpoint of the published release; see `release.from_release`."""
+        from .release import from_release
+
+        return from_release(path, **options)
+
+
+class ProjectionHead(nn.Module):
+    """D -> P: three linear layers with GELU between them, L2 normalisation, and a weight-normalised linear layer without bias.
+
+    The rows of the last layer are directions `weight_v` of length `weight_g`, which stays 1 and is not trained.
+    """
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, out: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormLinear(bottleneck, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer whose weight rows are weight_g * weight_v / |weight_v|."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out, 1), requires_grad=False)
+        self.weight_v = nn.Parameter(nn.Linear(width, out, bias=False).weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class LargeFOV(nn.Module):
+    """Segmentation decoder: two 3 x 3 convolutions with dilation 5 and ReLU, then one 1 x 1; no biases. Output at the patch grid."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.conv6 = nn.Conv2d(width, hidden, 3, padding=DILATION, dilation=DILATION, bias=False)
+        self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=DILATION, dilation=DILATION, bias=False)
+        self.conv8 = nn.Conv2d(hidden, out, 1, bias=False)
+
+    def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
+        return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
+
+
+def resize_positions(
+    pos_embed: Float[Tensor, "1 T D"], old: tuple[int, int], new: tuple[int, int], n_prefix: int, *, antialias: bool
+) -> Float[Tensor, "1 T2 D"]:
+    """Position embeddings of an `old` (h, w) grid for a `new` one, bicubic; the first `n_prefix` belong to prefix tokens and stay."""
+    if tuple(old) == tuple(new):
+        return pos_embed
+    prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
+    as_map = patches.unflatten(1, old).permute(0, 3, 1, 2)
+    as_map = F.interpolate(as_map, size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([prefix, as_map.flatten(2).transpose(1, 2)], dim=1)
+
+
+# ---- backbones
+
+
+class PlainViT(NamedTuple):
+    """A vision transformer without a name of its own, written as a backbone name: `plain_vit(image=64, patch=8, ...)`."""
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+    def __str__(self):
+        return f"plain_vit({', '.join(f'{k}={v}' for k, v in self._asdict().items())})"
+
+    @classmethod
+    def parse(cls, name: str) -> "PlainViT":
+        """The inverse of `str`."""
+        values = {k: int(v) for k, v in re.findall(r"(\w+) *= *(\d+)", name)}
+        if sorted(values) != sorted(cls._fields) or min(values.values()) < 1:
+            raise ToCoError(
+                f"backbone = {name!r} is not understood: wanted is {cls(64, 8, 128, 12, 4, 512)} with your numbers"
+            )
+        spec = cls(**values)
+        if spec.width % spec.heads or spec.image % spec.patch:
+            raise ToCoError(f"backbone = {name!r} is not allowed: width must be a multiple of heads, image of patch")
+        return spec
+
+
+SHIPPED = {"scenes_vit_nano": PlainViT(image=64, patch=8, width=128, depth=12, heads=4, mlp=512)}
+
+
+def build_encoder(config: ModelConfig) -> nn.Module:
+    """The encoder that `config` names, with its weights: a timm `VisionTransformer` or `Eva` for images of any size, with a class token."""
+    if config.backbone in SHIPPED or config.backbone.startswith("plain_vit"):
+        encoder = _plain_encoder(SHIPPED.get(config.backbone) or PlainViT.parse(config.backbone))
+        path = config.weights or WEIGHTS_FOLDER / f"{config.backbone}.safetensors"
+        if config.pretrained and not config.weights and config.backbone not in SHIPPED:
+            raise ToCoError(
+                f"backbone = {config.backbone!r} has no pretrained weights: give a file as `weights`, or pretrained=False"
+            )
+        if config.pretrained and not config.weights and not path.is_file():
+            raise ToCoError(
+                f"the weights of {config.backbone} are not in this installation ({path} is missing): reinstall, or set pretrained=False"
+            )
+        if config.pretrained:
+            load_weights(encoder, path, antialias=config.pos_embed_antialias)
+        return encoder
+    encoder = _timm_encoder(config.backbone, download=config.pretrained and not config.weights)
+    if config.pretrained and config.weights:
+        load_weights(encoder, config.weights, antialias=config.pos_embed_antialias)
+    return encoder
+
+
+def _plain_encoder(spec: PlainViT) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    encoder = VisionTransformer(
+        img_size=spec.image, patch_size=spec.patch, embed_dim=spec.width, depth=spec.depth, num_heads=spec.heads,
+        mlp_ratio=spec.mlp / spec.width, num_classes=0, class_token=True, dynamic_img_size=True,
+    )  # fmt: skip
+    encoder.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return encoder
+
+
+def _timm_encoder(name: str, *, download: bool) -> nn.Module:
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        known = [*SHIPPED, *(n for family in FAMILIES for n in timm.list_models(module=family.rpartition(".")[2]))]
+        near = did_you_mean(
+            architecture, known, otherwise=": allowed are scenes_vit_nano and timm's plain vision transformers"
+        )
+        raise ToCoError(f"backbone = {name!r} is not known{near}")
+    if timm.model_entrypoint(architecture).__module__ not in FAMILIES:
+        raise ToCoError(
+            f"backbone = {name!r} is not a plain vision transformer: allowed are timm's vit, deit, dino, dinov2 and eva models"
+        )
+    tagged = timm.list_models(f"{architecture}*", pretrained=True)
+    if name != architecture and name not in tagged:
+        raise ToCoError(f"backbone = {name!r} is not known{did_you_mean(name, tagged)}")
+    try:
+        encoder = timm.create_model(name, pretrained=download, num_classes=0, dynamic_img_size=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if not download:
+            raise ToCoError(f"backbone = {name!r} could not be built ({reason})") from error
+        source = timm.models.get_pretrained_cfg(name)
+        where = f" (model.safetensors of {source.hf_hub_id})" if source and source.hf_hub_id else ""
+        raise ToCoError(
+            f"backbone = {name!r}: its pretrained weights{where} could not be fetched ({reason}): copy the file to this machine and give its "
+            "path as `weights`, or set pretrained=False"
+        ) from error
+    if getattr(encoder, "cls_token", None) is None:
+        raise ToCoError(
+            f"backbone = {name!r} has no class token, which class token contrast needs: choose one that pools by its class token"
+        )
+    return encoder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file by name; nothing in the file is executed. `what` names the parameter in errors."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ToCoError(f"{what} = {str(path)!r} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ToCoError(f"{what} = {str(path)!r} cannot be read as tensors: {_first_line(error)}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ToCoError(f"{what} = {str(path)!r} holds no dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: bool = False) -> None:
+    """Load an encoder's weights from a file with timm's key names.
+
+    Keys of the pretraining classifier are ignored; position embeddings of another size are resized. Any other missing, unexpected or misshapen
+    key is an error that names it.
+    """
+    found = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path, "weights").items()}
+    wanted = encoder.state_dict()
+    found = {
+        k: v
+        for k, v in found.items()
+        if k in wanted or not k.startswith(("head.", "head_dist.", "fc_norm.", "pre_logits."))
+    }
+    if "pos_embed" in found and "pos_embed" in wanted and found["pos_embed"].shape[1] != wanted["pos_embed"].shape[1]:
+        n_prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        side = round(max(found["pos_embed"].shape[1] - n_prefix, 0) ** 0.5)
+        if side < 1 or side**2 + n_prefix != found["pos_embed"].shape[1]:
+            raise ToCoError(
+                f"weights = {str(path)!r}: its {found['pos_embed'].shape[1]} position embeddings are not {n_prefix} and a square grid"
+            )
+        grid = tuple(encoder.patch_embed.grid_size)
+        found["pos_embed"] = resize_positions(found["pos_embed"], (side, side), grid, n_prefix, antialias=antialias)
+    refuse_wrong_keys(f"weights = {str(path)!r} does not fit the backbone", found, wanted)
+    encoder.load_state_dict(found)
+
+
+def refuse_wrong_keys(what: str, found: dict, wanted: dict) -> None:
+    """An error in words where the names or the shapes of tensors differ from what is wanted."""
+    missing = [k for k in wanted if k not in found]
+    unexpected = [k for k in found if k not in wanted]
+    misshapen = [
+        f"{k} is {_size(found[k])} and not {_size(wanted[k])}"
+        for k in found
+        if k in wanted and found[k].shape != wanted[k].shape
+    ]
+    words = [
+        f"{len(keys)} {word}{'' if len(keys) == 1 else 's'} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, word in (
+            (missing, "missing tensor"),
+            (unexpected, "unexpected tensor"),
+            (misshapen, "tensor of another shape"),
+        )
+        if keys
+    ]
+    if words:
+        raise ToCoError(f"{what}: {'; '.join(words)}".replace("tensor of another shapes", "tensors of another shape"))
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
