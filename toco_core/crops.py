@@ -1,0 +1,132 @@
+"""Local views for class token contrast (section 3.4 of the paper): where they are cut, and which of them show an object.
+
+Crops are centred on background and uncertain places (region mask 0 and 1; the places that CAM is sure of teach nothing new), half a crop
+away from the border. A crop with little activation is negative, the others are positive: their class tokens are pushed from, or pulled to,
+the whole image's.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .errors import ToCoError
+from .labels import UNCERTAIN, inside_box
+
+
+class CropBoxes(NamedTuple):
+    """Top left corners of the crops of each image, in pixels."""
+
+    top: Int[Tensor, "B V"]
+    left: Int[Tensor, "B V"]
+
+
+def sample_crops(
+    region_mask: Int[Tensor, "B H W"],
+    *,
+    n_crops: int,
+    crop_size: int,
+    generator: torch.Generator | None = None,
+    valid_box: Int[Tensor, "B 4"] | None = None,
+    crops_in_padding: bool = False,
+) -> CropBoxes:
+    """`n_crops` different crops per image, centred with equal chances on any background or uncertain pixel whose crop lies in the image.
+
+    With fewer than `n_crops` such pixels they may be centred anywhere (a crop may repeat where even that leaves fewer).
+    `valid_box` (top, bottom, left, right of the real image) excludes centres in the padding, also when they may be anywhere, unless it
+    holds no place at all. The release draws from the padding too, and so mostly black negatives from padded images;
+    `crops_in_padding` does the same. The release also never uses the last possible row and column.
+
+    `generator` lives on the CPU: the same seed draws the same crops on every device. Raises ToCoError for a crop larger than the image.
+    """
+    height, width = region_mask.shape[1:]
+    if not 1 <= crop_size <= min(height, width):
+        raise ToCoError(f"crop_size = {crop_size}: 1 to the image's shorter side, {min(height, width)}, is allowed")
+    if n_crops < 0:
+        raise ToCoError(f"n_crops = {n_crops}: 0 or more are allowed")
+    half = crop_size // 2
+    rows, columns = height - crop_size + 1, width - crop_size + 1
+    centres = (slice(None), slice(half, half + rows), slice(half, half + columns))
+
+    wanted = (region_mask <= UNCERTAIN)[centres].flatten(1)
+    anywhere = torch.ones_like(wanted)
+    if valid_box is not None and not crops_in_padding:
+        real = inside_box(valid_box, (height, width))[centres].flatten(1)
+        anywhere = torch.where(real.any(1, keepdim=True), real, anywhere)
+        wanted = wanted & anywhere
+    wanted = torch.where(wanted.sum(1, keepdim=True) >= n_crops, wanted, anywhere)
+
+    position = _draw(wanted, n_crops, generator)
+    return CropBoxes(top=position // columns, left=position % columns)
+
+
+def foreground_ratio(
+    region_mask: Int[Tensor, "B H W"],
+    top: Int[Tensor, "B V"],
+    left: Int[Tensor, "B V"],
+    crop_size: int,
+    *,
+    foreground_counts_double: bool = True,
+) -> Float[Tensor, "B V"]:
+    """Mean of the region values (0, 1, 2) in each crop, in [0, 2]: exact, from an integral image.
+
+    A foreground pixel so counts twice as much as an uncertain one. That is how the release does it, and its threshold of 0.2 was chosen
+    for it; without `foreground_counts_double` it is the share of the two, in [0, 1].
+    Raises ToCoError for a crop that leaves the image.
+    """
+    batch, height, width = region_mask.shape
+    _check_corners(top, left, crop_size, height, width)
+    values = region_mask if foreground_counts_double else region_mask.clamp(max=1)
+    integral = F.pad(values.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
+    b = torch.arange(batch, device=region_mask.device)[:, None]
+    bottom, right = top + crop_size, left + crop_size
+    total = integral[b, bottom, right] - integral[b, top, right] - integral[b, bottom, left] + integral[b, top, left]
+    return total.float() / crop_size**2
+
+
+def crop_flags(
+    region_mask: Int[Tensor, "B H W"],
+    top: Int[Tensor, "B V"],
+    left: Int[Tensor, "B V"],
+    crop_size: int,
+    *,
+    threshold: float = 0.2,
+    foreground_counts_double: bool = True,
+) -> Bool[Tensor, "B V"]:
+    """`is_positive`: whether a crop's `foreground_ratio` is above the threshold. At most the threshold is negative."""
+    ratio = foreground_ratio(region_mask, top, left, crop_size, foreground_counts_double=foreground_counts_double)
+    return ratio > threshold
+
+
+def cut_crops(
+    images: Float[Tensor, "B 3 H W"], top: Int[Tensor, "B V"], left: Int[Tensor, "B V"], crop_size: int
+) -> Float[Tensor, "B V 3 s s"]:
+    """The crops, pixel for pixel: one gather from a view that holds every possible window. Raises ToCoError for one that leaves the image."""
+    _check_corners(top, left, crop_size, *images.shape[2:])
+    windows = images.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
+    return windows[torch.arange(len(images), device=images.device)[:, None], :, top, left]
+
+
+def _draw(allowed: Bool[Tensor, "B M"], n: int, generator: torch.Generator | None) -> Int[Tensor, "B n"]:
+    """`n` allowed positions per row, each set of different ones with equal chance; a row with fewer than `n` repeats them."""
+    running = allowed.cumsum(1, dtype=torch.int32)
+    count = running[:, -1:].cpu().double()
+    # The i-th is drawn among the count - i that are left, then moved past those that are taken, in ascending order.
+    left_over = (count - torch.arange(n)).where(count >= n, count)
+    rank = (torch.rand(len(allowed), n, generator=generator, dtype=torch.float64) * left_over).long()
+    for i in range(1, n):
+        taken = rank[:, :i].sort(dim=1).values
+        for j in range(i):
+            rank[:, i] += (rank[:, i] >= taken[:, j]) & (count[:, 0] >= n)
+    return torch.searchsorted(running, (rank + 1).to(running))
+
+
+def _check_corners(top: Tensor, left: Tensor, crop_size: int, height: int, width: int) -> None:
+    for name, corner, length in (("top", top, height), ("left", left, width)):
+        if corner.numel() and not (0 <= int(corner.min()) and int(corner.max()) + crop_size <= length):
+            raise ToCoError(
+                f"{name} corners {int(corner.min())} to {int(corner.max())} of {crop_size} pixel crops: "
+                f"0 to {length - crop_size} fits the image of {length}"
+            )

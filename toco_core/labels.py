@@ -1,0 +1,244 @@
+"""From CAM to labels: two thresholds split an image into background, uncertain and foreground (section 3.2 of the paper).
+
+With m the largest value of `valid_cam` at a pixel and beta_l < beta_h (0 < beta_l < beta_h < 1 in the paper, ends allowed here):
+
+                 m <= beta_l     beta_l < m < beta_h     beta_h <= m
+    seed_label   0               255 (ignore)            the class that has m, 1..K
+    region_mask  0               1 (uncertain)           2
+
+`token_label` is the seed label at the resolution of the patch tokens, `affinity_mask` the pairs of tokens that PTC pulls together and
+pushes apart, `pseudo_label` the label after PAR that the decoder learns from, `eval_label` the one with which a CAM is scored.
+
+Where classes tie, the lower one wins. A value exactly at beta_h counts as foreground in all functions (the release's region mask does
+so; no reference value tells about its label). The paper's Y is `seed_label` here; no function is differentiable.
+
+`valid_box` holds top, bottom, left, right (bottom and right exclusive) of the real image inside each padded crop, in pixels of the CAM.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from . import par
+from .errors import ToCoError
+
+IGNORE = 255
+BACKGROUND, UNCERTAIN, FOREGROUND = 0, 1, 2
+
+
+def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:
+    """The CAM with the classes that the image does not have set to 0."""
+    return cam * image_labels[:, :, None, None].to(cam)
+
+
+def seed_label(
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    *,
+    beta_l: float,
+    beta_h: float,
+    valid_box: Int[Tensor, "B 4"] | None = None,
+) -> Int[Tensor, "B H W"]:
+    """0 background, 1..K foreground, 255 between the thresholds and outside `valid_box`. `cam` in [0, 1].
+
+    Raises ToCoError unless 0 <= beta_l < beta_h <= 1.
+    """
+    _check_thresholds(beta_l, beta_h)
+    value, label = _strongest(cam, image_labels)
+    label[value < beta_h] = IGNORE
+    label[value <= beta_l] = 0
+    if valid_box is not None:
+        label[~inside_box(valid_box, label.shape[1:])] = IGNORE
+    return label
+
+
+def token_label(
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    grid: tuple[int, int],
+    *,
+    beta_l: float,
+    beta_h: float,
+    valid_box: Int[Tensor, "B 4"] | None = None,
+    pixel_box_on_tokens: bool = False,
+) -> Int[Tensor, "B h w"]:
+    """The seed label of the CAM resized (bilinearly) to the grid (h, w) of patch tokens.
+
+    A token is inside `valid_box` where its centre is. The release applies the box, which is in pixels, to the grid as it is, so that an
+    image with more padding at its top or left than the grid has tokens is ignored entirely; `pixel_box_on_tokens` does the same.
+    """
+    resized = F.interpolate(par.full_precision(cam), size=tuple(grid), mode="bilinear", align_corners=False)
+    label = seed_label(resized, image_labels, beta_l=beta_l, beta_h=beta_h)
+    if valid_box is not None:
+        box_size = grid if pixel_box_on_tokens else cam.shape[2:]
+        label[~inside_box(valid_box, grid, box_size=box_size)] = IGNORE
+    return label
+
+
+def eval_label(
+    cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"], *, beta: float
+) -> Int[Tensor, "B H W"]:
+    """0 where the largest value is at most `beta`, otherwise the class that has it: with what a CAM is scored. No pixel is ignored."""
+    if not 0 <= beta <= 1:
+        raise ToCoError(f"beta = {beta}: 0 to 1 is allowed")
+    value, label = _strongest(cam, image_labels)
+    label[value <= beta] = 0
+    return label
+
+
+def region_mask(
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    *,
+    beta_l: float,
+    beta_h: float,
+    valid_box: Int[Tensor, "B 4"] | None = None,
+) -> Int[Tensor, "B H W"]:
+    """0 background, 1 uncertain, 2 foreground: where local views are drawn, and whether they count as positive (section 3.4).
+
+    With `valid_box` padding is background. The release does not look at the box here: leave it out to do the same.
+    """
+    _check_thresholds(beta_l, beta_h)
+    value, _ = _strongest(cam, image_labels)
+    region = (value > beta_l).to(torch.int8) + (value >= beta_h).to(torch.int8)
+    if valid_box is not None:
+        region[~inside_box(valid_box, region.shape[1:])] = BACKGROUND
+    return region
+
+
+def pseudo_label(
+    images: Float[Tensor, "B 3 H W"],
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    *,
+    beta_l: float,
+    beta_h: float,
+    valid_box: Int[Tensor, "B 4"] | None = None,
+    iterations: int = par.ITERATIONS,
+    dilations: tuple[int, ...] = par.DILATIONS,
+    scale: float = 0.5,
+) -> Int[Tensor, "B H W"]:
+    """The label after PAR: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1], not normalised.
+
+    The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale` times the
+    image's size. Refined against the background score beta_h, what is not background is foreground; against beta_l, what is background
+    also against beta_h is background; the rest is uncertain.
+
+    Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is not refined itself. Both background
+    scores share one affinity. The release rounds the images down to whole grey levels first; do so outside to agree with it in every
+    pixel. Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
+    """
+    _check_thresholds(beta_l, beta_h)
+    if not 0 < scale <= 1:
+        raise ToCoError(f"scale = {scale} of PAR: above 0 and at most 1 is allowed")
+    size = tuple(images.shape[2:])
+    small = tuple(max(1, math.floor(length * scale)) for length in size)
+    total = (1 + par.POSITION_WEIGHT) ** iterations
+    label = torch.empty(len(images), *size, dtype=torch.long, device=cam.device)
+
+    # One image at a time keeps a CPU's caches warm and refines no class that only another image has.
+    step = 1 if cam.device.type == "cpu" else max(1, len(images))
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        classes, present = _labelled_classes(image_labels[part])
+        if not classes.shape[1]:
+            label[part] = 0
+            continue
+        weights = par.affinity(_resize(images[part], small), dilations=dilations)
+        strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
+        against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in (beta_h, beta_l)]
+        refined = par.apply(weights, torch.cat(against, dim=1), iterations=iterations)
+        winners = []
+        for classes_only in refined.chunk(2, dim=1):
+            background = total - classes_only.sum(1, keepdim=True)
+            winners.append(upsampled_argmax(torch.cat([background, classes_only], dim=1), size))
+        high, low = winners
+        label[part] = torch.where((high == 0) & (low != 0), IGNORE, _slot_to_class(high, classes))
+    if valid_box is not None:
+        label[~inside_box(valid_box, size)] = IGNORE
+    return label
+
+
+def affinity_mask(label: Int[Tensor, "B h w"]) -> Int[Tensor, "B N N"]:
+    """Pairs of tokens: 1 same label (background included), 0 different ones, 255 where either is ignored and on the diagonal (section 3.3)."""
+    label = label.flatten(1)
+    mask = (label[:, :, None] == label[:, None, :]).to(torch.int16)
+    ignored = label == IGNORE
+    mask.masked_fill_(ignored[:, :, None] | ignored[:, None, :], IGNORE)
+    mask.diagonal(dim1=1, dim2=2).fill_(IGNORE)
+    return mask
+
+
+def inside_box(
+    valid_box: Int[Tensor, "B 4"], grid: tuple[int, int], *, box_size: tuple[int, int] | None = None
+) -> Bool[Tensor, "B h w"]:
+    """True where the centre of a cell of the grid lies in the box. `box_size` (H, W) is the size that the box is measured in, by default the
+    grid's own."""
+    (h, w), (box_h, box_w) = grid, box_size or grid
+    y = (torch.arange(h, device=valid_box.device) + 0.5) * (box_h / h)
+    x = (torch.arange(w, device=valid_box.device) + 0.5) * (box_w / w)
+    top, bottom, left, right = valid_box[:, :, None].unbind(1)
+    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
+
+
+def upsampled_argmax(scores: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Int[Tensor, "B H W"]:
+    """argmax over C of the scores resized bilinearly to `size` (H, W), without holding all of them at that size."""
+    scores = scores.detach()
+    return _running_argmax(_resize(scores[:, c : c + 1], size)[:, 0] for c in range(scores.shape[1]))[1]
+
+
+def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Largest value and the first index that has it, map by map: no argmax over a strided axis."""
+    value, index = None, None
+    for i, candidate in enumerate(maps):
+        if value is None:
+            value, index = candidate, torch.zeros_like(candidate, dtype=torch.long)
+            continue
+        index.masked_fill_(candidate > value, i)
+        value = torch.maximum(value, candidate)
+    return value, index
+
+
+def _strongest(cam: Tensor, image_labels: Tensor) -> tuple[Float[Tensor, "B H W"], Int[Tensor, "B H W"]]:
+    """Largest value of `valid_cam` per pixel and its class in 1..K (0 where no labelled class is above 0)."""
+    cam = cam.detach()
+    classes, present = _labelled_classes(image_labels)
+    nothing = cam.new_zeros(len(cam), *cam.shape[2:], dtype=par.full_precision(cam[:0]).dtype)
+    batch = torch.arange(len(cam), device=cam.device)
+    maps = (par.full_precision(cam[batch, c]) * p[:, None, None] for c, p in zip(classes.T, present.T, strict=True))
+    value, slot = _running_argmax(itertools.chain([nothing], maps))
+    return value, _slot_to_class(slot, classes)
+
+
+def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"]]:
+    """The classes 0..K-1 that each image has, in ascending order, and whether the slot is used: k is the most that any image has."""
+    present = image_labels > 0
+    k = int(present.sum(1).max()) if len(present) else 0
+    classes = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return classes, present.gather(1, classes)
+
+
+def _slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:
+    """Slot 0 is background, slot i+1 the class classes[:, i] as label 1..K."""
+    table = F.pad(classes + 1, (1, 0))
+    return table.gather(1, slot.flatten(1)).view_as(slot)
+
+
+def _take(cam: Tensor, classes: Int[Tensor, "B k"]) -> Tensor:
+    """cam[b, classes[b]]."""
+    return cam.detach()[torch.arange(len(cam), device=cam.device)[:, None], classes]
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    maps = par.full_precision(maps)
+    return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _check_thresholds(beta_l: float, beta_h: float) -> None:
+    if not 0 <= beta_l < beta_h <= 1:
+        raise ToCoError(f"beta_l = {beta_l}, beta_h = {beta_h}: 0 <= beta_l < beta_h <= 1 is required")

@@ -1,0 +1,141 @@
+"""Scores: mean intersection over union of label maps, mean average precision and F1 of image-level predictions.
+
+Label maps are counted into a confusion matrix (rows: ground truth, columns: prediction), from which every score follows. Pixels whose
+ground truth is 255 are ignored whatever is predicted there.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from .errors import ToCoError
+from .labels import IGNORE
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a confusion matrix, each in [0, 1]. A class that the ground truth never shows does not count in the means, however often it was predicted
+    (the release does so too); its own IoU is 0 if it was predicted and NaN if not. A mean over nothing is NaN.
+    """
+
+    miou: float  # mean of iou over the classes of the ground truth
+    iou: np.ndarray  # (C,) right / (truth + predicted - right)
+    pixel_accuracy: float  # right pixels / all
+    mean_accuracy: float  # mean of recall over the classes of the ground truth
+    precision: np.ndarray  # (C,) right / predicted, NaN for a class that was never predicted
+    recall: np.ndarray  # (C,) right / truth, NaN for a class that the ground truth never shows
+
+
+class ConfusionMatrix:
+    """Counts of (ground truth, prediction) pairs over any number of label maps, with C = K + 1 classes, background first."""
+
+    def __init__(self, n_classes: int):
+        if not 1 <= n_classes <= IGNORE:
+            raise ToCoError(f"n_classes = {n_classes}: 1 to {IGNORE} classes, background included, are allowed")
+        self.n_classes = n_classes
+        self.counts = np.zeros((n_classes, n_classes), dtype=np.int64)
+
+    def update(self, ground_truth: np.ndarray | Tensor, prediction: np.ndarray | Tensor) -> None:
+        """Adds the pixels of label maps of any equal shape, 0..C-1 each; uint8 is fastest.
+
+        Raises ToCoError, and counts nothing, for different shapes and for values outside the classes (255 is allowed in the ground truth,
+        and anything in the prediction where the ground truth is 255).
+        """
+        if tuple(ground_truth.shape) != tuple(prediction.shape):
+            raise ToCoError(
+                f"prediction of shape {tuple(prediction.shape)} for a ground truth of shape {tuple(ground_truth.shape)}: "
+                "equal shapes are required"
+            )
+        self.counts += _count(_bytes("ground truth", ground_truth), _bytes("prediction", prediction), self.n_classes)
+
+    def merge(self, other: "ConfusionMatrix") -> None:
+        """Adds what another process or part has counted."""
+        if other.n_classes != self.n_classes:
+            raise ToCoError(f"a matrix of {other.n_classes} classes cannot be merged into one of {self.n_classes}")
+        self.counts += other.counts
+
+    def scores(self) -> Scores:
+        """What the counts so far say."""
+        right = np.diag(self.counts).astype(np.float64)
+        truth, predicted = self.counts.sum(1), self.counts.sum(0)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that `Scores` promises
+            iou, precision, recall = right / (truth + predicted - right), right / predicted, right / truth
+            pixel_accuracy = right.sum() / truth.sum()
+        shown = truth > 0
+        return Scores(
+            miou=_mean(iou[shown]),
+            iou=iou,
+            pixel_accuracy=float(pixel_accuracy),
+            mean_accuracy=_mean(recall[shown]),
+            precision=precision,
+            recall=recall,
+        )
+
+
+class MultiLabelScores(NamedTuple):
+    """Scores of image-level predictions, each in [0, 1]."""
+
+    mean_average_precision: float  # over the classes that some image has; NaN if there is none
+    average_precision: np.ndarray  # (K,) NaN for a class that no image has
+    f1: float  # mean over images, 1 for an image that has no class and for which none is predicted
+
+
+def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor, "B K"]) -> MultiLabelScores:
+    """Average precision ranks the images by a class's logit (equal logits share one rank); F1 predicts the classes whose probability is above 0.5, per
+    image as in the release's training log."""
+    logits, wanted = logits.detach().double().cpu().numpy(), (image_labels > 0).cpu().numpy()
+    predicted = logits > 0
+    hits, total = (predicted & wanted).sum(1), predicted.sum(1) + wanted.sum(1)
+    f1 = np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
+    precision = np.array([_average_precision(logits[:, k], wanted[:, k]) for k in range(logits.shape[1])])
+    return MultiLabelScores(_mean(precision[wanted.any(0)]), precision, _mean(f1))
+
+
+def _average_precision(score: np.ndarray, wanted: np.ndarray) -> float:
+    """Sum over the ranks of (recall gained) * precision."""
+    if not wanted.any():
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.diff(score[order]) != 0, True)  # last place of each rank
+    hits, places = np.cumsum(wanted[order])[last], np.flatnonzero(last) + 1
+    return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / places))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _bytes(name: str, labels: np.ndarray | Tensor) -> Tensor:
+    """As uint8 on the CPU."""
+    labels = torch.as_tensor(labels)
+    if labels.dtype != torch.uint8:
+        if labels.is_floating_point():
+            raise ToCoError(f"{name} of type {labels.dtype}: whole numbers are allowed")
+        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) <= IGNORE):
+            raise ToCoError(f"{name} with values from {int(labels.min())} to {int(labels.max())}: 0 to 255 are allowed")
+        labels = labels.to(torch.uint8)
+    return labels.cpu().reshape(-1)
+
+
+def _count(truth: Tensor, prediction: Tensor, n_classes: int) -> np.ndarray:
+    """The confusion matrix of two flat uint8 maps: both values in one small integer, truth in its upper bits, and one count of those."""
+    if not len(truth):
+        return np.zeros((n_classes, n_classes), dtype=np.int64)
+    bits = max(1, (n_classes - 1).bit_length())
+    if int(prediction.max()) >> bits:  # does not fit into the lower bits: allowed only where it is ignored
+        prediction = prediction.masked_fill(truth == IGNORE, 0)
+        if int(prediction.max()) >= n_classes:
+            raise ToCoError(f"prediction with the value {int(prediction.max())}: 0 to {n_classes - 1} are allowed")
+    key = truth.to(torch.int16 if bits <= 7 else torch.int32) << bits
+    table = torch.bincount(key.add_(prediction), minlength=256 << bits).view(256, 1 << bits).numpy()
+    unknown = np.flatnonzero(table[n_classes:IGNORE].any(1)) + n_classes
+    if len(unknown):
+        raise ToCoError(f"ground truth with the value {unknown[0]}: 0 to {n_classes - 1} and {IGNORE} are allowed")
+    wrong = np.flatnonzero(table[:n_classes, n_classes:].any(0)) + n_classes
+    if len(wrong):
+        raise ToCoError(f"prediction with the value {wrong[0]}: 0 to {n_classes - 1} are allowed")
+    return table[:n_classes, :n_classes]
