@@ -1,0 +1,180 @@
+"""The loss terms that read tokens and logits: classification, patch token contrast, class token contrast, segmentation.
+
+Every function is pure, returns one number to be weighted and summed (equation 8 of the paper), computes in float32 even inside
+autocast (float64 stays float64), and waits for no device. The dense energy, which reads the image too, is in `crf`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+
+from .errors import ToCoError
+
+IGNORE = 255  # label of what takes part in no loss
+
+COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
+PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, it makes the mean of few pairs smaller
+EXP_EPSILON = 1e-4  # added to the denominator of InfoNCE; keeps the gradient of an image without negatives near 0
+POSITIVE_EPSILON = 1e-4  # added to the number of positive views in CTC
+
+PTC_ROWS = 128  # rows of the N x N similarity that PTC holds at a time
+
+
+def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+    """Multi-label soft margin loss, equation 2: binary cross-entropy of every class, mean over classes and images.
+
+    `image_labels` in {0, 1}, foreground classes only. Used for the classifier and for the auxiliary classifier alike.
+    """
+    with _full_precision(logits):
+        logits = _at_least_float32(logits)
+        return F.binary_cross_entropy_with_logits(logits, image_labels.to(logits.dtype))
+
+
+def ptc_loss(
+    patch_map: Float[Tensor, "B D h w"], label: Integer[Tensor, "B h w"], *, keep_constant: bool = False
+) -> Float[Tensor, ""]:
+    """Patch token contrast, equation 4: tokens of one class shall be alike, tokens of different classes shall not.
+
+        1/2 (1 - mean over same pairs |cos|) + 1/2 mean over different pairs |cos|,    mean = sum / (pairs + 1)
+
+    Pairs are ordered pairs of two distinct tokens of one image; the means run over the pairs of the whole batch. `label` at token scale
+    says what each token shows (0 background, 1..K); a pair with a token labelled 255 counts nowhere. The paper writes cos, the release
+    takes its absolute value, and so do we: opposite tokens are as "alike" as equal ones.
+
+    Memory is linear in N: pairs are counted in closed form from the class sizes, and the similarities are visited a block of rows at a
+    time with the gradient taken on the way. Differentiable once.
+
+    A half without any pair is 0. The release leaves the constant 1/2 of the same-class half there, with the same gradient; `keep_constant`
+    brings it back.
+    """
+    if label.shape[-2:] != patch_map.shape[-2:]:
+        raise ToCoError(
+            f"label has the grid {tuple(label.shape[-2:])}: allowed is that of patch_map, {tuple(patch_map.shape[-2:])}"
+        )
+    with _full_precision(patch_map):
+        tokens = _at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
+        tokens = F.normalize(tokens, dim=2, eps=COSINE_EPSILON)
+        label = label.flatten(1).long()
+        same_pairs, different_pairs = _count_pairs(label)
+
+        valid = label != IGNORE
+        tokens = tokens * valid[..., None]  # an ignored token has similarity 0 with everything, hence no gradient
+        same_weight = -0.5 / (same_pairs.to(tokens.dtype) + PAIR_EPSILON)
+        different_weight = 0.5 / (different_pairs.to(tokens.dtype) + PAIR_EPSILON)
+        similarity = _WeightedSimilarity.apply(tokens, label, same_weight, different_weight)
+        constant = torch.full_like(similarity, 0.5) if keep_constant else 0.5 * (same_pairs > 0)
+        return constant + similarity
+
+
+def ctc_loss(
+    student: Float[Tensor, "B V P"],
+    teacher: Float[Tensor, "B G P"],
+    is_positive: Bool[Tensor, "B V"],
+    *,
+    temperature: float = 0.5,
+    negatives_only_term: bool = True,
+) -> Float[Tensor, ""]:
+    """Class token contrast, equation 5: views that show foreground approach the global view, views of background leave it.
+
+    `student` are the projected class tokens of all views (the global ones first), `teacher` those of the G = 2 global views through the
+    averaged head; both of length 1. `is_positive` is true where a view shows the image's objects, as the global views always do.
+    With p = exp(student . teacher / temperature) and n the sum of p over an image's negative views, an image costs
+
+        sum over positive views of -log(p / (p + n + 1e-4))  +  log(1 + n + 1e-4)
+
+    divided by (positive views + 1e-4); the result is the mean over teacher views and images. No gradient reaches the teacher.
+
+    The second term is not in the paper: the release adds it once per image, and an image without positive local views learns from it
+    too. The published weight of CTC was chosen with it; `negatives_only_term=False` leaves it out. An image without any positive view, which
+    the release never meets and would multiply by 1e4, costs 0.
+    """
+    if temperature <= 0:
+        raise ToCoError(f"temperature = {temperature}: allowed are numbers above 0")
+    with _full_precision(student):
+        student = _at_least_float32(student)
+        logits = student @ teacher.detach().to(student.dtype).transpose(1, 2) / temperature  # B V G
+        positive = is_positive[..., None]
+
+        # log(n + epsilon), per teacher view, without leaving the range of float32
+        epsilon = torch.full_like(logits[:, :1], math.log(EXP_EPSILON))
+        negatives = torch.cat([logits.masked_fill(positive, -torch.inf), epsilon], dim=1).logsumexp(dim=1, keepdim=True)
+
+        cost = (F.softplus(negatives - logits) * positive).sum(dim=1)  # B G
+        if negatives_only_term:
+            cost = cost + F.softplus(negatives.squeeze(1))
+        positives = is_positive.sum(dim=1, keepdim=True, dtype=student.dtype)
+        return (cost * (positives > 0) / (positives + POSITIVE_EPSILON)).mean()
+
+
+def segmentation_loss(
+    logits: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"], *, nan_when_empty: bool = False
+) -> Float[Tensor, ""]:
+    """Cross-entropy with background and foreground in balance: half the mean over pixels of class 0, half the mean over pixels 1..K.
+
+    255 is ignored. A half without pixels is 0 and has gradient 0, so a label without a valid pixel costs 0. In the release it is NaN, and NaN
+    times weight 0 is NaN: one such batch in the warm-up ends the training. `nan_when_empty` does the same.
+    """
+    if label.shape[-2:] != logits.shape[-2:]:
+        raise ToCoError(
+            f"label has the size {tuple(label.shape[-2:])}: allowed is that of the logits, {tuple(logits.shape[-2:])}"
+        )
+    with _full_precision(logits):
+        label = label.long()
+        cost = F.cross_entropy(_at_least_float32(logits), label, ignore_index=IGNORE, reduction="none")
+        background = label == 0
+        foreground = (label != 0) & (label != IGNORE)
+        at_least = 0 if nan_when_empty else 1
+        halves = [(cost * part).sum() / part.sum().clamp(min=at_least) for part in (background, foreground)]
+        return 0.5 * (halves[0] + halves[1])
+
+
+class _WeightedSimilarity(torch.autograd.Function):
+    """sum over pairs i != j of weight_ij |t_i . t_j|, where the weight depends on whether the labels agree. Ignored tokens must be 0.
+
+    The gradient is a by-product of the blocks of the forward pass, so it is computed there: nothing of size N x N is kept or redone.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, label: Tensor, same_weight: Tensor, different_weight: Tensor) -> Tensor:
+        total = tokens.new_zeros(())
+        gradient = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
+        columns = tokens.transpose(1, 2)
+        for start in range(0, tokens.shape[1], PTC_ROWS):
+            rows = slice(start, start + PTC_ROWS)
+            similarity = tokens[:, rows] @ columns  # B rows N
+            weight = torch.where(label[:, rows, None] == label[:, None, :], same_weight, different_weight)
+            weight.diagonal(offset=start, dim1=1, dim2=2).zero_()  # a token makes no pair with itself
+            weight *= similarity.sign()
+            total += (weight * similarity).sum()
+            if gradient is not None:
+                gradient[:, rows] = weight @ tokens
+        if gradient is not None:
+            ctx.save_for_backward(gradient.mul_(2))  # each token is row and column
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None, None
+
+
+def _count_pairs(label: Int[Tensor, "B N"]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
+    """Ordered pairs of distinct valid tokens of one image with the same class, and with different classes, from the class sizes alone."""
+    sizes = torch.zeros(label.shape[0], IGNORE + 1, dtype=torch.long, device=label.device)
+    sizes.scatter_add_(1, label, torch.ones_like(label))
+    sizes = sizes[:, :IGNORE]
+    valid, squares = sizes.sum(dim=1), sizes.square().sum(dim=1)
+    return (squares - valid).sum(), (valid.square() - squares).sum()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _full_precision(x: Tensor):
+    """A context in which autocast does not lower what is computed on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False)
