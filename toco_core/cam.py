@@ -58,13 +58,18 @@ def multi_scale_cam(
     image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what `labels.valid_cam` would make of
         them. Without it, all K.
 
-    No gradient, no decoder. Equals the release (which always includes scale 1) to rounding when `model.dropped_border`; otherwise a scaled image
+    No gradient, no decoder. Equals the release (which always includes scale 1) when `model.dropped_border`, to 3e-6 with fused attention and to
+    3e-7 within `model.plain_attention()`; otherwise a scaled image
     whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border is lost.
     """
     if not len(scales) or min(scales) <= 0:
         raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
     size = images.shape[-2:]
     labelled = _labelled(images, model.n_classes, image_labels)
+    if not len(labelled[0]):
+        return CAMs(
+            images.new_zeros(len(images), model.n_classes, *size), images.new_zeros(len(images), model.n_classes, *size)
+        )
     total = aux_total = 0
     for scale in scales:
         views = _scaled(model, images, scale)
@@ -112,9 +117,8 @@ def _half(tokens: Tokens, which: int) -> Tokens:
 
 
 def _maps(patch_map: Tensor, weight: Tensor, labelled, mirrored: bool, size) -> Tensor:
-    """M H W maps of the labelled classes; a mirrored one is turned back at token resolution, where it is smallest."""
+    """M H W maps of the labelled classes. A mirrored one is turned back at image size: at token size rounding would differ from the release."""
     with torch.autocast(patch_map.device.type, enabled=False):
         cam = class_activation(patch_map.to(weight.dtype), weight)[labelled]
-    if mirrored:
-        cam = cam.flip(-1)
-    return F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    return cam.flip(-1) if mirrored else cam

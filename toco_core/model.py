@@ -468,7 +468,10 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ToCoError(f"{what} = {str(path)!r} cannot be read as tensors: {_first_line(error)}") from error
+        raise ToCoError(
+            f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, or it holds more than tensors, which is refused "
+            "because reading it would run code"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

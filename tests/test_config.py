@@ -1,0 +1,249 @@
+import dataclasses
+import json
+
+import pytest
+from reference_files import load_reference
+
+from toco_core.config import (
+    RECIPES,
+    ReleaseBehaviour,
+    TrainConfig,
+    coco,
+    field_sections,
+    lr_at,
+    override,
+    voc,
+)
+from toco_core.errors import ToCoError
+
+VOC = {
+    "model": {
+        "backbone": "deit_base_patch16_224",
+        "weights": None,
+        "pretrained": True,
+        "layer": 10,
+        "proj_hidden": 2048,
+        "proj_bottleneck": 256,
+        "proj_dim": 1024,
+        "decoder_width": 512,
+        "pos_embed_antialias": False,
+        "freeze_pos_embed": True,
+        "mean": None,
+        "std": None,
+    },
+    "labels": {
+        "beta_l": 0.25,
+        "beta_h": 0.7,
+        "beta": 0.5,
+        "cam_scales": [1.0, 0.5, 1.5],
+        "par_iterations": 10,
+        "par_dilations": [1, 2, 4, 8, 12, 24],
+        "par_scale": 0.5,
+    },
+    "loss": {
+        "cls": 1.0,
+        "aux_cls": 1.0,
+        "ptc": 0.2,
+        "ctc": 0.5,
+        "seg": 0.1,
+        "energy": 0.05,
+        "temperature": 0.5,
+        "ptc_start": 0,
+        "ctc_start": 0,
+        "seg_start": 2001,
+        "energy_start": 2001,
+        "final_cam_start": 0,
+    },
+    "crops": {"n_local": 8, "local_size": 96, "positive_threshold": 0.2},
+    "data": {
+        "dataset": "VOCdevkit/VOC2012",
+        "train_split": "train_aug",
+        "val_split": "val",
+        "crop_size": 448,
+        "scale_range": [0.5, 2.0],
+        "workers": 10,
+    },
+    "schedule": {
+        "steps": 20000,
+        "batch_size": 4,
+        "lr": 6e-5,
+        "head_lr_scale": 10.0,
+        "weight_decay": 0.01,
+        "betas": [0.9, 0.999],
+        "warmup_steps": 1500,
+        "warmup_ratio": 1e-6,
+        "power": 0.9,
+        "momentum": 0.9,
+    },
+    "release": {
+        "mirrored_valid_box": False,
+        "independent_local_image": False,
+        "pixel_box_on_tokens": False,
+        "nan_segmentation_loss": False,
+        "crops_in_padding": False,
+        "truncated_denormalisation": False,
+        "dropped_border": False,
+        "foreground_counts_double": True,
+        "ctc_negatives_only_term": True,
+        "average_before_teacher": True,
+        "rate_jump": True,
+        "decay_all": True,
+        "always_blurred": True,
+        "black_padding": True,
+        "square_evaluation": True,
+        "max_over_scales": True,
+    },
+    "seed": 0,
+    "device": "auto",
+    "precision": "auto",
+    "out_dir": "runs",
+    "eval_interval": 2000,
+}
+
+COCO_DIFFERS = {
+    "labels": {"beta_h": 0.65, "beta": 0.45},
+    "loss": {
+        "temperature": 1.0,
+        "seg_start": 8001,
+        "energy_start": 8001,
+        "ptc_start": 12001,
+        "ctc_start": 12001,
+        "final_cam_start": 12001,
+    },
+    "data": {"dataset": "MSCOCO", "train_split": "train", "val_split": "val_part"},
+    "schedule": {"steps": 80000, "batch_size": 8},
+}
+
+
+def test_voc_has_the_values_of_the_release():
+    assert voc().to_dict() == VOC
+
+
+def test_coco_has_the_values_of_the_release():
+    wanted = json.loads(json.dumps(VOC)) | {"eval_interval": 4000}
+    for section, fields in COCO_DIFFERS.items():
+        wanted[section] |= fields
+    assert coco().to_dict() == wanted
+
+
+def test_stages_of_coco():
+    loss = coco().loss
+    assert loss.at(8000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0, "energy": 0}
+    assert loss.at(12000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0.1, "energy": 0.05}
+    assert loss.at(12001) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
+
+
+def test_stages_of_voc():
+    loss = voc().loss
+    assert loss.at(2000) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0, "energy": 0}
+    assert loss.at(2001)["seg"] == 0.1
+
+
+def test_learning_rates_are_those_of_the_release():
+    data = load_reference("lr_schedule.npz")
+    for step, rates in zip(data["step"].tolist(), data["lr"].tolist(), strict=True):
+        for base, rate in zip((6e-5, 6e-4), rates, strict=True):
+            assert lr_at(step, base_lr=base, steps=20000, warmup_steps=1500, warmup_ratio=1e-6, power=0.9) == rate
+
+
+def test_learning_rate_by_its_definition():
+    settings = {"base_lr": 2.0, "steps": 100, "warmup_steps": 10, "warmup_ratio": 0.1, "power": 0.5}
+    assert lr_at(0, **settings) == pytest.approx(0.2)
+    assert lr_at(5, **settings) == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert lr_at(36, **settings) == pytest.approx(2 * 0.8)
+    assert lr_at(100, **settings) == 0
+    assert lr_at(10, **settings, rate_jump=False) == 2
+    assert lr_at(55, **settings, rate_jump=False) == pytest.approx(2 * 0.5**0.5)
+    assert lr_at(0, **settings | {"warmup_steps": 0}) == 2
+    with pytest.raises(ToCoError, match=r"step = 101 .* 0\.\.100"):
+        lr_at(101, **settings)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dictionaries_and_hash(name):
+    config = RECIPES[name]()
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.short_hash() == config.short_hash()
+    assert override(config, out_dir="elsewhere").short_hash() == config.short_hash()
+    assert override(config, seed=1).short_hash() != config.short_hash()
+    assert len(config.short_hash()) == 10
+
+
+def test_override_changes_only_what_is_named():
+    config = override(voc(), layer=9, beta_l=0.8, beta_h=0.9, steps=3, warmup_steps=1, weights="", cam_scales=[1])
+    assert (config.model.layer, config.labels.beta_l, config.labels.beta_h) == (9, 0.8, 0.9)
+    assert config.model.weights is None
+    assert config.labels.cam_scales == (1.0,)
+    back = {
+        "layer": 10,
+        "beta_l": 0.25,
+        "beta_h": 0.7,
+        "steps": 20000,
+        "warmup_steps": 1500,
+        "cam_scales": (1, 0.5, 1.5),
+    }
+    assert override(config, **back) == voc()
+
+
+def test_names_of_fields_are_unique_and_explained():
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"]
+        if dataclasses.is_dataclass(field.type):
+            names += field.type.help()
+            assert all(len(text) > 10 for text in field.type.help().values())
+    assert len(names) == len(set(names)) == len(field_sections())
+
+
+def test_release_exact_turns_everything_on():
+    assert all(ReleaseBehaviour.release_exact().to_dict().values())
+
+
+def test_configs_are_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        voc().seed = 3
+    with pytest.raises(TypeError):
+        TrainConfig(voc().model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layr": 3}, "no parameter 'layr': did you mean layer"),
+        ({"layer": "ten"}, "layer = 'ten' is not allowed: a whole number"),
+        ({"layer": 0}, "layer = 0 is not allowed: at least 1"),
+        ({"layer": True}, "layer = True is not allowed"),
+        ({"beta_l": 0.7}, "beta_l = 0.7 must be below beta_h = 0.7"),
+        ({"beta_h": 1.5}, "beta_h = 1.5 is not allowed: at least 0, at most 1"),
+        ({"lr": 0}, "lr = 0.0 is not allowed: above 0"),
+        ({"lr": float("nan")}, "lr = nan is not allowed: a finite number"),
+        ({"steps": 2.5}, "steps = 2.5 is not allowed: a whole number"),
+        ({"steps": 10}, "warmup_steps = 1500 must be at most steps = 10"),
+        ({"precision": "fp16"}, "precision = 'fp16' is not allowed: one of auto, fp32, bf16"),
+        ({"device": "gpu"}, "device = 'gpu' is not allowed: one of auto, cpu, cuda, mps"),
+        ({"device": "cpu:1"}, "device = 'cpu:1' is not allowed"),
+        ({"betas": (0.9,)}, r"betas = \(0.9,\) is not allowed: 2 numbers"),
+        ({"cam_scales": ()}, r"cam_scales = \(\) is not allowed: a tuple of numbers"),
+        ({"cam_scales": (1, -1)}, r"cam_scales = \(1.0, -1.0\) is not allowed: above 0"),
+        ({"scale_range": (2, 1)}, "from small to large"),
+        ({"local_size": 500}, "local_size = 500 must be at most crop_size = 448"),
+        ({"dataset": ""}, "dataset = ''"),
+        ({"backbone": ""}, "backbone = ''"),
+        ({"decay_all": 1}, "decay_all = 1 is not allowed: True or False"),
+        ({"loss": 3}, "loss = 3 is not allowed: a LossConfig"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values, message):
+    with pytest.raises(ToCoError, match=message) as error:
+        override(voc(), **values)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_fields_of_a_dictionary_are_refused():
+    with pytest.raises(ToCoError, match="TrainConfig has no field 'modle': did you mean model"):
+        TrainConfig.from_dict({"modle": {}})
+    with pytest.raises(ToCoError, match="ScheduleConfig has no field 'step': did you mean steps"):
+        TrainConfig.from_dict({"schedule": {"step": 3}})
+    with pytest.raises(ToCoError, match="loss = 3 is not allowed: a LossConfig is wanted"):
+        TrainConfig.from_dict({"loss": 3})
