@@ -40,9 +40,10 @@ def ptc_loss(
 
         1/2 (1 - mean over same pairs |cos|) + 1/2 mean over different pairs |cos|,    mean = sum / (pairs + 1)
 
-    Pairs are ordered pairs of two distinct tokens of one image; the means run over the pairs of the whole batch. `label` at token scale
-    says what each token shows (0 background, 1..K); a pair with a token labelled 255 counts nowhere. The paper writes cos, the release
-    takes its absolute value, and so do we: opposite tokens are as "alike" as equal ones.
+    `patch_map` are the tokens of the last block; `label`, at their scale, is the thresholded auxiliary CAM and says what each token shows (0
+    background, 1..K). Pairs are ordered pairs of two distinct tokens of one image, the means run over the pairs of the whole batch, and a
+    pair with a token labelled 255 counts nowhere. The paper writes cos, the release takes its absolute value, and so do we: opposite tokens are
+    as "alike" as equal ones.
 
     Memory is linear in N: pairs are counted in closed form from the class sizes, and the similarities are visited a block of rows at a
     time with the gradient taken on the way. Differentiable once.
