@@ -6,7 +6,8 @@ import torch
 
 
 def resize_matrix(n_in, n_out, kernel):
-    """n_out x n_in weights of a 1-D resize: pixel centres at half-integers, taps beyond the border repeat the border pixel."""
+    """n_out x n_in weights of a 1-D resize: pixel centres at half-integers, taps beyond the border repeat the border
+    pixel."""
     taps = {"bilinear": 1, "bicubic": 2}[kernel]
     matrix = torch.zeros(n_out, n_in, dtype=torch.float64)
     for i in range(n_out):
@@ -43,7 +44,8 @@ def gelu(x):
 
 
 def encode_one(w, image, *, patch, heads, depth, layer):
-    """One 3 H W image, whole patches. `w`: state dict of the encoder. Returns class token, patch tokens, tokens of `layer`, grid."""
+    """One 3 H W image, whole patches. `w`: state dict of the encoder. Returns class token, patch tokens, tokens of
+    `layer`, grid."""
     h, wd = image.shape[1] // patch, image.shape[2] // patch
     tokens = [w["cls_token"][0, 0]]
     for i in range(h):

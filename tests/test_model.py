@@ -206,7 +206,8 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", no_network)
     message = (
-        r"backbone = 'vit_base_patch16_224': its pretrained weights \(model.safetensors of timm/vit_base_patch16_224\..*\) "
+        r"backbone = 'vit_base_patch16_224': its pretrained weights "
+        r"\(model.safetensors of timm/vit_base_patch16_224\..*\) "
         r"could not be fetched \(OSError: no route to host\): copy the file .* give its path as `weights`"
     )
     with pytest.raises(ToCoError, match=message):
@@ -387,7 +388,8 @@ def test_mixed_precision_trains():
 def test_importing_the_package_is_light_and_makes_torchvision_importable():
     code = (
         "import sys, toco_core; heavy = {'timm', 'torchvision', 'matplotlib', 'cv2'} & set(sys.modules); "
-        "toco_core._torchvision.make_importable(); import torchvision, timm; print(sorted(heavy), toco_core.__version__)"
+        "toco_core._torchvision.make_importable(); import torchvision, timm; "
+        "print(sorted(heavy), toco_core.__version__)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("[] ")

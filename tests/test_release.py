@@ -1,4 +1,5 @@
-"""Checkpoints of the release. The small one made here has its key layout; the real one is used where TOCO_REFERENCE has it."""
+"""Checkpoints of the release. The small one made here has its key layout; the real one is used where TOCO_REFERENCE has
+it."""
 
 import types
 

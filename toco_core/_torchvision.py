@@ -1,8 +1,8 @@
 """Let a torchvision that was built for CUDA be imported beside a CPU build of torch.
 
-timm imports torchvision, and torchvision's registration code dies with "operator torchvision::nms does not exist" where its compiled library
-cannot be loaded. Nothing that a vision transformer needs is in that library, so it is enough that the two operators are *declared*. Where the
-library can be loaded, nothing is declared and torchvision is left alone.
+timm imports torchvision, and torchvision's registration code dies with "operator torchvision::nms does not exist" where
+its compiled library cannot be loaded. Nothing that a vision transformer needs is in that library, so it is enough that
+the two operators are *declared*. Where the library can be loaded, nothing is declared and torchvision is left alone.
 """
 
 import importlib.util

@@ -1,7 +1,8 @@
 """Class activation maps.
 
-Paper, section 3.1 (equation 1): CAM of a class is the classifier's weight of that class applied at every patch token. Negative values are cut off
-and each map is brought to [0, 1] over the image. The auxiliary CAM is the same with the tokens of block `layer` and the auxiliary classifier.
+Paper, "Preliminary": CAM of a class is the classifier's weight of that class applied at every patch token.
+Negative values are cut off and each map is brought to [0, 1] over the image. The auxiliary CAM is the same with the
+tokens of block `layer` and the auxiliary classifier.
 """
 
 from collections.abc import Sequence
@@ -51,16 +52,17 @@ def multi_scale_cam(
 ) -> CAMs:
     """CAM and auxiliary CAM, summed over scales of the (normalised) images.
 
-    Each scale contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W; the sum is normalised per image and
-    class. Without `flip` the mirrored image is left out.
+    Each scale contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W; the sum is
+    normalised per image and class. Without `flip` the mirrored image is left out.
 
-    tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not repeated.
-    image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what `labels.valid_cam` would make of
-        them. Without it, all K.
+    tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not
+    repeated.
+    image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what
+    `labels.valid_cam` would make of them. Without it, all K.
 
-    No gradient, no decoder. Equals the release (which always includes scale 1) when `model.dropped_border`, to 3e-6 with fused attention and to
-    3e-7 within `model.plain_attention()`; otherwise a scaled image
-    whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border is lost.
+    No gradient, no decoder. Equals the release (which always includes scale 1) when `model.dropped_border`, to 3e-6
+    with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a scaled image whose size is not a
+    multiple of the patch is fitted to the nearest multiple and nothing of its border is lost.
     """
     if not len(scales) or min(scales) <= 0:
         raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
@@ -117,7 +119,8 @@ def _half(tokens: Tokens, which: int) -> Tokens:
 
 
 def _maps(patch_map: Tensor, weight: Tensor, labelled, mirrored: bool, size) -> Tensor:
-    """M H W maps of the labelled classes. A mirrored one is turned back at image size: at token size rounding would differ from the release."""
+    """M H W maps of the labelled classes. A mirrored one is turned back at image size: at token size rounding would
+    differ from the release."""
     with torch.autocast(patch_map.device.type, enabled=False):
         cam = class_activation(patch_map.to(weight.dtype), weight)[labelled]
     cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]

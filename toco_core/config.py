@@ -1,11 +1,13 @@
 """Every number of an experiment, in frozen records that refuse a wrong value where it is declared.
 
-A `TrainConfig` is made of one record per concept. Three recipes fill it: `voc()` and `coco()` hold the hyper-parameters of the published
-release, `tiny()` the embedded data set that a laptop trains in minutes. `override` changes some fields by name:
+A `TrainConfig` is made of one record per concept. Three recipes fill it: `voc()` and `coco()` hold the hyper-parameters
+of the published release, `tiny()` the embedded data set that a laptop trains in minutes. `override` changes some fields
+by name:
 
     config = override(tiny(), layer=10, steps=200)
 
-Steps are counted from 0, as in the loop `for step in range(steps)`. A field called `..._start` is the first step on which something counts.
+Steps are counted from 0, as in the loop `for step in range(steps)`. A field called `..._start` is the first step on
+which something counts.
 """
 
 import dataclasses
@@ -62,7 +64,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict):
-        """The inverse of `to_dict`. A missing field takes its default; an unknown one is refused, with the nearest name."""
+        """The inverse of `to_dict`. A missing field takes its default; an unknown one is refused, with the nearest
+        name."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -114,8 +117,8 @@ class ModelConfig(Config):
     )
     mean: tuple[float, ...] | None = option(
         None,
-        """Mean of the images that the encoder expects, per RGB channel in [0, 1]. None: what
-        the backbone was pretrained with. (The release always takes ImageNet's, also for backbones pretrained with 0.5.)""",
+        """Mean of the images that the encoder expects, per RGB channel in [0, 1]. None: what the backbone was
+        pretrained with. (The release always takes ImageNet's, also for backbones pretrained with 0.5.)""",
         length=3,
         at_least=0,
         at_most=1,
@@ -131,7 +134,7 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig(Config):
-    """From CAM to labels (section 3.2 of the paper) and their refinement by PAR."""
+    """From CAM to labels ("Patch Token Contrast" in the paper) and their refinement by PAR."""
 
     beta_l: float = option(
         0.25, "A pixel whose largest CAM value is at most this is background.", at_least=0, at_most=1
@@ -159,7 +162,7 @@ class LabelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
-    """Weights of the terms of the total loss (equation 8 of the paper), and the step from which each counts."""
+    """Weights of the terms of the total loss ("Training Objective" in the paper), and the step from which each counts."""
 
     cls: float = option(1.0, "Weight of the multi-label classification loss.", at_least=0)
     aux_cls: float = option(1.0, "Weight of the same loss on the auxiliary classifier.", at_least=0)
@@ -196,7 +199,7 @@ class LossConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig(Config):
-    """Local views for class token contrast (section 3.4 of the paper)."""
+    """Local views for class token contrast ("Class Token Contrast" in the paper)."""
 
     n_local: int = option(8, "Local views per image, besides the two global ones.", at_least=0)
     local_size: int = option(96, "Height and width of a local view in pixels.", at_least=8)
@@ -257,29 +260,31 @@ class ScheduleConfig(Config):
 class ReleaseBehaviour(Config):
     """Where the published release departs from its paper or from what it means to do. True does as the release does.
 
-    The first seven lose information or are slips: off by default. The others shape the published results: on by default.
-    `release_exact()` turns all of them on.
+    The first seven lose information or are slips: off by default. The others shape the published results: on by
+    default. `release_exact()` turns all of them on.
     """
 
     mirrored_valid_box: bool = option(
         False,
-        """Take the valid box before the last random flip of the image. Off: half of the boxes would be mirrored, so that
-        padding counts as image and image as padding.""",
+        """Take the valid box before the last random flip of the image. Off: half of the boxes would be mirrored, so
+        that padding counts as image and image as padding.""",
     )
     independent_local_image: bool = option(
         False,
-        """Flip and jitter the image that local views are cut from independently of the image that the region map belongs to.
-        Off: half of the views would come from the mirrored place with the wrong flag, and flags are what CTC learns from.""",
+        """Flip and jitter the image that local views are cut from independently of the image that the region map
+        belongs to.
+        Off: half of the views would come from the mirrored place with the wrong flag, and flags are what CTC learns
+        from.""",
     )
     pixel_box_on_tokens: bool = option(
         False,
-        """Apply the valid box in pixels to labels at token scale. Off: an image padded by more than a grid's height or width would have no valid
-        token for PTC.""",
+        """Apply the valid box in pixels to labels at token scale. Off: an image padded by more than a grid's height or
+        width would have no valid token for PTC.""",
     )
     nan_segmentation_loss: bool = option(
         False,
-        """Let the segmentation loss be NaN where no foreground or no background pixel is valid. Off: the missing half counts 0; NaN times
-        weight 0 is NaN and would end the training.""",
+        """Let the segmentation loss be NaN where no foreground or no background pixel is valid. Off: the missing half
+        counts 0; NaN times weight 0 is NaN and would end the training.""",
     )
     crops_in_padding: bool = option(
         False, "Allow local views to be centred on padding. Off: a black view says nothing about an image."
@@ -290,13 +295,13 @@ class ReleaseBehaviour(Config):
     )
     dropped_border: bool = option(
         False,
-        """Ignore up to a patch minus one pixel at the right and at the bottom where a size is not a multiple of the patch. Off:
-        the image is resized to the nearest multiple.""",
+        """Ignore up to a patch minus one pixel at the right and at the bottom where a size is not a multiple of the
+        patch. Off: the image is resized to the nearest multiple.""",
     )
     foreground_counts_double: bool = option(
         True,
-        """Judge a local view by the mean of the region values 0 background, 1 uncertain, 2 foreground. On: the threshold 0.2 was chosen
-        for it. Off: the share of uncertain and foreground pixels.""",
+        """Judge a local view by the mean of the region values 0 background, 1 uncertain, 2 foreground. On: the
+        threshold 0.2 was chosen for it. Off: the share of uncertain and foreground pixels.""",
     )
     ctc_negatives_only_term: bool = option(
         True,
@@ -308,8 +313,8 @@ class ReleaseBehaviour(Config):
     )
     rate_jump: bool = option(
         True,
-        """Let the polynomial decay count from step 0, so that the rate falls at the end of the warm-up (from 1.0 to 0.932 on VOC). On:
-        the published schedule. Off: the decay begins where the warm-up ends.""",
+        """Let the polynomial decay count from step 0, so that the rate falls at the end of the warm-up (from 1.0 to
+        0.932 on VOC). On: the published schedule. Off: the decay begins where the warm-up ends.""",
     )
     decay_all: bool = option(
         True, "Decay every trained parameter. On: as published. Off: biases and norms are not decayed."
@@ -364,7 +369,8 @@ class TrainConfig(Config):
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
 
     def short_hash(self) -> str:
-        """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir` does not count)."""
+        """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
+        does not count)."""
         values = self.to_dict()
         del values["out_dir"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
@@ -390,7 +396,8 @@ def coco(dataset: str = "MSCOCO") -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-    """The embedded data set and backbone: the whole method on a laptop, in minutes. Also the variant that notebooks and tests use."""
+    """The embedded data set and backbone: the whole method on a laptop, in minutes. Also the variant that notebooks and
+    tests use."""
     return TrainConfig(
         model=ModelConfig(
             backbone="scenes_vit_nano", proj_hidden=256, proj_bottleneck=64, proj_dim=128, decoder_width=64
@@ -419,8 +426,9 @@ def lr_at(
 ) -> float:
     """Learning rate used on `step` (0 <= step <= steps): linear warm-up, then polynomial decay to 0 at `steps`.
 
-    Warm-up goes from `warmup_ratio` * base_lr on step 0 to base_lr at `warmup_steps`. With `rate_jump`, as in the release, the decay
-    (1 - step / steps) ** power counts from step 0, so the rate falls suddenly when the warm-up ends; without, it counts from there.
+    Warm-up goes from `warmup_ratio` * base_lr on step 0 to base_lr at `warmup_steps`. With `rate_jump`, as in the
+    release, the decay (1 - step / steps) ** power counts from step 0, so the rate falls suddenly when the warm-up ends;
+    without, it counts from there.
     """
     if not 0 <= step <= steps:
         raise ToCoError(f"step = {step} is outside the schedule: allowed are 0..{steps}")
@@ -432,7 +440,8 @@ def lr_at(
 
 
 def override(config: TrainConfig, **values: Any) -> TrainConfig:
-    """A copy with some fields changed, each named alone (`steps=200`); a section may be given whole (`loss=LossConfig(...)`).
+    """A copy with some fields changed, each named alone (`steps=200`); a section may be given whole
+    (`loss=LossConfig(...)`).
 
     An unknown name is refused with the nearest one. All fields are changed before conditions between them are checked.
     """

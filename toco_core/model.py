@@ -1,10 +1,12 @@
 """The network: one plain vision transformer, two classifiers, a projection head with its moving average, and a decoder.
 
-Paper (figure 3, section 3.1): an image gives patch tokens and one class token. The class logits are a linear function of the maximum over the
-patch tokens, and the same weights applied at every token give CAM (see `cam.py`). The patch tokens of an earlier block, `layer`, feed an
-auxiliary classifier of the same form. The class token feeds the projection head that class token contrast compares.
+Paper, figure 3: an image gives patch tokens and one class token. The class logits are a linear function
+of the maximum over the patch tokens, and the same weights applied at every token give CAM (see `cam.py`). The patch
+tokens of an earlier block, `layer`, feed an auxiliary classifier of the same form. The class token feeds the projection
+head that class token contrast compares.
 
-The encoder runs once per batch (`encode`); heads are applied to its tokens (`heads`, `project`), so nothing is computed twice.
+The encoder runs once per batch (`encode`); heads are applied to its tokens (`heads`, `project`), so nothing is computed
+twice.
 """
 
 import contextlib
@@ -58,13 +60,15 @@ class Output(NamedTuple):
 class ToCo(nn.Module):
     """The network of Token Contrast.
 
-    `n_classes` is K, the number of foreground classes. `dropped_border`: ignore what remains at the right and at the bottom of an image whose size is
-    not a multiple of the patch, as the release does. By default such an image is resized to the nearest multiple instead, because the
-    ignored border is never seen and the maps, stretched back over the whole image, are shifted by up to a patch.
+    `n_classes` is K, the number of foreground classes. `dropped_border`: ignore what remains at the right and at the
+    bottom of an image whose size is not a multiple of the patch, as the release does. By default such an image is
+    resized to the nearest multiple instead, because the ignored border is never seen and the maps, stretched back over
+    the whole image, are shifted by up to a patch.
 
     `mean` and `std` are the normalisation that the encoder expects, for images in [0, 1] (see `normalise`).
 
-    Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had or do not fit.
+    Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had
+    or do not fit.
     """
 
     def __init__(self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False):
@@ -190,7 +194,8 @@ class ToCo(nn.Module):
     # ---- heads
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
-        """Class logits (maximum over patch tokens, then a bias-free linear layer) and, unless left out, segmentation logits."""
+        """Class logits (maximum over patch tokens, then a bias-free linear layer) and, unless left out, segmentation
+        logits."""
         return Output(
             class_logits=self.classifier(tokens.patch_tokens.max(dim=1).values),
             aux_class_logits=self.aux_classifier(tokens.aux_patch_tokens.max(dim=1).values),
@@ -220,10 +225,11 @@ class ToCo(nn.Module):
     def parameter_groups(
         self, *, lr: float, head_lr_scale: float, weight_decay: float, decay_all: bool = True
     ) -> list[dict]:
-        """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and `weight_decay`.
+        """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and
+        `weight_decay`.
 
-        `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and the prefix tokens do not, and
-        form groups of their own.
+        `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and
+        the prefix tokens do not, and form groups of their own.
         """
         groups: dict = {}
         for full_name, parameter in self.named_parameters():
@@ -247,13 +253,15 @@ class ToCo(nn.Module):
     # ---- looking inside
 
     def block_tokens(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B N D"]]:
-        """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]` feeds the auxiliary classifier."""
+        """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]` feeds the auxiliary
+        classifier."""
         n_prefix = self.encoder.num_prefix_tokens
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
     def attention(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B heads T T"]]:
-        """Attention probabilities of each block, rows sum to 1. The first `encoder.num_prefix_tokens` of the T tokens are not patches.
+        """Attention probabilities of each block, rows sum to 1. The first `encoder.num_prefix_tokens` of the T tokens
+        are not patches.
 
         The fused attention, which never forms these matrices, is switched off for this call only.
         """
@@ -271,7 +279,8 @@ class ToCo(nn.Module):
     def plain_attention(self):
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
 
-        Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in bf16.
+        Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in
+        bf16.
         """
         attentions = [block.attn for block in self.encoder.blocks]
         before = [attention.fused_attn for attention in attentions]
@@ -294,7 +303,8 @@ class ToCo(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """D -> P: three linear layers with GELU between them, L2 normalisation, and a weight-normalised linear layer without bias.
+    """D -> P: three linear layers with GELU between them, L2 normalisation, and a weight-normalised linear layer
+    without bias.
 
     The rows of the last layer are directions `weight_v` of length `weight_g`, which stays 1 and is not trained.
     """
@@ -326,7 +336,8 @@ class WeightNormLinear(nn.Module):
 
 
 class LargeFOV(nn.Module):
-    """Segmentation decoder: two 3 x 3 convolutions with dilation 5 and ReLU, then one 1 x 1; no biases. Output at the patch grid."""
+    """Segmentation decoder: two 3 x 3 convolutions with dilation 5 and ReLU, then one 1 x 1; no biases. Output at the
+    patch grid."""
 
     def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
@@ -341,7 +352,8 @@ class LargeFOV(nn.Module):
 def resize_positions(
     pos_embed: Float[Tensor, "1 T D"], old: tuple[int, int], new: tuple[int, int], n_prefix: int, *, antialias: bool
 ) -> Float[Tensor, "1 T2 D"]:
-    """Position embeddings of an `old` (h, w) grid for a `new` one, bicubic; the first `n_prefix` belong to prefix tokens and stay."""
+    """Position embeddings of an `old` (h, w) grid for a `new` one, bicubic; the first `n_prefix` belong to prefix
+    tokens and stay."""
     if tuple(old) == tuple(new):
         return pos_embed
     prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
@@ -354,7 +366,8 @@ def resize_positions(
 
 
 class PlainViT(NamedTuple):
-    """A vision transformer without a name of its own, written as a backbone name: `plain_vit(image=64, patch=8, ...)`."""
+    """A vision transformer without a name of its own, written as a backbone name: `plain_vit(image=64, patch=8,
+    ...)`."""
 
     image: int
     patch: int
@@ -384,17 +397,20 @@ SHIPPED = {"scenes_vit_nano": PlainViT(image=64, patch=8, width=128, depth=12, h
 
 
 def build_encoder(config: ModelConfig) -> nn.Module:
-    """The encoder that `config` names, with its weights: a timm `VisionTransformer` or `Eva` for images of any size, with a class token."""
+    """The encoder that `config` names, with its weights: a timm `VisionTransformer` or `Eva` for images of any size,
+    with a class token."""
     if config.backbone in SHIPPED or config.backbone.startswith("plain_vit"):
         encoder = _plain_encoder(SHIPPED.get(config.backbone) or PlainViT.parse(config.backbone))
         path = config.weights or WEIGHTS_FOLDER / f"{config.backbone}.safetensors"
         if config.pretrained and not config.weights and config.backbone not in SHIPPED:
             raise ToCoError(
-                f"backbone = {config.backbone!r} has no pretrained weights: give a file as `weights`, or pretrained=False"
+                f"backbone = {config.backbone!r} has no pretrained weights: "
+                "give a file as `weights`, or pretrained=False"
             )
         if config.pretrained and not config.weights and not path.is_file():
             raise ToCoError(
-                f"the weights of {config.backbone} are not in this installation ({path} is missing): reinstall, or set pretrained=False"
+                f"the weights of {config.backbone} are not in this installation ({path} is missing): "
+                "reinstall, or set pretrained=False"
             )
         if config.pretrained:
             load_weights(encoder, path, antialias=config.pos_embed_antialias)
@@ -428,7 +444,8 @@ def _timm_encoder(name: str, *, download: bool) -> nn.Module:
         raise ToCoError(f"backbone = {name!r} is not known{near}")
     if timm.model_entrypoint(architecture).__module__ not in FAMILIES:
         raise ToCoError(
-            f"backbone = {name!r} is not a plain vision transformer: allowed are timm's vit, deit, dino, dinov2 and eva models"
+            f"backbone = {name!r} is not a plain vision transformer: "
+            "allowed are timm's vit, deit, dino, dinov2 and eva models"
         )
     tagged = timm.list_models(f"{architecture}*", pretrained=True)
     if name != architecture and name not in tagged:
@@ -442,12 +459,13 @@ def _timm_encoder(name: str, *, download: bool) -> nn.Module:
         source = timm.models.get_pretrained_cfg(name)
         where = f" (model.safetensors of {source.hf_hub_id})" if source and source.hf_hub_id else ""
         raise ToCoError(
-            f"backbone = {name!r}: its pretrained weights{where} could not be fetched ({reason}): copy the file to this machine and give its "
-            "path as `weights`, or set pretrained=False"
+            f"backbone = {name!r}: its pretrained weights{where} could not be fetched ({reason}): "
+            "copy the file to this machine and give its path as `weights`, or set pretrained=False"
         ) from error
     if getattr(encoder, "cls_token", None) is None:
         raise ToCoError(
-            f"backbone = {name!r} has no class token, which class token contrast needs: choose one that pools by its class token"
+            f"backbone = {name!r} has no class token, which class token contrast needs: "
+            "choose one that pools by its class token"
         )
     return encoder
 
@@ -457,7 +475,8 @@ def _first_line(error: Exception) -> str:
 
 
 def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file by name; nothing in the file is executed. `what` names the parameter in errors."""
+    """The tensors of a .safetensors or torch file by name; nothing in the file is executed. `what` names the parameter
+    in errors."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ToCoError(f"{what} = {str(path)!r} is not a file")
@@ -469,8 +488,8 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ToCoError(
-            f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, or it holds more than tensors, which is refused "
-            "because reading it would run code"
+            f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): "
+            "it is damaged, or it holds more than tensors, which is refused because reading it would run code"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -483,8 +502,8 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
 def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: bool = False) -> None:
     """Load an encoder's weights from a file with timm's key names.
 
-    Keys of the pretraining classifier are ignored; position embeddings of another size are resized. Any other missing, unexpected or misshapen
-    key is an error that names it.
+    Keys of the pretraining classifier are ignored; position embeddings of another size are resized. Any other missing,
+    unexpected or misshapen key is an error that names it.
     """
     found = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path, "weights").items()}
     wanted = encoder.state_dict()
@@ -498,7 +517,8 @@ def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: boo
         side = round(max(found["pos_embed"].shape[1] - n_prefix, 0) ** 0.5)
         if side < 1 or side**2 + n_prefix != found["pos_embed"].shape[1]:
             raise ToCoError(
-                f"weights = {str(path)!r}: its {found['pos_embed'].shape[1]} position embeddings are not {n_prefix} and a square grid"
+                f"weights = {str(path)!r}: its {found['pos_embed'].shape[1]} position embeddings "
+                f"are not {n_prefix} and a square grid"
             )
         grid = tuple(encoder.patch_embed.grid_size)
         found["pos_embed"] = resize_positions(found["pos_embed"], (side, side), grid, n_prefix, antialias=antialias)

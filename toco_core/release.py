@@ -1,7 +1,8 @@
 """Checkpoints of the published release, in and out.
 
-The release names its tensors `encoder.*` (timm's names), `classifier`, `aux_classifier` (1 x 1 convolutions), `decoder.conv6|7|8`, `proj_head.*` and
-`proj_head_t.*` (the moving average), all behind `module.` where the checkpoint was written under distributed training.
+The release names its tensors `encoder.*` (timm's names), `classifier`, `aux_classifier` (1 x 1 convolutions),
+`decoder.conv6|7|8`, `proj_head.*` and `proj_head_t.*` (the moving average), all behind `module.` where the checkpoint
+was written under distributed training.
 """
 
 import math
@@ -25,11 +26,13 @@ def from_release(
 ) -> ToCo:
     """A model from a checkpoint of the release's layout, with or without `module.`.
 
-    Width, depth, patch size, image size, K, and the widths of the heads are inferred from the shapes. The number of attention heads leaves no
-    trace in the shapes: it is width / 64 unless given. `layer` leaves none either; the release uses 10. `dropped_border` follows the release by default, so
-    that its checkpoints give its numbers at any image size. Images are normalised by ImageNet's mean, as the release does for every backbone.
+    Width, depth, patch size, image size, K, and the widths of the heads are inferred from the shapes. The number of
+    attention heads leaves no trace in the shapes: it is width / 64 unless given. `layer` leaves none either; the
+    release uses 10. `dropped_border` follows the release by default, so that its checkpoints give its numbers at any
+    image size. Images are normalised by ImageNet's mean, as the release does for every backbone.
 
-    The file is read without executing anything in it. Errors: `ToCoError` that names missing, unexpected or misshapen tensors.
+    The file is read without executing anything in it. Errors: `ToCoError` that names missing, unexpected or misshapen
+    tensors.
     """
     found = read_tensors(path, "path")
     what = f"path = {str(path)!r} is not a checkpoint of the release"
@@ -45,8 +48,8 @@ def from_release(
 
 
 def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
-    """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit for bit,
-    tensors that nobody uses included."""
+    """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
+    for bit, tensors that nobody uses included."""
     tensors = _to_layout(model.state_dict()) | model.release_extras
     return {("module." if module_prefix else "") + k: v.detach().cpu().clone() for k, v in tensors.items()}
 
