@@ -162,7 +162,7 @@ class LabelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
-    """Weights of the terms of the total loss ("Training Objective" in the paper), and the step from which each counts."""
+    """Weights of the terms of the total loss ("Training Objective") and the step from which each counts."""
 
     cls: float = option(1.0, "Weight of the multi-label classification loss.", at_least=0)
     aux_cls: float = option(1.0, "Weight of the same loss on the auxiliary classifier.", at_least=0)
