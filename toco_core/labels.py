@@ -72,8 +72,10 @@ def token_label(
     A token is inside `valid_box` where its centre is. The release applies the box, which is in pixels, to the grid as it is, so that an
     image with more padding at its top or left than the grid has tokens is ignored entirely; `pixel_box_on_tokens` does the same.
     """
-    resized = F.interpolate(par.full_precision(cam), size=tuple(grid), mode="bilinear", align_corners=False)
-    label = seed_label(resized, image_labels, beta_l=beta_l, beta_h=beta_h)
+    classes, present = _labelled_classes(image_labels)
+    resized = _resize(_take(cam, classes), tuple(grid))
+    slot = seed_label(resized, present, beta_l=beta_l, beta_h=beta_h)
+    label = torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
     if valid_box is not None:
         box_size = grid if pixel_box_on_tokens else cam.shape[2:]
         label[~inside_box(valid_box, grid, box_size=box_size)] = IGNORE
@@ -236,6 +238,8 @@ def _take(cam: Tensor, classes: Int[Tensor, "B k"]) -> Tensor:
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     maps = par.full_precision(maps)
+    if not maps.shape[1]:  # no class at all: nothing that torch would resize
+        return maps.new_zeros(*maps.shape[:2], *size)
     return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

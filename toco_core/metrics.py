@@ -110,15 +110,18 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _bytes(name: str, labels: np.ndarray | Tensor) -> Tensor:
-    """As uint8 on the CPU."""
-    labels = torch.as_tensor(labels)
-    if labels.dtype != torch.uint8:
+    """Flat, as uint8 on the CPU."""
+    if isinstance(labels, Tensor):
         if labels.is_floating_point():
             raise ToCoError(f"{name} of type {labels.dtype}: whole numbers are allowed")
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) <= IGNORE):
-            raise ToCoError(f"{name} with values from {int(labels.min())} to {int(labels.max())}: 0 to 255 are allowed")
-        labels = labels.to(torch.uint8)
-    return labels.cpu().reshape(-1)
+        labels = labels.cpu().numpy()
+    if labels.dtype != np.uint8:
+        if labels.dtype.kind not in "iub":
+            raise ToCoError(f"{name} of type {labels.dtype}: whole numbers are allowed")
+        if labels.size and not (labels.min() >= 0 and labels.max() <= IGNORE):
+            raise ToCoError(f"{name} with values from {labels.min()} to {labels.max()}: 0 to 255 are allowed")
+        labels = labels.astype(np.uint8)
+    return torch.from_numpy(np.require(labels, requirements=["C", "W"])).view(-1)  # what PIL gives is read-only
 
 
 def _count(truth: Tensor, prediction: Tensor, n_classes: int) -> np.ndarray:
