@@ -8,6 +8,7 @@ from reference_files import ATOL, RTOL, assert_labels_agree, load_reference, ref
 
 from toco_core import crops, labels, metrics, par
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VOC = {"beta_l": 0.25, "beta_h": 0.7}
 
 
@@ -69,6 +70,16 @@ def test_regions_and_flags_of_a_training_step(reference):  # noqa: F811
     flags = crops.crop_flags(region, arrays["top"], arrays["left"], int(arrays["crop_size"]))
     n_global = arrays["positive"].shape[1] - flags.shape[1]  # global views come first and are always positive
     same(flags, arrays["positive"][:, n_global:])
+
+
+def test_labels_after_par_of_a_training_step(reference):  # noqa: F811
+    arrays = reference("train_step.npz")
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    images = (arrays["images"] * std + mean).mul(255).to(
+        torch.uint8
+    ) / 255  # whole grey levels, rounded down as by the release
+    ours = labels.pseudo_label(images, arrays["cam"], arrays["image_labels"], **VOC, valid_box=arrays["boxes"])
+    assert_labels_agree(ours, arrays["par_label"])
 
 
 def test_scores(reference):  # noqa: F811
