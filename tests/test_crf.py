@@ -24,7 +24,9 @@ from toco_core.crf import (
 from toco_core.errors import ToCoError
 
 B, C, H, W = 2, 4, 10, 14
-SETTINGS = {"weight": 0.01, "sigma_rgb": 60.0, "sigma_xy": 8.0, "scale": 0.5}
+# A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where rounding decides which vertices
+# of weight 0 take part in the blur: the standard deviation is no whole number of pixels, so that fast and slow must agree.
+SETTINGS = {"weight": 0.01, "sigma_rgb": 60.0, "sigma_xy": 7.3, "scale": 0.5}
 BOXES = torch.tensor([[0, H, 0, W], [2, 9, 3, 12]])
 
 
@@ -135,7 +137,7 @@ def test_energy_fuzz(seed):
     box = torch.tensor([[1, rows, 0, columns - 1]] * b)
     if seed == 3:
         box[0] = 0
-    settings = {**SETTINGS, "scale": (0.5, 1.0, 0.7)[seed // 2]}
+    settings = {**SETTINGS, "scale": (0.5, 1.0, 0.7)[seed // 2 % 3]}
     ours = dense_energy_loss(logits, images, label, box, **settings)
     agree(ours, slow.dense_energy(logits, images, label, box.tolist(), **settings), logits)
 
@@ -143,7 +145,7 @@ def test_energy_fuzz(seed):
 def test_energy_with_lattices_made_before():
     torch.manual_seed(3)
     logits, images, label = batch()
-    lattices = energy_lattices(images, sigma_rgb=60.0, sigma_xy=8.0, scale=0.5)
+    lattices = energy_lattices(images, sigma_rgb=60.0, sigma_xy=7.3, scale=0.5)
     ours = dense_energy_loss(logits, images, label, BOXES, lattices=lattices, **SETTINGS)
     assert_close(ours, dense_energy_loss(logits, images, label, BOXES, **SETTINGS), rtol=0, atol=0)
     with pytest.raises(ToCoError, match="lattices has 1 entries"):
