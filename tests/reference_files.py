@@ -1,8 +1,8 @@
 """Where the reference arrays lie: inputs and outputs of the published release, one `.npz` per component.
 
-The folder is the environment variable `TOCO_REFERENCE` if set, otherwise the small copy in `tests/reference_values`. A case whose
-file is not in the folder is skipped with the reason. Any folder with the same file names works: a test takes its sizes, classes
-and thresholds from the arrays, never from what the shipped files happen to hold.
+The folder is the environment variable `TOCO_REFERENCE` if set, otherwise the small copy in `tests/reference_values`. A
+case whose file is not in the folder is skipped with the reason. Any folder with the same file names works: a test takes
+its sizes, classes and thresholds from the arrays, never from what the shipped files happen to hold.
 
     from reference_files import reference          # the fixture
 

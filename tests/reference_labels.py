@@ -1,4 +1,4 @@
-"""Slow second implementations of PAR, labels, crops and scores: one pixel, one pair, one crop at a time, written from the equations."""
+"""Slow second implementations of PAR, labels, crops and scores: one pixel, one pair, one crop at a time."""
 
 import math
 
@@ -65,7 +65,7 @@ def _refine_one(image, mask, iterations, dilations):
 
 
 def refine_with_unfold(images, masks, iterations=10, dilations=(1, 2, 4, 8, 12, 24)):
-    """The usual way, vectorised: every neighbour is copied in each iteration. For timing and for pictures too large for `refine`."""
+    """The usual way, vectorised: all neighbours are copied in each iteration. For pictures too large for `refine`."""
 
     def gather(values):
         batch, channels, height, width = values.shape
@@ -94,7 +94,7 @@ def inside(box, y, x):
 
 
 def largest(cam, image_labels, y, x):
-    """Value and label (1..K) of the strongest class that the image has; the first of equals; (0, 0) if there is none."""
+    """Value and label (1..K) of the strongest class of the image, the first of equals; (0, 0) if there is none."""
     best, label = 0.0, 0
     for k in range(len(image_labels)):
         if image_labels[k] and float(cam[k, y, x]) > best:

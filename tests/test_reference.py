@@ -1,4 +1,4 @@
-"""Agreement with the published release, component by component: see reference_files.py for the folder of its inputs and outputs."""
+"""Agreement with the published release, component by component: reference_files.py says where its values lie."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Local views for class token contrast (section 3.4 of the paper): where they are cut, and which of them show an object.
+"""Local views for class token contrast: where they are cut, and which of them show an object.
 
-Crops are centred on background and uncertain places (region mask 0 and 1; the places that CAM is sure of teach nothing new), half a crop
-away from the border. A crop with little activation is negative, the others are positive: their class tokens are pushed from, or pulled to,
-the whole image's.
+Crops are centred on background and uncertain places (region mask 0 and 1; the places that CAM is sure of teach nothing
+new), half a crop away from the border. A crop with little activation is negative, the others are positive: their class
+tokens are pushed from, or pulled to, the whole image's.
 """
 
 from typing import NamedTuple
@@ -32,14 +32,16 @@ def sample_crops(
     valid_box: Int[Tensor, "B 4"] | None = None,
     crops_in_padding: bool = False,
 ) -> CropBoxes:
-    """`n_crops` different crops per image, centred with equal chances on any background or uncertain pixel whose crop lies in the image.
+    """`n_crops` different crops per image, centred with equal chance on any background or uncertain pixel.
 
-    With fewer than `n_crops` such pixels they may be centred anywhere (a crop may repeat where even that leaves fewer).
-    `valid_box` (top, bottom, left, right of the real image) excludes centres in the padding, also when they may be anywhere, unless it
-    holds no place at all. The release draws from the padding too, and so mostly black negatives from padded images;
-    `crops_in_padding` does the same. The release also never uses the last possible row and column.
+    Crops lie in the image as a whole, so centres are half a crop away from its border. With fewer than `n_crops` such
+    pixels they may be anywhere (a crop may repeat where even that leaves fewer). `valid_box` (top, bottom, left, right
+    of the real image) excludes centres in the padding, also when they may be anywhere, unless it holds no place at all.
+    The release draws from the padding too; a black view says nothing about an image, so that we do it only with
+    `crops_in_padding`.
 
-    `generator` lives on the CPU: the same seed draws the same crops on every device. Raises ToCoError for a crop larger than the image.
+    `generator` lives on the CPU: the same seed draws the same crops on every device. Raises ToCoError for a crop larger
+    than the image.
     """
     height, width = region_mask.shape[1:]
     if not 1 <= crop_size <= min(height, width):
@@ -72,9 +74,9 @@ def foreground_ratio(
 ) -> Float[Tensor, "B V"]:
     """Mean of the region values (0, 1, 2) in each crop, in [0, 2]: exact, from an integral image.
 
-    A foreground pixel so counts twice as much as an uncertain one. That is how the release does it, and its threshold of 0.2 was chosen
-    for it; without `foreground_counts_double` it is the share of the two, in [0, 1].
-    Raises ToCoError for a crop that leaves the image.
+    A foreground pixel so counts twice as much as an uncertain one. That is how the release does it, and its threshold
+    of 0.2 was chosen for it; without `foreground_counts_double` it is the share of the two, in [0, 1]. Raises ToCoError
+    for a crop that leaves the image.
     """
     batch, height, width = region_mask.shape
     _check_corners(top, left, crop_size, height, width)
@@ -103,14 +105,17 @@ def crop_flags(
 def cut_crops(
     images: Float[Tensor, "B 3 H W"], top: Int[Tensor, "B V"], left: Int[Tensor, "B V"], crop_size: int
 ) -> Float[Tensor, "B V 3 s s"]:
-    """The crops, pixel for pixel: one gather from a view that holds every possible window. Raises ToCoError for one that leaves the image."""
+    """The crops, pixel for pixel: one gather from a view that holds every possible window.
+
+    Raises ToCoError for a crop that leaves the image.
+    """
     _check_corners(top, left, crop_size, *images.shape[2:])
     windows = images.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
     return windows[torch.arange(len(images), device=images.device)[:, None], :, top, left]
 
 
 def _draw(allowed: Bool[Tensor, "B M"], n: int, generator: torch.Generator | None) -> Int[Tensor, "B n"]:
-    """`n` allowed positions per row, each set of different ones with equal chance; a row with fewer than `n` repeats them."""
+    """`n` different allowed positions per row, every set with equal chance; a row that has fewer repeats them."""
     running = allowed.cumsum(1, dtype=torch.int32)
     count = running[:, -1:].cpu().double()
     # The i-th is drawn among the count - i that are left, then moved past those that are taken, in ascending order.

@@ -1,18 +1,20 @@
-"""From CAM to labels: two thresholds split an image into background, uncertain and foreground (section 3.2 of the paper).
+"""From CAM to labels: two thresholds split an image into background, uncertain and foreground.
 
-With m the largest value of `valid_cam` at a pixel and beta_l < beta_h (0 < beta_l < beta_h < 1 in the paper, ends allowed here):
+With m the largest value of `valid_cam` at a pixel and 0 <= beta_l < beta_h <= 1:
 
                  m <= beta_l     beta_l < m < beta_h     beta_h <= m
     seed_label   0               255 (ignore)            the class that has m, 1..K
     region_mask  0               1 (uncertain)           2
 
-`token_label` is the seed label at the resolution of the patch tokens, `affinity_mask` the pairs of tokens that PTC pulls together and
-pushes apart, `pseudo_label` the label after PAR that the decoder learns from, `eval_label` the one with which a CAM is scored.
+`token_label` is the seed label at the resolution of the patch tokens, `affinity_mask` the pairs of tokens that PTC
+pulls together and pushes apart, `pseudo_label` the label after PAR that the decoder learns from, `eval_label` the one
+with which a CAM is scored.
 
-Where classes tie, the lower one wins. A value exactly at beta_h counts as foreground in all functions (the release's region mask does
-so; no reference value tells about its label). The paper's Y is `seed_label` here; no function is differentiable.
+Where classes tie, the lower one wins. A value exactly at beta_h counts as foreground in all functions (the release's
+region mask does so; no reference value tells about its label). No function is differentiable.
 
-`valid_box` holds top, bottom, left, right (bottom and right exclusive) of the real image inside each padded crop, in pixels of the CAM.
+`valid_box` holds top, bottom, left, right (bottom and right exclusive) of the real image inside each padded crop, in
+pixels of the CAM.
 """
 
 import itertools
@@ -69,8 +71,9 @@ def token_label(
 ) -> Int[Tensor, "B h w"]:
     """The seed label of the CAM resized (bilinearly) to the grid (h, w) of patch tokens.
 
-    A token is inside `valid_box` where its centre is. The release applies the box, which is in pixels, to the grid as it is, so that an
-    image with more padding at its top or left than the grid has tokens is ignored entirely; `pixel_box_on_tokens` does the same.
+    A token is inside `valid_box` where its centre is. The release applies the box, which is in pixels, to the grid as
+    it is, so that an image with more padding at its top or left than the grid has tokens is ignored entirely;
+    `pixel_box_on_tokens` does the same.
     """
     classes, present = _labelled_classes(image_labels)
     resized = _resize(_take(cam, classes), tuple(grid))
@@ -85,7 +88,7 @@ def token_label(
 def eval_label(
     cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"], *, beta: float
 ) -> Int[Tensor, "B H W"]:
-    """0 where the largest value is at most `beta`, otherwise the class that has it: with what a CAM is scored. No pixel is ignored."""
+    """What a CAM is scored with: 0 where the largest value is at most `beta`, otherwise its class; nothing ignored."""
     if not 0 <= beta <= 1:
         raise ToCoError(f"beta = {beta}: 0 to 1 is allowed")
     value, label = _strongest(cam, image_labels)
@@ -101,7 +104,7 @@ def region_mask(
     beta_h: float,
     valid_box: Int[Tensor, "B 4"] | None = None,
 ) -> Int[Tensor, "B H W"]:
-    """0 background, 1 uncertain, 2 foreground: where local views are drawn, and whether they count as positive (section 3.4).
+    """0 background, 1 uncertain, 2 foreground: where local views are drawn, and whether they count as positive.
 
     With `valid_box` padding is background. The release does not look at the box here: leave it out to do the same.
     """
@@ -125,15 +128,15 @@ def pseudo_label(
     dilations: tuple[int, ...] = par.DILATIONS,
     scale: float = 0.5,
 ) -> Int[Tensor, "B H W"]:
-    """The label after PAR: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1], not normalised.
+    """The label after PAR: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1].
 
-    The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale` times the
-    image's size. Refined against the background score beta_h, what is not background is foreground; against beta_l, what is background
-    also against beta_h is background; the rest is uncertain.
+    The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale`
+    times the image's size. Refined against the background score beta_h, what is not background is foreground; against
+    beta_l, what is background also against beta_h is background; the rest is uncertain.
 
-    Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is not refined itself. Both background
-    scores share one affinity. The release rounds the images down to whole grey levels first; do so outside to agree with it in every
-    pixel. Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
+    Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is not refined itself.
+    Both background scores share one affinity. The release rounds the images down to whole grey levels first; do so
+    outside to agree with it in every pixel. Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
     """
     _check_thresholds(beta_l, beta_h)
     if not 0 < scale <= 1:
@@ -167,7 +170,7 @@ def pseudo_label(
 
 
 def affinity_mask(label: Int[Tensor, "B h w"]) -> Int[Tensor, "B N N"]:
-    """Pairs of tokens: 1 same label (background included), 0 different ones, 255 where either is ignored and on the diagonal (section 3.3)."""
+    """Pairs of tokens: 1 same label (background included), 0 different, 255 if one is ignored and on the diagonal."""
     label = label.flatten(1)
     mask = (label[:, :, None] == label[:, None, :]).to(torch.int16)
     ignored = label == IGNORE
@@ -179,8 +182,10 @@ def affinity_mask(label: Int[Tensor, "B h w"]) -> Int[Tensor, "B N N"]:
 def inside_box(
     valid_box: Int[Tensor, "B 4"], grid: tuple[int, int], *, box_size: tuple[int, int] | None = None
 ) -> Bool[Tensor, "B h w"]:
-    """True where the centre of a cell of the grid lies in the box. `box_size` (H, W) is the size that the box is measured in, by default the
-    grid's own."""
+    """True where the centre of a cell of the grid lies in the box.
+
+    `box_size` (H, W) is the size that the box is measured in, by default the grid's own.
+    """
     (h, w), (box_h, box_w) = grid, box_size or grid
     y = (torch.arange(h, device=valid_box.device) + 0.5) * (box_h / h)
     x = (torch.arange(w, device=valid_box.device) + 0.5) * (box_w / w)
@@ -218,7 +223,7 @@ def _strongest(cam: Tensor, image_labels: Tensor) -> tuple[Float[Tensor, "B H W"
 
 
 def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"]]:
-    """The classes 0..K-1 that each image has, in ascending order, and whether the slot is used: k is the most that any image has."""
+    """The classes 0..K-1 that each image has, ascending, and which of the k slots are used (k: most of any image)."""
     present = image_labels > 0
     k = int(present.sum(1).max()) if len(present) else 0
     classes = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]

@@ -1,7 +1,7 @@
 """Scores: mean intersection over union of label maps, mean average precision and F1 of image-level predictions.
 
-Label maps are counted into a confusion matrix (rows: ground truth, columns: prediction), from which every score follows. Pixels whose
-ground truth is 255 are ignored whatever is predicted there.
+Label maps are counted into a confusion matrix (rows: ground truth, columns: prediction), from which every score
+follows. Pixels whose ground truth is 255 are ignored whatever is predicted there.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from .labels import IGNORE
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a confusion matrix, each in [0, 1]. A class that the ground truth never shows does not count in the means, however often it was predicted
-    (the release does so too); its own IoU is 0 if it was predicted and NaN if not. A mean over nothing is NaN.
+    """Scores of a confusion matrix, each in [0, 1].
+
+    A class that the ground truth never shows does not count in the means, however often it was predicted (the release
+    does so too); its own IoU is 0 if it was predicted and NaN if not. A mean over nothing is NaN.
     """
 
     miou: float  # mean of iou over the classes of the ground truth
@@ -31,7 +33,7 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Counts of (ground truth, prediction) pairs over any number of label maps, with C = K + 1 classes, background first."""
+    """Counts of (ground truth, prediction) over any number of label maps with C = K + 1 classes, background first."""
 
     def __init__(self, n_classes: int):
         if not 1 <= n_classes <= IGNORE:
@@ -42,13 +44,13 @@ class ConfusionMatrix:
     def update(self, ground_truth: np.ndarray | Tensor, prediction: np.ndarray | Tensor) -> None:
         """Adds the pixels of label maps of any equal shape, 0..C-1 each; uint8 is fastest.
 
-        Raises ToCoError, and counts nothing, for different shapes and for values outside the classes (255 is allowed in the ground truth,
-        and anything in the prediction where the ground truth is 255).
+        Raises ToCoError, and counts nothing, for different shapes and for values outside the classes (255 is allowed in
+        the ground truth, and anything in the prediction where the ground truth is 255).
         """
         if tuple(ground_truth.shape) != tuple(prediction.shape):
             raise ToCoError(
-                f"prediction of shape {tuple(prediction.shape)} for a ground truth of shape {tuple(ground_truth.shape)}: "
-                "equal shapes are required"
+                f"prediction of shape {tuple(prediction.shape)} for a ground truth of shape "
+                f"{tuple(ground_truth.shape)}: equal shapes are required"
             )
         self.counts += _count(_bytes("ground truth", ground_truth), _bytes("prediction", prediction), self.n_classes)
 
@@ -85,8 +87,11 @@ class MultiLabelScores(NamedTuple):
 
 
 def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor, "B K"]) -> MultiLabelScores:
-    """Average precision ranks the images by a class's logit (equal logits share one rank); F1 predicts the classes whose probability is above 0.5, per
-    image as in the release's training log."""
+    """Average precision per class and F1 per image of image-level logits.
+
+    Average precision ranks the images by a class's logit, equal logits sharing one rank. F1 takes the classes whose
+    probability is above 0.5 (logit above 0) as predicted.
+    """
     logits, wanted = logits.detach().double().cpu().numpy(), (image_labels > 0).cpu().numpy()
     predicted = logits > 0
     hits, total = (predicted & wanted).sum(1), predicted.sum(1) + wanted.sum(1)
@@ -125,7 +130,7 @@ def _bytes(name: str, labels: np.ndarray | Tensor) -> Tensor:
 
 
 def _count(truth: Tensor, prediction: Tensor, n_classes: int) -> np.ndarray:
-    """The confusion matrix of two flat uint8 maps: both values in one small integer, truth in its upper bits, and one count of those."""
+    """Confusion matrix of two flat uint8 maps: one count of small integers with the truth in their upper bits."""
     if not len(truth):
         return np.zeros((n_classes, n_classes), dtype=np.int64)
     bits = max(1, (n_classes - 1).bit_length())

@@ -1,18 +1,21 @@
-"""PAR, pixel-adaptive refinement: scores flow between neighbouring pixels of similar colour (the pseudo labels of ToCo's section 3.2,
-defined in section 3.4 of AFA, "Learning Affinity from Attention", CVPR 2022).
+"""PAR, pixel-adaptive refinement: scores flow between neighbouring pixels of similar colour.
 
-Every pixel i looks at the 8 neighbours j at each of several distances (the dilations). With I the image, s_i the standard deviation of
-a colour channel over those neighbours, |P_i - P_j| the distance in pixels and s_P its standard deviation over the neighbours,
+ToCo refines its pseudo labels with it; it was introduced by AFA ("Learning Affinity from Attention", CVPR 2022).
+
+Every pixel i looks at the 8 neighbours j at each of several distances (the dilations). With I the image, s_i the
+standard deviation of a colour channel over those neighbours, |P_i - P_j| the distance in pixels and s_P its standard
+deviation over the neighbours,
 
     k_rgb(i, j) = -mean over channels of (|I_i - I_j| / (w1 s_i))^2         w1 = 0.3   (COLOUR_WIDTH)
     k_pos(i, j) = -(|P_i - P_j| / (w2 s_P))^2                               w2 = 0.3   (POSITION_WIDTH)
     a(i, j)     = softmax_j k_rgb + w3 softmax_j k_pos                      w3 = 0.01  (POSITION_WEIGHT)
     M_i        <- sum_j a(i, j) M_j                                         repeated
 
-The pixel itself is not among its neighbours, and the image is continued beyond its border by its border pixels. As a(i, .) sums to
-1.01, masks grow by 1.01 per iteration; only their order within a pixel is used. The affinity depends on the image alone:
+The pixel itself is not among its neighbours, and the image is continued beyond its border by its border pixels. The
+weights of a pixel sum to 1.01: masks grow by 1.01 per iteration, and only their order within a pixel is used. The
+affinity depends on the image alone:
 
-    weights = affinity(images)             # once per image, the expensive half
+    weights = affinity(images)             # once per image, about half of the work
     refined = apply(weights, masks)        # as often as there are masks
     refined = refine(images, masks)        # both
 
@@ -37,7 +40,7 @@ STD_EPS = 1e-8  # added to standard deviations: where all neighbours are equal, 
 
 
 class Affinity(NamedTuple):
-    """How much each pixel takes from each of its neighbours: weights[o, b, y, x] belongs to the one at (y, x) + offsets[o]."""
+    """How much each pixel takes from its neighbours: weights[o, b, y, x] from the one at (y, x) + offsets[o]."""
 
     weights: Float[Tensor, "O B H W"]  # sums to 1.01 over o
     offsets: tuple[tuple[int, int], ...]  # (dy, dx)
@@ -75,8 +78,8 @@ def apply(
 ) -> Float[Tensor, "B C H W"]:
     """`iterations` rounds of M_i <- sum_j a(i, j) M_j.
 
-    Masks of another size than the affinity's images are resized first, bilinearly with aligned corners as in the release.
-    Zero iterations only resize. Raises ToCoError for a negative number.
+    Masks of another size than the affinity's images are resized first, bilinearly with aligned corners as in the
+    release. Zero iterations only resize. Raises ToCoError for a negative number.
     """
     if iterations < 0:
         raise ToCoError(f"iterations = {iterations} of PAR: 0 or more are allowed")
