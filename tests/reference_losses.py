@@ -100,7 +100,7 @@ def bilateral_features(levels: Tensor, sigma_xy: float, sigma_rgb: float) -> Ten
 
 
 def lattice_filter(features: Tensor, values: Tensor) -> Tensor:
-    """Splat, blur, slice on the permutohedral lattice with a dictionary, one point at a time (Adams, Baek and Davis, 2010)."""
+    """Splat, blur, slice on the permutohedral lattice (Adams et al., 2010) with a dictionary, one point at a time."""
     P, d = features.shape
     scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
     corners = []  # per point: list of (key, weight)

@@ -1,4 +1,4 @@
-"""The lattice against a dictionary version and against the Gaussian it stands for; the energy and the dense CRF against loops."""
+"""The lattice against a dictionary version and against the Gaussian; the energy and the dense CRF against loops."""
 
 import dataclasses
 import inspect
@@ -24,8 +24,9 @@ from toco_core.crf import (
 from toco_core.errors import ToCoError
 
 B, C, H, W = 2, 4, 10, 14
-# A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where rounding decides which vertices
-# of weight 0 take part in the blur: the standard deviation is no whole number of pixels, so that fast and slow must agree.
+# A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where
+# rounding decides which vertices of weight 0 take part in the blur: the standard deviation is no whole number of
+# pixels, so that fast and slow must agree.
 SETTINGS = {"weight": 0.01, "sigma_rgb": 60.0, "sigma_xy": 7.3, "scale": 0.5}
 BOXES = torch.tensor([[0, H, 0, W], [2, 9, 3, 12]])
 

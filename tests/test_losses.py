@@ -1,4 +1,4 @@
-"""The loss terms: against slow versions written from the equations, at the edges of what a batch can hold, in memory and under autocast."""
+"""The loss terms against slow versions written from the equations, and at the edges of what a batch can hold."""
 
 import inspect
 

@@ -1,10 +1,11 @@
 """Filtering by appearance: the permutohedral lattice, the dense energy loss and the dense CRF that stand on it.
 
-A pixel is a point (x, y, red, green, blue), each divided by its standard deviation. Gaussian filtering in that space averages pixels that are near
-and alike. The lattice does it in time linear in the number of pixels (Adams, Baek and Davis, "Fast high-dimensional filtering using the
-permutohedral lattice", 2010): every point spreads its value on the corners of the simplex that it lies in (splat), the lattice is blurred
-along its axes, every point collects from its corners (slice). Building the lattice is the expensive half and depends on the image only: build
-once, filter many times. Plain torch, any device, nothing compiled.
+A pixel is a point (x, y, red, green, blue), each divided by its standard deviation. Gaussian filtering in that space
+averages pixels that are near and alike. The lattice does it in time linear in the number of pixels (Adams, Baek and
+Davis, "Fast high-dimensional filtering using the permutohedral lattice", 2010): every point spreads its value on the
+corners of the simplex that it lies in (splat), the lattice is blurred along its axes, every point collects from its
+corners (slice). Building the lattice is the expensive half and depends on the image only: build once, filter many
+times. Plain torch, any device, nothing compiled.
 """
 
 import math
@@ -26,9 +27,10 @@ NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square r
 
 @dataclass(frozen=True)
 class Lattice:
-    """The permutohedral lattice of P points with d features: which corners each point touches and how the corners hang together.
+    """The permutohedral lattice of P points with d features: the corners around each point, and their neighbours.
 
-    Made by `Lattice.build` or `image_lattice`; tensors only, so it can be made in a loader's worker and sent to a device with `to`.
+    Made by `Lattice.build` or `image_lattice`; tensors only, so it can be made in a loader's worker and sent to a
+    device with `to`.
     """
 
     corners: Int[Tensor, "P d1"]  # the d + 1 lattice vertices around each point
@@ -42,8 +44,8 @@ class Lattice:
     def build(features: Float[Tensor, "P d"]) -> "Lattice":
         """The lattice of points whose features are already divided by their standard deviations.
 
-        Waits for the device, as the number of vertices M depends on the values. Features so large that the vertices cannot be numbered by
-        64 bits are refused, and so is what is not finite.
+        Waits for the device, as the number of vertices M depends on the values. Features so large that the vertices
+        cannot be numbered by 64 bits are refused, and so is what is not finite.
         """
         if not features.isfinite().all():
             raise ToCoError("features holds NaN or infinity: allowed are finite values")
@@ -52,8 +54,9 @@ class Lattice:
             return _connect(origin, rank, weights)
 
     def filter(self, values: Float[Tensor, "P F"]) -> Float[Tensor, "P F"]:
-        """Splat, blur, slice. Linear in `values`; approximately sum over q of exp(-|f_p - f_q|^2 / 2) value_q, the point itself
-        included, times a constant that depends on d (about 0.57 for five features). No gradient flows through."""
+        """Splat, blur, slice. Linear in `values`; approximately sum over q of exp(-|f_p - f_q|^2 / 2) value_q, the
+        point itself included, times a constant that depends on d (about 0.57 for five features). No gradient flows
+        through."""
         if values.shape[0] != self.corners.shape[0]:
             raise ToCoError(
                 f"values has {values.shape[0]} points: allowed is the number in the lattice, {self.corners.shape[0]}"
@@ -74,7 +77,7 @@ class Lattice:
 
 
 def image_lattice(image: Float[Tensor, "3 H W"], *, sigma_xy: float, sigma_rgb: float) -> Lattice:
-    """The lattice of all pixels of an image in [0, 1], row by row. `sigma_xy` in pixels, `sigma_rgb` in grey levels, of which 255 are 1."""
+    """The lattice of all pixels of an image in [0, 1], row by row. `sigma_xy` in pixels, `sigma_rgb` in 255ths."""
     levels = 255 * _at_least_float32(image).flatten(1).T
     positions = _positions(*image.shape[1:], like=levels)
     return Lattice.build(torch.cat([positions / sigma_xy, levels / sigma_rgb], dim=1))
@@ -83,9 +86,10 @@ def image_lattice(image: Float[Tensor, "3 H W"], *, sigma_xy: float, sigma_rgb: 
 def energy_lattices(
     images: Float[Tensor, "B 3 H W"], *, sigma_rgb: float = 15.0, sigma_xy: float = 100.0, scale: float = 0.5
 ) -> list[Lattice]:
-    """One lattice per image as `dense_energy_loss` needs it, to be made ahead of time (in the loader, or once for a fixed image).
+    """One lattice per image as `dense_energy_loss` needs it, to be made ahead of time, for instance in the loader.
 
-    The settings must be those of the loss. Images in [0, 1] are reduced by `scale` to the nearest pixel; `sigma_xy` shrinks with them.
+    The settings must be those of the loss. Images in [0, 1] are reduced by `scale` to the nearest pixel; `sigma_xy`
+    shrinks with them.
     """
     rows, columns = _nearest_pixels(images, _scaled_size(images, scale))
     small = images[:, :, rows[:, None], columns]
@@ -104,26 +108,29 @@ def dense_energy_loss(
     scale: float = 0.5,
     lattices: Sequence[Lattice] | None = None,
 ) -> Float[Tensor, ""]:
-    """Dense energy of the regularised losses (Tang et al., ECCV 2018), section 3.4 of the paper: like pixels shall get like labels.
+    """Dense energy of the regularised losses (Tang et al., ECCV 2018): like pixels shall get like labels.
 
-    With S the class probabilities inside `valid_box` (top, bottom, left, right; the whole image if None), W the bilateral filter of the image
-    and g a gate per pixel, all at `scale` times the size,
+    With S the class probabilities inside `valid_box` (top, bottom, left, right; the whole image if None), W the
+    bilateral filter of the image and g a gate per pixel, all at `scale` times the size,
 
         -weight / B * sum over classes of S^T diag(g) W S
 
-    `g` is 1 where `label` is 255; elsewhere 1 - the pixel's largest probability, so that what is labelled and learnt is left alone. It
-    counts as a constant. Probabilities are reduced bilinearly, images and labels to the nearest pixel, sizes rounded down.
+    `g` is 1 where `label` is 255; elsewhere 1 - the pixel's largest probability, so that what is labelled and learnt is
+    left alone. It counts as a constant. Probabilities are reduced bilinearly, images and labels to the nearest pixel,
+    sizes rounded down.
 
-    Images in [0, 1]. Computed in float32 (float64 logits: float64). `lattices` as made by `energy_lattices` with the same settings
-    saves most of the time; without, they are built here, which waits for the device.
+    Images in [0, 1]. Computed in float32 (float64 logits: float64). `lattices` as made by `energy_lattices` with the
+    same settings saves half of the time; without, they are built here, which waits for the device.
 
-    As in the release the gradient with respect to S is -2 weight / B * g W S, as if diag(g) W were symmetric. It is not: g differs between
-    pixels, and the lattice blurs axis after axis, which is noticeable on images of a few pixels. The published weights were chosen with it.
+    As in the release the gradient with respect to S is -2 weight / B * g W S, as if diag(g) W were symmetric. It is
+    not: g differs between pixels, and the lattice blurs axis after axis, which is noticeable on images of a few pixels.
+    The published weights were chosen with it.
     """
     B, _, H, W = logits.shape
     if images.shape[-2:] != (H, W) or label.shape[-2:] != (H, W):
         raise ToCoError(
-            f"images {tuple(images.shape[-2:])} and label {tuple(label.shape[-2:])}: allowed is the size of the logits, {(H, W)}"
+            f"images {tuple(images.shape[-2:])} and label {tuple(label.shape[-2:])}: "
+            f"allowed is the size of the logits, {(H, W)}"
         )
     if lattices is None:
         lattices = energy_lattices(images, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
@@ -162,7 +169,7 @@ def crf_lattices(
     appearance_sigma_xy: float = 121.0,
     appearance_sigma_rgb: float = 5.0,
 ) -> list[Lattice]:
-    """The two lattices of an image in [0, 1] that `dense_crf` needs, to be used for several predictions: position, then appearance."""
+    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, to be used for many predictions."""
     positions = _positions(*image.shape[1:], like=_at_least_float32(image))
     return [
         Lattice.build(positions / position_sigma),
@@ -184,11 +191,13 @@ def dense_crf(
 ) -> Float[Tensor, "C H W"]:
     """Inference in a fully connected CRF (Krahenbuhl and Koltun, 2011), as applied to segmentations before scoring.
 
-    `probs` are class probabilities (the softmax of logits), the image is in [0, 1]; returns class probabilities that follow its edges.
-    Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in pixels, and `appearance_weight` times a
-    Gaussian of their distance and of their difference in grey levels (Potts model). The defaults are the release's for VOC.
+    `probs` are class probabilities (the softmax of logits), the image is in [0, 1]; returns class probabilities that
+    follow its edges. Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in
+    pixels, and `appearance_weight` times a Gaussian of their distance and of their difference in grey levels (Potts
+    model). The defaults are those usual for VOC.
 
-    `lattices` as made by `crf_lattices` with the same standard deviations saves a quarter of the time where an image is used again.
+    `lattices` as made by `crf_lattices` with the same standard deviations saves a quarter of the time where an image is
+    used again.
     """
     _, H, W = probs.shape
     if image.shape[-2:] != (H, W):
@@ -214,8 +223,8 @@ def mean_field(
 ) -> Float[Tensor, "P C"]:
     """Mean-field inference: start from `probs`; then again and again let every pixel hear what its neighbours believe.
 
-    `kernels` are (weight, filter) pairs; a filter maps P F to P F, linearly. It is divided symmetrically by the square roots of its row
-    sums, so its scale does not matter. A pixel hears itself too, as in the common implementation.
+    `kernels` are (weight, filter) pairs; a filter maps P F to P F, linearly. It is divided symmetrically by the square
+    roots of its row sums, so its scale does not matter. A pixel hears itself too, as in the common implementation.
     """
     norms = [(apply(torch.ones_like(probs[:, :1])) + NORM_EPSILON).rsqrt() for _, apply in kernels]
     unary = probs.clamp(min=PROBABILITY_EPSILON).log()
@@ -229,10 +238,11 @@ def mean_field(
 
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P d -> the nearest remainder-0 vertex, the rank of each coordinate and the barycentric weights, as (d + 1) P each.
+    """P d -> nearest remainder-0 vertex, rank of each coordinate, and barycentric weights, as (d + 1) P each.
 
-    The lattice lies in the plane of d + 1 coordinates that sum to 0: its vertices are whole numbers, equal modulo d + 1. Features are
-    stretched such that blurring with [1/2 1 1/2] along each axis is a Gaussian of standard deviation 1.
+    The lattice lies in the plane of d + 1 coordinates that sum to 0. Its vertices are whole numbers, equal modulo
+    (d + 1). Features are stretched so that the blur [1/2 1 1/2] along all axes is a Gaussian of standard deviation 1. A
+    point on the border of two simplices belongs to either; they differ in vertices of weight 0, which the blur sees.
     """
     P, d = features.shape
     index = torch.arange(d, device=features.device, dtype=features.dtype)
@@ -269,8 +279,8 @@ def _connect(origin: Tensor, rank: Tensor, weights: Tensor) -> Lattice:
     """Number the vertices that are touched, and find the neighbours of each along every axis."""
     axes, P = origin.shape
     d, device = axes - 1, origin.device
-    # A vertex is named by its first d coordinates, packed in one integer with room for a step of d on both sides, so that a step
-    # along an axis is one addition.
+    # A vertex is named by its first d coordinates, packed in one integer with room for a step of d on both sides, so
+    # that a step along an axis is one addition.
     low, high = (bound.cpu() for bound in torch.aminmax(origin[:d], dim=1))
     extents = [int(h - l) + 4 * d + 3 for h, l in zip(high, low, strict=True)]
     if math.prod(extents) >= 2**63:
@@ -308,7 +318,7 @@ def _connect(origin: Tensor, rank: Tensor, weights: Tensor) -> Lattice:
 
 
 def _weighted_sum(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Result s is the sum of weights[s, e] * table[rows[s, e]] over e; with `starts`, over the e from starts[s] up to the next start."""
+    """Row s is the sum over e of weights[s, e] * table[rows[s, e]]; with `starts`, over e from start s to the next."""
     return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)
 
 
@@ -327,7 +337,7 @@ def _scaled_size(images: Tensor, scale: float) -> tuple[int, int]:
 
 
 def _nearest_pixels(images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The rows and the columns that reduction to the nearest pixel keeps: the first of those that each small pixel covers."""
+    """The rows and columns that reduction to the nearest pixel keeps: the first that each small pixel covers."""
     rows, columns = (torch.arange(small, device=images.device) for small in size)
     H, W = images.shape[-2:]
     return rows * H // size[0], columns * W // size[1]

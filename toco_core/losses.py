@@ -1,7 +1,8 @@
 """The loss terms that read tokens and logits: classification, patch token contrast, class token contrast, segmentation.
 
-Every function is pure, returns one number to be weighted and summed (equation 8 of the paper), computes in float32 even inside
-autocast (float64 stays float64), and waits for no device. The dense energy, which reads the image too, is in `crf`.
+Every function is pure, returns one number to be weighted and summed, computes in float32 even
+inside autocast (float64 stays float64), and waits for no device. The dense energy, which reads the image too, is in
+`crf`.
 """
 
 import math
@@ -24,7 +25,7 @@ PTC_ROWS = 128  # rows of the N x N similarity that PTC holds at a time
 
 
 def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
-    """Multi-label soft margin loss, equation 2: binary cross-entropy of every class, mean over classes and images.
+    """Multi-label soft margin loss: binary cross-entropy of every class, mean over classes and images.
 
     `image_labels` in {0, 1}, foreground classes only. Used for the classifier and for the auxiliary classifier alike.
     """
@@ -36,20 +37,20 @@ def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor
 def ptc_loss(
     patch_map: Float[Tensor, "B D h w"], label: Integer[Tensor, "B h w"], *, keep_constant: bool = False
 ) -> Float[Tensor, ""]:
-    """Patch token contrast, equation 4: tokens of one class shall be alike, tokens of different classes shall not.
+    """Patch token contrast (PTC): tokens of one class shall be alike, tokens of different classes shall not.
 
         1/2 (1 - mean over same pairs |cos|) + 1/2 mean over different pairs |cos|,    mean = sum / (pairs + 1)
 
-    `patch_map` are the tokens of the last block; `label`, at their scale, is the thresholded auxiliary CAM and says what each token shows (0
-    background, 1..K). Pairs are ordered pairs of two distinct tokens of one image, the means run over the pairs of the whole batch, and a
-    pair with a token labelled 255 counts nowhere. The paper writes cos, the release takes its absolute value, and so do we: opposite tokens are
-    as "alike" as equal ones.
+    `patch_map` are the tokens of the last block; `label`, at their scale, is the thresholded auxiliary CAM and says
+    what each token shows (0 background, 1..K). Pairs are ordered pairs of two distinct tokens of one image, the means
+    run over the pairs of the whole batch, and a pair with a token labelled 255 counts nowhere. With the
+    absolute value, which is the release's, opposite tokens are as "alike" as equal ones.
 
-    Memory is linear in N: pairs are counted in closed form from the class sizes, and the similarities are visited a block of rows at a
-    time with the gradient taken on the way. Differentiable once.
+    Memory is linear in N: pairs are counted in closed form from the class sizes, and the similarities are visited a
+    block of rows at a time with the gradient taken on the way. Differentiable once.
 
-    A half without any pair is 0. The release leaves the constant 1/2 of the same-class half there, with the same gradient; `keep_constant`
-    brings it back.
+    A half without any pair is 0. The release leaves the constant 1/2 of the same-class half there, with the same
+    gradient; `keep_constant` brings it back.
     """
     if label.shape[-2:] != patch_map.shape[-2:]:
         raise ToCoError(
@@ -78,19 +79,21 @@ def ctc_loss(
     temperature: float = 0.5,
     negatives_only_term: bool = True,
 ) -> Float[Tensor, ""]:
-    """Class token contrast, equation 5: views that show foreground approach the global view, views of background leave it.
+    """Class token contrast (CTC): views of foreground approach the global view, views of background leave it.
 
-    `student` are the projected class tokens of all views (the global ones first), `teacher` those of the G = 2 global views through the
-    averaged head; both of length 1. `is_positive` is true where a view shows the image's objects, as the global views always do.
-    With p = exp(student . teacher / temperature) and n the sum of p over an image's negative views, an image costs
+    `student` are the projected class tokens of all views (the global ones first), `teacher` those of the G = 2 global
+    views through the averaged head; both of length 1. `is_positive` is true where a view shows the image's objects, as
+    the global views always do. With p = exp(student . teacher / temperature) and n the sum of p over an image's
+    negative views, an image costs
 
         sum over positive views of -log(p / (p + n + 1e-4))  +  log(1 + n + 1e-4)
 
-    divided by (positive views + 1e-4); the result is the mean over teacher views and images. No gradient reaches the teacher.
+    divided by (positive views + 1e-4); the result is the mean over teacher views and images. No gradient reaches the
+    teacher.
 
-    The second term is not in the paper: the release adds it once per image, and an image without positive local views learns from it
-    too. The published weight of CTC was chosen with it; `negatives_only_term=False` leaves it out. An image without any positive view, which
-    the release never meets and would multiply by 1e4, costs 0.
+    The second term is no part of InfoNCE: the release adds it once per image, and an image without positive local views
+    learns from it too. The published weight of CTC was chosen with it; `negatives_only_term=False` leaves it out. An
+    image without any positive view, which the release never meets and would multiply by 1e4, costs 0.
     """
     if temperature <= 0:
         raise ToCoError(f"temperature = {temperature}: allowed are numbers above 0")
@@ -113,10 +116,11 @@ def ctc_loss(
 def segmentation_loss(
     logits: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"], *, nan_when_empty: bool = False
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with background and foreground in balance: half the mean over pixels of class 0, half the mean over pixels 1..K.
+    """Cross-entropy in balance: half the mean over the background's pixels, half the mean over those of 1..K.
 
-    255 is ignored. A half without pixels is 0 and has gradient 0, so a label without a valid pixel costs 0. In the release it is NaN, and NaN
-    times weight 0 is NaN: one such batch in the warm-up ends the training. `nan_when_empty` does the same.
+    255 is ignored. A half without pixels is 0 and has gradient 0, so a label without a valid pixel costs 0. In the
+    release it is NaN, and NaN times weight 0 is NaN: one such batch in the warm-up ends the training. `nan_when_empty`
+    does the same.
     """
     if label.shape[-2:] != logits.shape[-2:]:
         raise ToCoError(
@@ -133,9 +137,12 @@ def segmentation_loss(
 
 
 class _WeightedSimilarity(torch.autograd.Function):
-    """sum over pairs i != j of weight_ij |t_i . t_j|, where the weight depends on whether the labels agree. Ignored tokens must be 0.
+    """Sum over pairs i != j of weight_ij |t_i . t_j|, one weight where labels agree and one where they differ.
 
-    The gradient is a by-product of the blocks of the forward pass, so it is computed there: nothing of size N x N is kept or redone.
+    Ignored tokens must be 0.
+
+    The gradient is a by-product of the blocks of the forward pass, so it is computed there: nothing of size N x N is
+    kept or redone.
     """
 
     @staticmethod
@@ -164,7 +171,7 @@ class _WeightedSimilarity(torch.autograd.Function):
 
 
 def _count_pairs(label: Int[Tensor, "B N"]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
-    """Ordered pairs of distinct valid tokens of one image with the same class, and with different classes, from the class sizes alone."""
+    """Ordered pairs of distinct valid tokens of one image: of the same class, of different classes."""
     sizes = torch.zeros(label.shape[0], IGNORE + 1, dtype=torch.long, device=label.device)
     sizes.scatter_add_(1, label, torch.ones_like(label))
     sizes = sizes[:, :IGNORE]
