@@ -169,7 +169,7 @@ def crf_lattices(
     appearance_sigma_xy: float = 121.0,
     appearance_sigma_rgb: float = 5.0,
 ) -> list[Lattice]:
-    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, to be used for many predictions."""
+    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions."""
     positions = _positions(*image.shape[1:], like=_at_least_float32(image))
     return [
         Lattice.build(positions / position_sigma),
