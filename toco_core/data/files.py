@@ -1,0 +1,142 @@
+"""Read one image or one mask from disk, or say by name what is wrong with the file.
+
+Pixels leave as `uint8`: images `H W 3` in RGB, masks `H W` with class values (0 background, 1..K, 255 = ignore).
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from toco_core.errors import ToCoError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
+MASK_SUFFIXES = (".png", ".bmp")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP")
+MAX_PIXELS = 2**27  # 134 million: a larger image is taken for a decompression bomb
+PROGRESS_FROM = 500  # files; shorter jobs show no bar
+
+
+def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode a JPEG, PNG or BMP file to RGB, whatever it holds.
+
+    Grey is repeated, alpha is dropped, 16-bit keeps its upper byte, CMYK is converted, and the EXIF rotation is
+    applied. Raises ToCoError, naming the file, where it is missing, truncated, not an image, or larger than
+    `MAX_PIXELS`.
+    """
+    data = _read_bytes(path)
+    _open(path, data, IMAGE_FORMATS)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ToCoError(f"{path} cannot be decoded: {error.err or error}") from error
+    if image is None:
+        raise ToCoError(f"{path} is damaged: its pixels cannot be decoded")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
+    """The values of a palette or grey PNG (or BMP), unchanged: palette indices, not palette colours.
+
+    Raises ToCoError, naming the file, as `read_image`, and where the file holds colours or values above 255.
+    """
+    data = _read_bytes(path)
+    image = _open(path, data, ("PNG", "BMP"))
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "LA", "PA"):
+        raise ToCoError(f"{path} is a colour image ({image.mode}): a mask is a palette or grey PNG of class values")
+    try:
+        values = np.asarray(image.getchannel(0) if image.mode in ("LA", "PA") else image)
+    except Exception as error:  # the decoder's errors are of many types, and all of them mean the file
+        raise ToCoError(f"{path} is damaged: {error}") from error
+    if image.mode == "L" and image.format == "PNG" and data[24] < 8:  # IHDR: bit depth; PIL stretches grey to 0..255
+        values = values // (255 // (2 ** data[24] - 1))
+    if values.max(initial=0) > 255 or values.min(initial=0) < 0:
+        raise ToCoError(f"{path} holds the value {values.max()}: mask values are 0..255")
+    return np.array(values, dtype=np.uint8)
+
+
+def index_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Name (path below `folder` without suffix, with `/`) -> file, for the files in `folder` with one of `suffixes`."""
+    found: dict[str, Path] = {}
+    rank: dict[str, int] = {}
+    for parent, _, files in os.walk(folder):
+        below = Path(parent).relative_to(folder)
+        for file in files:
+            suffix = Path(file).suffix.lower()
+            if suffix not in suffixes:
+                continue
+            name = (below / file).with_suffix("").as_posix()
+            if rank.get(name, len(suffixes)) > suffixes.index(suffix):
+                found[name], rank[name] = Path(parent, file), suffixes.index(suffix)
+    return found
+
+
+def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, progress: bool = True) -> list:
+    """`[function(item) for item in items]` on several threads, in order; a progress bar for more than `PROGRESS_FROM`.
+
+    All items are visited even if some fail. Raises one ToCoError: the first failure, and how many more there are.
+    """
+
+    def attempt(item):
+        try:
+            return function(item), None
+        except ToCoError as error:
+            return None, error
+
+    items = list(items)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(attempt, items)
+        outcomes = list(tqdm(done, desc=what, total=len(items), disable=not progress or len(items) <= PROGRESS_FROM))
+    errors = [error for _, error in outcomes if error is not None]
+    if errors:
+        more = f" ({len(errors) - 1} more of {len(items)} files have problems)" if len(errors) > 1 else ""
+        raise ToCoError(f"{errors[0]}{more}") from errors[0]
+    return [value for value, _ in outcomes]
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise ToCoError(f"{path} is empty (0 bytes)")
+    return data
+
+
+def _open(path: Path | str, data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """The header, checked, pixels not decoded yet; and the file is whole, which not every decoder minds."""
+    try:
+        image = Image.open(BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ToCoError(f"{path} is refused: {error}") from error
+    except Exception as error:
+        raise ToCoError(f"{path} is not a readable {' or '.join(formats)} file") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ToCoError(f"{path} is {image.height} x {image.width}: at most {MAX_PIXELS} pixels are read")
+    whole = {"JPEG": _jpeg_is_whole, "PNG": lambda data: b"IEND" in data}.get(image.format, lambda data: True)
+    if not whole(data):
+        raise ToCoError(f"{path} is truncated: the end of the {image.format} file is missing ({len(data)} bytes)")
+    return image
+
+
+def _jpeg_is_whole(data: bytes) -> bool:
+    """An end-of-image marker follows the first scan. (A thumbnail in the header may have one of its own.)"""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker == 0xDA:  # start of scan: from here FF is stuffed, so FF D9 can only be the end
+            return data.find(b"\xff\xd9", position) >= 0
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False

@@ -1,0 +1,271 @@
+"""Batches for training and images for evaluation, the same bits with any number of worker processes.
+
+Which images a step sees, and how they are varied, follows from (seed, step, place in the batch) alone: a run resumed at
+step 1000 sees what the uninterrupted run saw, and no random state needs saving.
+
+Batches hold `uint8` (a quarter of the bytes between processes); `to_unit` and `normalise` make floats on the training
+device.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from toco_core.data.augment import resize, training_views
+from toco_core.data.files import map_files
+from toco_core.errors import ToCoError
+
+
+class ImageSource(Protocol):
+    """What the loaders ask of a data set; `VOCFolder` is one."""
+
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> np.ndarray: ...
+    def mask(self, index: int) -> np.ndarray | None: ...
+    @property
+    def image_labels(self) -> np.ndarray: ...
+
+
+class Batch(NamedTuple):
+    """One step's images. See `training_views` for the three kinds of view."""
+
+    names: tuple[str, ...]
+    images: UInt8[Tensor, "B 3 H W"]
+    global_view: UInt8[Tensor, "B 3 H W"]
+    local_image: UInt8[Tensor, "B 3 H W"]
+    image_labels: Float[Tensor, "B K"]
+    valid_box: Int64[Tensor, "B 4"]  # top, bottom, left, right
+
+
+class EvalItem(NamedTuple):
+    """One image to evaluate; `mask` is always of native size."""
+
+    name: str
+    image: UInt8[Tensor, "1 3 H W"]
+    mask: UInt8[np.ndarray, "h w"] | None
+    image_labels: Float[Tensor, "1 K"]
+
+
+def training_batches(
+    source: ImageSource,
+    *,
+    crop_size: int | tuple[int, int],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    workers: int = 0,
+    cache: bool = False,
+    start_method: str | None = None,
+    pin_memory: bool = False,
+    **view_options,
+) -> Iterator[Batch]:
+    """Batches of the steps `start_step` .. `stop_step` - 1; without `stop_step` they never end.
+
+    The images come in a fresh random order per pass (see `sample_order`); a batch goes on into the next pass, so that
+    each is full also where the split is smaller than the batch.
+
+    workers: processes that load; 0 loads here. start_method: "fork", "spawn" or "forkserver", None: Python's default.
+    cache: decode every image once, before the first step, and keep it (H W 3 bytes each, once for all workers).
+    view_options: keywords of `training_views` besides image, crop size and rng.
+
+    Raises ToCoError at once for bad numbers and, while iterating, naming the file, where an image cannot be read.
+    """
+    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(0, seed=seed, start_step=start_step, workers=workers)
+    if len(source) < 1:
+        raise ToCoError("the data set is empty: at least one image is needed to train")
+    options = dict(view_options, crop_size=crop_size)
+    training_views(np.zeros((8, 8, 3), np.uint8), rng=np.random.default_rng(0), **options)  # refuses bad options now
+    dataset = _TrainingSamples(source, seed, options, ImageCache(source) if cache else None)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_StepSampler(len(source), batch_size, seed, start_step, stop_step),
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        **_worker_options(workers, start_method),
+    )
+    return _items(loader)
+
+
+def evaluation_items(
+    source: ImageSource, *, size: int | tuple[int, int] | None = None, workers: int = 0, start_method: str | None = None
+) -> Iterator[EvalItem]:
+    """Every image once, in the order of the list, at native size or stretched to `size` (square, or (H, W)).
+
+    Shrinking averages areas, enlarging is bilinear. Masks are never resized: scores are taken at native size.
+    Raises ToCoError, naming the file, where an image or mask cannot be read.
+    """
+    _check_at_least(0, workers=workers)
+    target = (size, size) if isinstance(size, int) else size
+    if target is not None:
+        _check_at_least(1, size=min(target))
+    loader = DataLoader(
+        _EvaluationSamples(source, target), batch_size=None, collate_fn=_same, **_worker_options(workers, start_method)
+    )
+    return _items(loader)
+
+
+def to_unit(images: Shaped[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
+    """`uint8` images as float32 in [0, 1]; images that are float already pass unchanged."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def normalise(
+    images: Shaped[Tensor, "*batch 3 H W"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "*batch 3 H W"]:
+    """(images - mean) / std per RGB channel, for `uint8` or floats in [0, 1]. Black padding becomes -mean / std."""
+    images = to_unit(images)
+    mean, std = (
+        torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None] for values in (mean, std)
+    )
+    return (images - mean) / std
+
+
+def sample_order(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
+    """The order of `n` images in pass number `epoch`: a permutation that follows from (seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class ImageCache:
+    """All decoded images of a source in one flat tensor, which worker processes share instead of copying it."""
+
+    def __init__(self, source: ImageSource):
+        images = map_files(source.image, range(len(source)), what="decoding images")
+        self.shapes = [image.shape for image in images]
+        self.starts = list(itertools.accumulate((image.size for image in images), initial=0))
+        self.pixels = torch.empty(self.starts[-1], dtype=torch.uint8)
+        flat = self.pixels.numpy()
+        for start, stop, image in zip(self.starts, self.starts[1:], images, strict=False):
+            flat[start:stop] = image.ravel()
+
+    def image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """A view of the kept pixels: not to be written to."""
+        return self.pixels[self.starts[index] : self.starts[index + 1]].numpy().reshape(self.shapes[index])
+
+
+class _Failure(NamedTuple):
+    """An error on its way from a worker process, as one line."""
+
+    message: str
+
+
+class _StepSampler:
+    """For each step, the (position in the endless stream, index of the image) of its samples."""
+
+    def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int | None):
+        self.n, self.batch_size, self.seed, self.start, self.stop = n, batch_size, seed, start, stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, None
+        for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    order = sample_order(self.n, self.seed, epoch)
+                batch.append((position, int(order[position % self.n])))
+            yield batch
+
+
+class _TrainingSamples(Dataset):
+    def __init__(self, source: ImageSource, seed: int, options: dict, cache: ImageCache | None):
+        self.source, self.seed, self.options, self.cache = source, seed, options, cache
+        self.labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32)
+
+    def __getitem__(self, key: tuple[int, int]):
+        position, index = key
+        name = self.source.names[index]
+        try:
+            image = (self.cache or self.source).image(index)
+            views = training_views(image, rng=np.random.default_rng((self.seed, 1, position)), **self.options)
+        except Exception as error:  # noqa: BLE001  whatever it is, it belongs to this file
+            return _failure(name, error)
+        return name, *(torch.from_numpy(array) for array in views), self.labels[index]
+
+
+class _EvaluationSamples(Dataset):
+    def __init__(self, source: ImageSource, size: tuple[int, int] | None):
+        self.source, self.size = source, size
+        self.labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        name = self.source.names[index]
+        try:
+            image, mask = self.source.image(index), self.source.mask(index)
+        except Exception as error:  # noqa: BLE001
+            return _failure(name, error)
+        if self.size is not None:
+            image = resize(image, *self.size)
+        chw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return EvalItem(name, chw[None], mask, self.labels[index][None])
+
+
+def _failure(name: str, error: Exception) -> _Failure:
+    """The error with the name of its image: raised in the main process, carried there in one line from a worker."""
+    message = str(error) if isinstance(error, ToCoError) else f"image {name}: {type(error).__name__}: {error}"
+    if get_worker_info() is None:
+        raise ToCoError(message) from error
+    return _Failure(message)
+
+
+def _collate(samples: list):
+    failed = next((sample for sample in samples if isinstance(sample, _Failure)), None)
+    if failed is not None:
+        return failed
+    names, images, global_view, local_image, valid_box, labels = zip(*samples, strict=True)
+    stacked = (torch.stack(part) for part in (images, global_view, local_image, labels, valid_box))
+    return Batch(names, *stacked)
+
+
+def _same(item):
+    return item
+
+
+def _worker_options(workers: int, start_method: str | None) -> dict:
+    if workers == 0:
+        return {}
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _start_worker,
+        "multiprocessing_context": start_method,
+        "prefetch_factor": 4,
+    }
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # one process per core already; and OpenCV's threads do not survive a fork
+
+
+def _items(loader: DataLoader) -> Iterator:
+    """What the loader yields, with errors from its workers raised as ToCoError."""
+    try:
+        for item in loader:
+            if isinstance(item, _Failure):
+                raise ToCoError(item.message)
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ToCoError(
+            f"a loader process ended ({str(error).splitlines()[0]}): "
+            "too little memory, or /dev/shm too small; try workers=0"
+        ) from error
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ToCoError(f"{name} = {value} must be at least {least}")
