@@ -9,7 +9,7 @@ device.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from toco_core.data.files import map_files
 from toco_core.errors import ToCoError
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """What the loaders ask of a data set; `VOCFolder` is one."""
 

@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -98,7 +98,7 @@ class VOCFolder:
         split: str,
         *,
         class_names: Sequence[str] | None = None,
-        labels: Mapping[str, Sequence] | Path | str | None = None,
+        labels: Mapping[str, Any] | Path | str | None = None,
         require_masks: bool = True,
     ):
         self.root, self.split = Path(root), split
@@ -240,7 +240,7 @@ def check(
     split: str,
     *,
     class_names: Sequence[str] | None = None,
-    labels: Mapping[str, Sequence] | Path | str | None = None,
+    labels: Mapping[str, Any] | Path | str | None = None,
     require_masks: bool = True,
     progress: bool = True,
 ) -> Report:
@@ -431,7 +431,7 @@ def _one_hot(present: Iterable[str], class_names: Sequence[str], source: Path | 
 
 
 def _given_labels(
-    labels: Mapping[str, Sequence] | Path | str, names: Sequence[str], class_names: Sequence[str]
+    labels: Mapping[str, Any] | Path | str, names: Sequence[str], class_names: Sequence[str]
 ) -> list[UInt8[np.ndarray, " K"]]:
     """Label rows in the order of `names` from a mapping or from an .npy file."""
     source = "labels" if isinstance(labels, Mapping) else str(labels)
@@ -459,7 +459,7 @@ def _given_labels(
     return rows
 
 
-def _read_npy_labels(path: Path) -> Mapping[str, Sequence] | np.ndarray:
+def _read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
     """An N K array, or the pickled mapping name -> row that this field passes around, read without running its code."""
     try:
         with path.open("rb") as file:
