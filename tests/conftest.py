@@ -2,4 +2,4 @@
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook("toco_core", "beartype.beartype")
+_hook = install_import_hook("toco_core", "shape_check.check")

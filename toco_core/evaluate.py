@@ -1,0 +1,174 @@
+"""Scores of a model on a split: CAM, auxiliary CAM, segmentation and image-level predictions.
+
+As published: the image at `size` square, CAM of the image's labelled classes over scales and mirrored, brought to native
+size, where void pixels (255) do not count. A CAM becomes a label by one threshold `beta`; scores are kept for twenty
+thresholds at once, so that a threshold can be chosen on one split and used on another.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .cam import multi_scale_cam
+from .data import EvalItem, evaluation_items, to_unit
+from .errors import ToCoError
+from .labels import upsampled_argmax, valid_cam
+from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
+from .model import ToCo
+
+N_THRESHOLDS = 20
+IGNORE = 255
+
+
+class CAMCounts:
+    """Confusion matrices of a CAM at the thresholds 0, 1/20, ..., 1: counted once, read at any of them."""
+
+    betas = np.arange(N_THRESHOLDS + 1) / N_THRESHOLDS
+
+    def __init__(self, n_classes: int):
+        self.n_classes = n_classes
+        self.counts = np.zeros((N_THRESHOLDS + 1, n_classes + 1, n_classes + 1), np.int64)
+
+    def update(self, ground_truth: np.ndarray, value: np.ndarray, label: np.ndarray) -> None:
+        """Add pixels: ground truth 0..K or 255, the CAM's largest value in [0, 1] and its class 1..K, of equal shapes."""
+        seen = ground_truth != IGNORE
+        step = np.clip(np.ceil(value[seen] * N_THRESHOLDS), 0, N_THRESHOLDS).astype(np.int64)
+        C = self.n_classes + 1
+        index = (step * C + ground_truth[seen]) * C + label[seen]
+        self.counts += np.bincount(index, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def scores(self, beta: float) -> Scores:
+        """Scores where a value of at most `beta` is background; `beta` is rounded to the nearest of `betas`."""
+        nearest = int(np.abs(self.betas - beta).argmin())
+        matrix = ConfusionMatrix(self.n_classes + 1)
+        matrix.counts = self.counts[nearest + 1 :].sum(0)
+        matrix.counts[:, 0] += self.counts[: nearest + 1].sum((0, 2))
+        return matrix.scores()
+
+    @property
+    def miou(self) -> np.ndarray:
+        """mIoU at each of `betas`."""
+        return np.array([self.scores(beta).miou for beta in self.betas])
+
+    @property
+    def best_beta(self) -> float:
+        """The threshold with the highest mIoU on what was counted: to be used on another split."""
+        return float(self.betas[int(np.nanargmax(self.miou))])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found on one split."""
+
+    cam: CAMCounts
+    aux_cam: CAMCounts
+    seg: Scores
+    classes: MultiLabelScores
+    aux_classes: MultiLabelScores
+    n_images: int
+    protocol: str
+
+    def summary(self, beta: float) -> dict:
+        """mIoU and mean average precision as plain numbers in percent, the CAMs at threshold `beta`."""
+        percent = {
+            "cam_miou": self.cam.scores(beta).miou,
+            "aux_cam_miou": self.aux_cam.scores(beta).miou,
+            "seg_miou": self.seg.miou,
+            "map": self.classes.mean_average_precision,
+            "aux_map": self.aux_classes.mean_average_precision,
+        }
+        return {name: round(100 * float(value), 3) for name, value in percent.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: ToCo,
+    source,
+    *,
+    size: int | None,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+    batch_size: int = 8,
+    workers: int = 0,
+    autocast=None,
+    progress: bool = True,
+    what: str = "evaluating",
+) -> Evaluation:
+    """Score a model on a split with masks.
+
+    Args:
+        source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
+        size: images are stretched to this square; None keeps the native size.
+        scales, flip: of the CAM. Segmentation and image-level predictions are made at scale 1, unflipped.
+        autocast: a function that returns the context to compute in; None: full precision.
+    """
+    device, K = model.classifier.weight.device, model.n_classes
+    cam, aux_cam, seg = CAMCounts(K), CAMCounts(K), ConfusionMatrix(K + 1)
+    logits, aux_logits, labels = [], [], []
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(source), desc=what, unit="image", disable=not progress, leave=False) as bar:
+            for items in _batches(evaluation_items(source, size=size, workers=workers), batch_size):
+                images = model.normalise(to_unit(torch.cat([i.image for i in items]).to(device)))
+                image_labels = torch.cat([i.image_labels for i in items]).to(device)
+                with autocast() if autocast else torch.autocast(device.type, enabled=False):
+                    tokens = model.encode(images)
+                    output = model.heads(tokens)
+                    cams = multi_scale_cam(
+                        model, images, scales=scales, flip=flip, tokens=tokens, image_labels=image_labels
+                    )
+                logits.append(output.class_logits.float().cpu())
+                aux_logits.append(output.aux_class_logits.float().cpu())
+                labels.append(image_labels.cpu())
+                for b, item in enumerate(items):
+                    if item.mask is None:
+                        raise ToCoError(f"{item.name} has no mask: scores need a split with masks")
+                    one = slice(b, b + 1)
+                    for counts, maps in ((cam, cams.cam), (aux_cam, cams.aux_cam)):
+                        counts.update(item.mask, *strongest(maps[one], image_labels[one], item.mask.shape))
+                    predicted = upsampled_argmax(output.seg_logits[one].float(), item.mask.shape)
+                    seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())
+                bar.update(len(items))
+    finally:
+        model.train(was_training)
+    truth = torch.cat(labels)
+    shape = "native size" if size is None else f"{size} x {size}"
+    protocol = f"{len(source)} images at {shape}, CAM scales {', '.join(f'{s:g}' for s in scales)}{' + flip' if flip else ''}, no CRF"
+    return Evaluation(
+        cam,
+        aux_cam,
+        seg.scores(),
+        multi_label_scores(torch.cat(logits), truth),
+        multi_label_scores(torch.cat(aux_logits), truth),
+        len(source),
+        protocol,
+    )
+
+
+def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of one image's CAM (1 K H W): its largest value among labelled classes at `size`, and that class, 1..K."""
+    present = torch.nonzero(image_labels[0])[:, 0]
+    if not len(present):
+        return np.zeros(size, np.float32), np.zeros(size, np.int64)
+    maps = valid_cam(cam, image_labels)[:, present]
+    maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+    value, slot = maps.max(0)
+    return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalItem]]:
+    """Neighbours of equal shape together, at most `batch_size` of them."""
+    batch: list[EvalItem] = []
+    for item in items:
+        if batch and (len(batch) == batch_size or batch[0].image.shape != item.image.shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch

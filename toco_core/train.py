@@ -1,0 +1,429 @@
+"""Training: what one step computes (`step_losses`), and the loop around it (`train`).
+
+Total loss ("Training Objective"): L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy, each from its first step on.
+The main image is the first global view and the teacher differs from the student only in its projection head, so the
+encoder sees every picture once: main image, second global view, local views, and the scaled and mirrored copies for CAM.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from . import crops, labels, losses
+from .cam import CAMs, multi_scale_cam
+from .config import DataConfig, TrainConfig, lr_at
+from .crf import dense_energy_loss
+from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
+from .errors import ToCoError
+from .evaluate import Evaluation, evaluate
+from .memory import keep_freed_memory
+from .model import ToCo
+from .runs import Run
+
+TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
+
+
+class StepInput(NamedTuple):
+    """One step's images, normalised, on the training device (see `data.training_views`)."""
+
+    images: Float[Tensor, "B 3 H W"]
+    global_view: Float[Tensor, "B 3 H W"]
+    local_image: Float[Tensor, "B 3 H W"]
+    image_labels: Float[Tensor, "B K"]
+    valid_box: Int[Tensor, "B 4"]
+
+
+class StepResult(NamedTuple):
+    """What one step computed. A term of weight 0 is 0 and what only it needs is None."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    cams: CAMs | None
+    region_mask: Int[Tensor, "B H W"] | None
+    is_positive: Bool[Tensor, "B V"] | None
+    token_label: Int[Tensor, "B h w"] | None
+    pseudo_label: Int[Tensor, "B H W"] | None
+
+
+def step_losses(
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    generator: torch.Generator | None = None,
+    boxes: crops.CropBoxes | None = None,
+    autocast: Callable = contextlib.nullcontext,
+) -> StepResult:
+    """All losses of one step, with their graph; changes nothing.
+
+    Args:
+        weights: term -> weight, as `config.loss.at(step)` gives; terms of weight 0 are not computed.
+        generator: CPU generator that draws where local views are cut.
+        boxes: where to cut them instead.
+        autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
+    """
+    images, _, _, image_labels, valid_box = batch
+    release, thresholds = config.release, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    segments = weights["seg"] > 0 or weights["energy"] > 0
+    terms = {name: images.new_zeros(()) for name in TERMS}
+    cams = region = is_positive = token_label = pseudo_label = None
+
+    with autocast():
+        tokens = model.encode(images)
+        output = model.heads(tokens, segmentation=segments)
+    terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
+    terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
+
+    if segments or weights["ptc"] > 0 or weights["ctc"] > 0:
+        with torch.no_grad(), autocast():
+            cams = multi_scale_cam(
+                model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels
+            )
+
+    if weights["ptc"] > 0:
+        token_label = labels.token_label(
+            cams.aux_cam,
+            image_labels,
+            tokens.grid,
+            valid_box=valid_box,
+            pixel_box_on_tokens=release.pixel_box_on_tokens,
+            **thresholds,
+        )
+        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label)
+
+    if weights["ctc"] > 0:
+        region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
+        if boxes is None:
+            boxes = crops.sample_crops(
+                region,
+                n_crops=config.crops.n_local,
+                crop_size=config.crops.local_size,
+                generator=generator,
+                valid_box=valid_box,
+                crops_in_padding=release.crops_in_padding,
+            )
+        is_positive = crops.crop_flags(
+            region,
+            *boxes,
+            config.crops.local_size,
+            threshold=config.crops.positive_threshold,
+            foreground_counts_double=release.foreground_counts_double,
+        )
+        is_positive = torch.cat([is_positive.new_ones(len(images), 2), is_positive], dim=1)
+        terms["ctc"] = _class_token_contrast(model, batch, tokens.class_token, boxes, is_positive, config, autocast)
+
+    if segments:
+        final = step >= config.loss.final_cam_start
+        unit = model.denormalise(images).clamp(0, 1)
+        seen = (unit * 255).floor() / 255 if release.truncated_denormalisation else unit
+        pseudo_label = labels.pseudo_label(
+            seen,
+            cams.cam if final else cams.aux_cam,
+            image_labels,
+            valid_box=valid_box,
+            iterations=config.labels.par_iterations,
+            dilations=config.labels.par_dilations,
+            scale=config.labels.par_scale,
+            **thresholds,
+        )
+        seg_logits = F.interpolate(
+            output.seg_logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
+        )
+        if weights["seg"] > 0:
+            terms["seg"] = losses.segmentation_loss(
+                seg_logits, pseudo_label, nan_when_empty=release.nan_segmentation_loss
+            )
+        if weights["energy"] > 0:
+            terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box)
+
+    total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)
+    return StepResult(total, terms, cams, region, is_positive, token_label, pseudo_label)
+
+
+def _class_token_contrast(model, batch, main_class_token, boxes, is_positive, config, autocast) -> Tensor:
+    """CTC of the views: main image, second global view, and the local views cut at `boxes`."""
+    B = len(batch.images)
+    with autocast():
+        views = crops.cut_crops(batch.local_image, *boxes, config.crops.local_size)
+        second = model.encode(batch.global_view).class_token
+        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (B, -1))
+        global_tokens = torch.stack([main_class_token, second], dim=1)
+        student = model.project(torch.cat([global_tokens, local], dim=1))
+        teacher = model.project_ema(global_tokens.detach())
+    return losses.ctc_loss(
+        student.float(),
+        teacher.float(),
+        is_positive,
+        temperature=config.loss.temperature,
+        negatives_only_term=config.release.ctc_negatives_only_term,
+    )
+
+
+class Trained(NamedTuple):
+    """A finished run: the model in evaluation mode, its folder, its data, its last validation."""
+
+    model: ToCo
+    run: Run
+    data: TrainVal
+    validation: Evaluation
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: TrainVal | None = None,
+    on_record: Callable[[dict], None] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Trained:
+    """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
+
+    Args:
+        data: the two splits, by default `open_data(config.data)`.
+        on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
+        resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not repeated.
+            False: start anew.
+
+    Raises ToCoError for what cannot work, before the first step where it can be known.
+    """
+    device, data = resolve_device(config.device), data or open_data(config.data)
+    torch.manual_seed(config.seed)
+    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
+    schedule = config.schedule
+    groups = model.parameter_groups(
+        lr=schedule.lr,
+        head_lr_scale=schedule.head_lr_scale,
+        weight_decay=schedule.weight_decay,
+        decay_all=config.release.decay_all,
+    )
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=device.type != "mps")
+    autocast = autocast_of(config, device)
+    keep_freed_memory()
+
+    run, state = Run.of(config), None
+    if resume:
+        state = run.load()
+    start = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    else:
+        run.begin(
+            config, data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)}
+        )
+    run.keep_records_before(start)
+
+    def validate() -> Evaluation:
+        return evaluate(
+            model,
+            data.val,
+            size=eval_size(config),
+            scales=config.labels.cam_scales,
+            autocast=autocast,
+            progress=progress,
+            workers=config.data.workers,
+            what="validating",
+        )
+
+    def note(record: dict) -> None:
+        run.log(record)
+        if on_record:
+            on_record(record)
+
+    with attention_of(model, config, device):
+        batches = training_batches(
+            data.train,
+            crop_size=config.data.crop_size,
+            batch_size=schedule.batch_size,
+            seed=config.seed,
+            start_step=start,
+            stop_step=schedule.steps,
+            workers=config.data.workers,
+            cache=config.data.cache,
+            pin_memory=device.type == "cuda",
+            **view_options(config),
+        )
+        bar = tqdm(
+            batches,
+            total=schedule.steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not progress,
+            file=sys.stdout,
+        )
+        validation, model = None, model.train()
+        for step, loaded in enumerate(bar, start):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(
+                    step,
+                    base_lr=group["base_lr"],
+                    steps=schedule.steps,
+                    warmup_steps=schedule.warmup_steps,
+                    warmup_ratio=schedule.warmup_ratio,
+                    power=schedule.power,
+                    rate_jump=config.release.rate_jump,
+                )
+            batch = to_device(loaded, model, device)
+            model.update_ema(schedule.momentum)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            result = step_losses(
+                model, batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast
+            )
+            optimizer.zero_grad(set_to_none=True)
+            result.total.backward()
+            optimizer.step()
+
+            done = step + 1
+            if step % config.log_interval == 0 or done == schedule.steps:
+                record = {"step": step, "total": float(result.total.detach())} | {
+                    k: float(v.detach()) for k, v in result.terms.items()
+                }
+                if not torch.isfinite(result.total):
+                    raise ToCoError(
+                        f"the loss is {record['total']} on step {step}: {record}; images {', '.join(loaded.names)}"
+                    )
+                note(record)
+                bar.set_postfix(loss=f"{record['total']:.3f}")
+            if done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0):
+                validation = validate()
+                note({"step": step} | validation.summary(config.labels.beta) | {"best_beta": validation.cam.best_beta})
+                run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
+    model.eval()
+    if validation is None:  # a finished run was loaded
+        with attention_of(model, config, device):
+            validation = validate()
+    run.finish(
+        validation.summary(config.labels.beta)
+        | {"best_beta": validation.cam.best_beta, "steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
+    )
+    return Trained(model, run, data, validation)
+
+
+def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
+    """About how long `train` will take here: three steps of each stage and a few validation images are measured."""
+    device = resolve_device(config.device)
+    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device).train()
+    autocast, schedule = autocast_of(config, device), config.schedule
+    keep_freed_memory()
+    starts = sorted({0, schedule.steps} | {s for s in _stage_starts(config) if s < schedule.steps})
+    total = 0.0
+    with attention_of(model, config, device):
+        batches = training_batches(
+            data.train,
+            crop_size=config.data.crop_size,
+            batch_size=schedule.batch_size,
+            seed=config.seed,
+            stop_step=3 * len(starts),
+            **view_options(config),
+        )
+        for first, last in zip(starts, starts[1:], strict=False):
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                batch = to_device(next(batches), model, device)
+                generator = torch.Generator().manual_seed(0)
+                step_losses(
+                    model, batch, config, config.loss.at(first), step=first, generator=generator, autocast=autocast
+                ).total.backward()
+                model.zero_grad(set_to_none=True)
+                seconds.append(time.perf_counter() - began)
+            total += min(seconds) * (last - first)
+        few = data.val.subset(range(min(8, len(data.val))))
+        began = time.perf_counter()
+        evaluate(model, few, size=eval_size(config), scales=config.labels.cam_scales, autocast=autocast, progress=False)
+        validations = schedule.steps // config.eval_interval if config.eval_interval else 1
+        total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
+    return total
+
+
+def open_data(config: DataConfig) -> TrainVal:
+    """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
+    root = config.dataset
+    if root == "scenes":
+        from .data.scenes import scenes_folder
+
+        root = scenes_folder()
+    return open_train_val(root, train=config.train_split, val=config.val_split)
+
+
+def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:
+    """A loaded batch, normalised as the backbone expects."""
+
+    def ready(images: Tensor) -> Tensor:
+        return model.normalise(to_unit(images.to(device, non_blocking=True)))
+
+    return StepInput(
+        ready(batch.images),
+        ready(batch.global_view),
+        ready(batch.local_image),
+        batch.image_labels.to(device, non_blocking=True),
+        batch.valid_box.to(device, non_blocking=True),
+    )
+
+
+def view_options(config: TrainConfig) -> dict:
+    """Keywords of `data.training_views` that a config determines."""
+    return {
+        "scale_range": config.data.scale_range,
+        "blur_sigma": config.data.blur_sigma,
+        "independent_local_image": config.release.independent_local_image,
+        "mirrored_valid_box": config.release.mirrored_valid_box,
+    }
+
+
+def eval_size(config: TrainConfig) -> int | None:
+    """Side of the square at which images are evaluated; None: native size."""
+    return config.data.crop_size if config.release.square_evaluation else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises ToCoError for a device that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    kind, _, number = name.partition(":")
+    if not there[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise ToCoError(f"device = {name!r} is not on this machine; there is {', '.join(k for k in there if there[k])}")
+    return torch.device(name)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 where the processor has instructions for it, else fp32. No timing: it is the same every time."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
+    """A function that returns the precision context of a config."""
+    bf16 = resolve_precision(config.precision, device) == "bf16"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
+    """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
+    plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
+    return model.plain_attention() if plain else contextlib.nullcontext()
+
+
+def _stage_starts(config: TrainConfig) -> Iterator[int]:
+    loss = config.loss
+    for term in ("ptc", "ctc", "seg", "energy"):
+        if getattr(loss, term) > 0:
+            yield getattr(loss, f"{term}_start")

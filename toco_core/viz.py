@@ -1,0 +1,191 @@
+"""Pictures: images under their CAM, labels in VOC's colours, curves. Functions take an `ax` and return it.
+
+CAMs are always shown from 0 to 1 and never stretched, so that two overlays can be compared; labels have PASCAL VOC's
+colours, and what is ignored (255) is grey. Figures carry their own light background: they read the same on a dark page.
+"""
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Patch
+
+from .data.scenes import voc_palette
+
+IGNORE = 255
+IGNORE_GREY = (150, 150, 150)
+TERM_COLOURS = {
+    "total": "#222222",
+    "cls": "#0072b2",
+    "aux_cls": "#56b4e9",
+    "ptc": "#d55e00",
+    "ctc": "#cc79a7",
+    "seg": "#009e73",
+    "energy": "#b8860b",
+}
+SCORE_COLOURS = {"cam_miou": "#d55e00", "aux_cam_miou": "#56b4e9", "seg_miou": "#009e73"}
+NAMES = {
+    "cam_miou": "final CAM",
+    "aux_cam_miou": "auxiliary CAM",
+    "seg_miou": "segmentation",
+    "map": "image labels (mAP)",
+}
+
+
+def use_theme() -> None:
+    """One look for all figures: white ground, dark text, a light grid."""
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "axes.facecolor": "white",
+            "text.color": "#222222",
+            "axes.labelcolor": "#222222",
+            "xtick.color": "#222222",
+            "ytick.color": "#222222",
+            "axes.edgecolor": "#999999",
+            "axes.grid": True,
+            "grid.color": "#e4e4e4",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "figure.dpi": 90,
+            "font.size": 9,
+        }
+    )
+
+
+def label_colours(label: np.ndarray) -> np.ndarray:
+    """RGB of a label map: uint8 H W -> uint8 H W 3."""
+    palette = voc_palette()
+    palette[IGNORE] = IGNORE_GREY
+    return palette[np.asarray(label)]
+
+
+def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np.ndarray:
+    """A CAM over its image: `image` uint8 H W 3, `cam` H W in [0, 1]; RGB in [0, 1]. The colour scale is fixed to 0..1."""
+    cam = np.clip(np.asarray(cam, np.float32), 0, 1)
+    colours = plt.get_cmap("inferno")(cam)[..., :3]
+    grey = image.astype(np.float32).mean(-1, keepdims=True) / 255
+    alpha = strength * np.ones_like(cam)[..., None]
+    return (1 - alpha) * (0.35 * image / 255 + 0.65 * grey) + alpha * colours
+
+
+def show(ax: plt.Axes, picture: np.ndarray, title: str = "") -> plt.Axes:
+    """A picture without axes."""
+    ax.imshow(picture, interpolation="nearest")
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
+def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, names: Sequence[str] = (), width=1.7):
+    """Pictures in rows, one title per column, one name per row; returns the figure."""
+    ratio = max(np.mean([row[0].shape[0] / row[0].shape[1] for row in rows]), 0.5)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(width * len(titles), width * ratio * len(rows) + 0.4), squeeze=False
+    )
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            show(axes[r, c], picture, titles[c] if r == 0 else "")
+        if r < len(names):
+            axes[r, 0].text(-0.04, 0.5, names[r], transform=axes[r, 0].transAxes, rotation=90, va="center", ha="right")
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def class_legend(figure: plt.Figure, class_names: Sequence[str], labels: Sequence[int]) -> plt.Figure:
+    """Name the colours of some classes under a figure."""
+    palette = voc_palette() / 255
+    patches = [Patch(color=palette[i], label=class_names[i]) for i in labels]
+    patches.append(Patch(color=np.array(IGNORE_GREY) / 255, label="ignored"))
+    figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=min(len(patches), 8))
+    return figure
+
+
+def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
+    """Every term of the loss, unweighted, against the step; terms that have not begun are left out."""
+    lines = [r for r in records if "total" in r]
+    for term, colour in TERM_COLOURS.items():
+        points = [(r["step"], r[term]) for r in lines if r.get(term)]
+        if points:
+            ax.plot(*zip(*points, strict=True), color=colour, label=term, lw=2 if term == "total" else 1.2)
+    ax.set(title="Losses (terms before weighting)", xlabel="step", ylabel="loss")
+    if ax.lines:
+        ax.legend(ncol=2)
+    return ax
+
+
+def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
+    """mIoU of final CAM, auxiliary CAM and segmentation on the validation part against the step."""
+    lines = [r for r in records if "cam_miou" in r]
+    for score, colour in SCORE_COLOURS.items():
+        if lines:
+            ax.plot([r["step"] + 1 for r in lines], [r[score] for r in lines], "o-", color=colour, label=NAMES[score], ms=4)
+    ax.set(title="Validation", xlabel="step", ylabel="mIoU (%)", ylim=(0, None))
+    if ax.lines:
+        ax.legend()
+    return ax
+
+
+def training_figure(records: Sequence[dict]) -> plt.Figure:
+    """Losses and validation side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    loss_curves(axes[0], records)
+    score_curves(axes[1], records)
+    figure.tight_layout()
+    return figure
+
+
+class LiveCurves:
+    """Curves that grow while a live JupyterLab trains; headless runs are left alone and draw once at the end.
+
+    Give `update` to `train(on_record=...)`.
+    """
+
+    def __init__(self, *, every: float = 2.0, live: bool | None = None):
+        self.records: list[dict] = []
+        self.every, self.drawn, self.image = every, 0.0, None
+        self.live = "JPY_SESSION_NAME" in os.environ if live is None else live
+
+    def update(self, record: dict) -> None:
+        """Note one record and draw, at most every `every` seconds."""
+        self.records.append(record)
+        if not self.live or (time.monotonic() - self.drawn < self.every and "cam_miou" not in record):
+            return
+        picture = self.png()
+        if self.image is None:
+            import ipywidgets
+            from IPython.display import display
+
+            self.image = ipywidgets.Image(value=picture, format="png")
+            display(self.image)
+        self.image.value = picture
+        self.drawn = time.monotonic()
+
+    def png(self) -> bytes:
+        """The curves so far, as a PNG file."""
+        with contextlib.closing(io.BytesIO()) as file:
+            figure = training_figure(self.records)
+            figure.savefig(file, format="png")
+            plt.close(figure)
+            return file.getvalue()
+
+
+def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
+    """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+    for name, values in curves.items():
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+    if layer is not None:
+        ax.axvline(layer, color="#999999", ls="--", lw=1)
+        ax.text(layer, 0.02, f" auxiliary block {layer}", transform=ax.get_xaxis_transform(), color="#666666", fontsize=8)
+    ax.set(title="Over-smoothing", xlabel="block", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
+    ax.legend()
+    return ax
