@@ -5,7 +5,7 @@ import pytest
 import torch
 from voc_folder import SIZES, rectangle_mask, write_voc_folder
 
-from toco_core.data import VOCFolder, evaluation_items, normalise, to_unit, training_batches
+from toco_core.data import VOCFolder, evaluation_items, normalise, to_unit, training_batches, training_views
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
 
@@ -54,6 +54,17 @@ def test_a_batch_has_the_promised_shapes(source):
         outside = view.clone()
         outside[:, top:bottom, left:right] = 0
         assert (outside == 0).all()
+
+
+def test_a_batch_holds_the_views_of_its_images(source):
+    step = 3
+    (batch,) = training_batches(source, start_step=step, stop_step=step + 1, **OPTIONS)
+    for slot, name in enumerate(batch.names):
+        rng = np.random.default_rng((OPTIONS["seed"], 1, step * OPTIONS["batch_size"] + slot))
+        views = training_views(source.image(source.names.index(name)), crop_size=OPTIONS["crop_size"], rng=rng)
+        for field in views._fields:
+            ours = batch.images if field == "image" else getattr(batch, field)
+            np.testing.assert_array_equal(ours[slot].numpy(), getattr(views, field))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

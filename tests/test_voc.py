@@ -229,7 +229,7 @@ def truncate_image(root):
 
 def wrong_value(root):
     mask = rectangle_mask(*SIZES[2], 1)
-    mask[8, 8] = 7
+    mask[8, 8] = 4
     save_palette_mask(mask, root / "SegmentationClass" / "img_2.png")
 
 
@@ -245,7 +245,7 @@ def colour_mask(root):
     "spoil, message",
     [
         (truncate_image, "img_4.jpg is truncated"),
-        (wrong_value, r"img_2.png holds the value 7: allowed are 0..3 \(3 classes from classes.txt\) and 255 = ignore"),
+        (wrong_value, r"img_2.png holds the value 4: allowed are 0..3 \(3 classes from classes.txt\) and 255 = ignore"),
         (wrong_size, "img_0.png is 30 x 20 but its image img_0.jpg is 20 x 30"),
         (colour_mask, "img_0.png is a colour image"),
     ],
@@ -260,7 +260,7 @@ def test_check_names_the_bad_file(root, spoil, message):
 
 def test_deriving_labels_refuses_wrong_values_too(root):
     wrong_value(root)
-    with pytest.raises(ToCoError, match="img_2.png holds the value 7"):
+    with pytest.raises(ToCoError, match="img_2.png holds the value 4"):
         VOCFolder(root, "train").image_labels  # noqa: B018
 
 
