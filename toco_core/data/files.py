@@ -4,6 +4,7 @@ Pixels leave as `uint8`: images `H W 3` in RGB, masks `H W` with class values (0
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -94,7 +95,8 @@ def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, pro
     items = list(items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(attempt, items)
-        outcomes = list(tqdm(done, desc=what, total=len(items), disable=not progress or len(items) <= PROGRESS_FROM))
+        quiet = not progress or len(items) <= PROGRESS_FROM
+        outcomes = list(tqdm(done, desc=what, total=len(items), unit="file", disable=quiet, file=sys.stdout))
     errors = [error for _, error in outcomes if error is not None]
     if errors:
         more = f" ({len(errors) - 1} more of {len(items)} files have problems)" if len(errors) > 1 else ""
