@@ -7,6 +7,7 @@ thresholds at once, so that a threshold can be chosen on one split and used on a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cam import multi_scale_cam
+from .config import TrainConfig
 from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
-from .labels import upsampled_argmax, valid_cam
+from .labels import pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from .model import ToCo
 
@@ -148,6 +150,58 @@ def evaluate(
         multi_label_scores(torch.cat(aux_logits), truth),
         len(source),
         protocol,
+    )
+
+
+class Look(NamedTuple):
+    """Everything about one image, at its native size."""
+
+    name: str
+    image: np.ndarray  # uint8 H W 3
+    mask: np.ndarray | None  # uint8 H W
+    classes: tuple[int, ...]  # the labelled classes, 1..K
+    cam: np.ndarray  # largest value among labelled classes, H W in [0, 1]
+    aux_cam: np.ndarray
+    seed_label: np.ndarray  # two thresholds on the final CAM, 0..K, 255 between them
+    pseudo_label: np.ndarray  # the same after PAR
+    segmentation: np.ndarray  # the decoder's labels
+
+
+@torch.no_grad()
+def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
+    """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
+    item = next(evaluation_items(source.subset([index]), size=config.data.crop_size))
+    thresholds = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    unit = to_unit(item.image).to(model.classifier.weight.device)
+    image_labels = item.image_labels.to(unit.device)
+    images = model.normalise(unit)
+    tokens = model.encode(images)
+    cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+    refined = pseudo_label(
+        unit,
+        cams.cam,
+        image_labels,
+        iterations=config.labels.par_iterations,
+        dilations=config.labels.par_dilations,
+        scale=config.labels.par_scale,
+        **thresholds,
+    )
+    image = source.image(index)
+    size = image.shape[:2]
+
+    def native(label: Tensor) -> np.ndarray:
+        return F.interpolate(label[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
+
+    return Look(
+        name=item.name,
+        image=image,
+        mask=item.mask,
+        classes=tuple(int(k) + 1 for k in torch.nonzero(image_labels[0])[:, 0]),
+        cam=strongest(cams.cam, image_labels, size)[0],
+        aux_cam=strongest(cams.aux_cam, image_labels, size)[0],
+        seed_label=native(seed_label(cams.cam, image_labels, **thresholds)),
+        pseudo_label=native(refined),
+        segmentation=upsampled_argmax(model.heads(tokens).seg_logits, size)[0].to(torch.uint8).cpu().numpy(),
     )
 
 

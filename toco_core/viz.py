@@ -189,3 +189,14 @@ def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer:
     ax.set(title="Over-smoothing", xlabel="block", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
     ax.legend()
     return ax
+
+
+def score_table(evaluation, beta: float, aux_beta: float, class_names: Sequence[str]) -> str:
+    """IoU per class, in percent: final CAM and auxiliary CAM at their thresholds, segmentation."""
+    columns = [evaluation.cam.scores(beta), evaluation.aux_cam.scores(aux_beta), evaluation.seg]
+    lines = [f"{'IoU (%)':16}{'final CAM':>12}{'aux. CAM':>12}{'segmentation':>14}"]
+    for i, name in enumerate(class_names):
+        cells = ["-" if np.isnan(c.iou[i]) else f"{100 * c.iou[i]:.1f}" for c in columns]
+        lines.append(f"{name:16}{cells[0]:>12}{cells[1]:>12}{cells[2]:>14}")
+    means = [f"{100 * c.miou:.1f}" for c in columns]
+    return "\n".join([*lines, f"{'mean':16}{means[0]:>12}{means[1]:>12}{means[2]:>14}"])

@@ -1,0 +1,52 @@
+"""What notebooks need of papermill: parameters that are checked.
+
+papermill writes `-p name value` into a cell of its own behind the cell tagged `parameters` and only warns about names
+that this cell does not have. So a notebook begins with
+
+    parameters = Parameters(globals())     # before the parameters cell
+    ...
+    config = parameters.config()           # behind it
+"""
+
+from typing import Any
+
+from .config import RECIPES, TrainConfig, did_you_mean, field_sections, override
+from .errors import ToCoError
+
+
+class Parameters:
+    """The names that a notebook gets between now and the call of `config` or `values`."""
+
+    def __init__(self, namespace: dict[str, Any], *, own: tuple[str, ...] = ()):
+        """`namespace` is `globals()`; `own` are parameters of the notebook that are no fields of a TrainConfig."""
+        self.namespace, self.own = namespace, ("recipe", *own)
+        self.before = set(namespace)
+
+    def values(self) -> dict[str, Any]:
+        """Name -> value. Raises ToCoError for a name that is no parameter, with the nearest one that is."""
+        known = [name for name, section in field_sections().items() if section or not _is_section(name)]
+        found = {}
+        for name, value in self.namespace.items():
+            if name in self.before or name.startswith("_") or value is self:
+                continue
+            if name not in known and name not in self.own:
+                raise ToCoError(f"there is no parameter {name!r}{did_you_mean(name, [*known, *self.own])}")
+            found[name] = value
+        return found
+
+    def config(self) -> TrainConfig:
+        """The recipe with the parameters that are not None.
+
+        `recipe` "auto" is `tiny` for the embedded data set and `photographs` for a folder.
+        """
+        values = {k: v for k, v in self.values().items() if v is not None and (k == "recipe" or k not in self.own)}
+        recipe = values.pop("recipe", "auto")
+        if recipe == "auto":
+            recipe = "tiny" if values.get("dataset", "scenes") == "scenes" else "photographs"
+        if recipe not in RECIPES:
+            raise ToCoError(f"recipe = {recipe!r} is not allowed: one of auto, {', '.join(RECIPES)}")
+        return override(RECIPES[recipe](), **values)
+
+
+def _is_section(name: str) -> bool:
+    return name in ("model", "labels", "loss", "crops", "data", "schedule", "release")
