@@ -1,0 +1,148 @@
+"""What experiments on variants share: train each variant on each seed, score it on the test part, keep a record.
+
+The thresholds of the CAMs are chosen on the validation part; the test part is looked at once, with them. Runs that are
+finished are not repeated, interrupted ones go on (`runs.Run`); both are told by the hash of the whole config. It does
+not cover the file of the backbone's weights: with new weights give another --out-dir.
+"""
+
+import argparse
+import ast
+import json
+import statistics
+import time
+from pathlib import Path
+
+import cv2
+import torch
+
+from toco_core.config import TrainConfig, override, tiny
+from toco_core.data import VOCFolder
+from toco_core.evaluate import evaluate
+from toco_core.runs import write_whole
+from toco_core.train import attention_of, autocast_of, eval_size, resolve_device, train
+
+METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")
+RECORDS = Path(__file__).parent / "records"
+
+
+def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True) -> dict:
+    """One run of `tiny()` with `overrides`: mIoU in percent on the part "test", and what was run.
+
+    A finished run appends its result to `out_dir`/results.jsonl, from which it is answered from then on.
+    """
+    config = override(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
+    results = Path(out_dir) / "results.jsonl"
+    for line in results.read_text().splitlines() if results.is_file() else []:
+        if line.endswith("}") and (known := json.loads(line))["run"] == config.short_hash():
+            return known | {"variant": name}
+    began = time.monotonic()
+    trained = train(config, progress=progress)
+    result = {
+        "variant": name,
+        "seed": seed,
+        **test_scores(config, trained),
+        "run": config.short_hash(),
+        "minutes": round((time.monotonic() - began) / 60, 2),
+    }
+    with open(results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    return result
+
+
+def test_scores(config: TrainConfig, trained) -> dict[str, float]:
+    """mIoU on the part "test" in percent, each CAM at the threshold that is best on the validation part."""
+    device, chosen = resolve_device(config.device), trained.validation
+    with attention_of(trained.model, config, device):
+        found = evaluate(
+            trained.model,
+            VOCFolder(trained.data.val.root, "test"),
+            size=eval_size(config),
+            scales=config.labels.cam_scales,
+            autocast=autocast_of(config, device),
+            progress=False,
+        )
+    values = {
+        "cam_miou": found.cam.scores(chosen.cam.best_beta).miou,
+        "aux_cam_miou": found.aux_cam.scores(chosen.aux_cam.best_beta).miou,
+        "seg_miou": found.seg.miou,
+    }
+    return {metric: round(100 * float(value), 2) for metric, value in values.items()} | {
+        "beta": chosen.cam.best_beta,
+        "aux_beta": chosen.aux_cam.best_beta,
+    }
+
+
+def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Namespace:
+    """Options that every experiment on variants has; `variants` and `common` of the answer hold the overrides."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(variants), choices=list(variants), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="training steps; by default the recipe's")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the one process that trains")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the config, for all")
+    parser.add_argument("--out-dir", type=Path, default=Path("runs"))
+    args = parser.parse_args(argv)
+    args.variants = {name: variants[name] for name in args.variants}
+    args.common = {} if args.steps is None else {"steps": args.steps}
+    for pair in args.set:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            parser.error(f"--set {pair}: NAME=VALUE is wanted")
+        args.common[name] = _literal(value)
+    for overrides in args.variants.values():  # a wrong field is refused before the first run
+        override(tiny(), **{**args.common, **overrides})
+    return args
+
+
+def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
+    """Every variant on every seed, seed by seed; the record is written after each run."""
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    state = {}
+    for seed in args.seeds:
+        for name, overrides in args.variants.items():
+            overrides = {**args.common, **overrides}
+            result = run_variant(name, overrides, seed, args.out_dir)
+            print(" ".join(f"{key}={value}" for key, value in result.items()), flush=True)
+            state = add_result(record, question, name, overrides, result)
+    return state
+
+
+def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
+    """Put one result into a record file: other variants stay, as do this one's other seeds if run alike."""
+    state = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"variants": {}}
+    overrides = json.loads(json.dumps(overrides))  # tuples as the record gives them back
+    known = state["variants"].get(name, {})
+    others = known.get("runs", []) if known.get("overrides") == overrides else []
+    others = [run for run in others if run["seed"] != result["seed"]]
+    runs = sorted([*others, {k: v for k, v in result.items() if k != "variant"}], key=lambda run: run["seed"])
+    state["variants"][name] = {"overrides": overrides, "runs": runs}
+    state |= {"question": question, "part": "test, thresholds chosen on val", "torch": torch.__version__}
+    state["table"] = table(state["variants"]).splitlines()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps(state, indent=1) + "\n")
+    return state
+
+
+def table(variants: dict[str, dict]) -> str:
+    """Markdown: mean and sample standard deviation over the seeds, in percent."""
+    lines = [f"| variant | steps | seeds | {' | '.join(METRICS)} |", "|---" * (3 + len(METRICS)) + "|"]
+    for name, variant in variants.items():
+        runs = variant["runs"]
+        steps = variant["overrides"].get("steps", tiny().schedule.steps)
+        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS]
+        lines.append(f"| {name} | {steps} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
