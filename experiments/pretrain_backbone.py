@@ -2,9 +2,10 @@
 
     python experiments/pretrain_backbone.py --minutes 20
 
-Question: can a ViT of 12 blocks and 2.4 million weights learn the species and the coat of one animal per picture from its class
-token, as ImageNet models learn their classes, in minutes on two cores? The pictures are drawn by the generator of the embedded
-data set, with seeds that the data set itself never uses; no mask is read. Writes the encoder (fp16, safetensors) and a record.
+Question: can a ViT of 12 blocks and 2.4 million weights learn the species and the coat of one animal per picture from
+its class token, as ImageNet models learn their classes, in minutes on two cores? The pictures are drawn by the
+generator of the embedded data set, with seeds that the data set itself never uses; no mask is read. Writes the encoder
+(fp16, safetensors) and a record.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: on Linux, large CPU tensors are otherwise mapped and faulted in anew at each operation."""
+"""Keep freed memory in the process: on Linux, large CPU tensors are otherwise mapped anew at each operation."""
 
 import ctypes
 import sys

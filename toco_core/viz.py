@@ -70,7 +70,7 @@ def label_colours(label: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np.ndarray:
-    """A CAM over its image: `image` uint8 H W 3, `cam` H W in [0, 1]; RGB in [0, 1]. The colour scale is fixed to 0..1."""
+    """A CAM over its image: `image` uint8 H W 3, `cam` H W in [0, 1]; RGB in [0, 1]. The colours stand for 0..1."""
     cam = np.clip(np.asarray(cam, np.float32), 0, 1)
     colours = plt.get_cmap("inferno")(cam)[..., :3]
     grey = image.astype(np.float32).mean(-1, keepdims=True) / 255
@@ -128,7 +128,8 @@ def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     lines = [r for r in records if "cam_miou" in r]
     for score, colour in SCORE_COLOURS.items():
         if lines:
-            ax.plot([r["step"] + 1 for r in lines], [r[score] for r in lines], "o-", color=colour, label=NAMES[score], ms=4)
+            steps, values = [r["step"] + 1 for r in lines], [r[score] for r in lines]
+            ax.plot(steps, values, "o-", color=colour, label=NAMES[score], ms=4)
     ax.set(title="Validation", xlabel="step", ylabel="mIoU (%)", ylim=(0, None))
     if ax.lines:
         ax.legend()
@@ -185,7 +186,8 @@ def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer:
         ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
     if layer is not None:
         ax.axvline(layer, color="#999999", ls="--", lw=1)
-        ax.text(layer, 0.02, f" auxiliary block {layer}", transform=ax.get_xaxis_transform(), color="#666666", fontsize=8)
+        place = {"transform": ax.get_xaxis_transform(), "color": "#666666", "fontsize": 8}
+        ax.text(layer, 0.02, f" auxiliary block {layer}", **place)
     ax.set(title="Over-smoothing", xlabel="block", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
     ax.legend()
     return ax

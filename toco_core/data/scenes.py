@@ -3,7 +3,7 @@
 Every animal wears the same bodies, legs, tails and coats; **only the head tells the species**. A classifier may
 therefore look at a few patches (an antler, a trunk, a mane) while the mask is the whole animal: the situation in which
 class activation maps fall short and for which token contrast was made. Backgrounds are textured and cluttered, some
-stones and bushes wear an animal's coat, animals hide each other, and masks carry a rim of 255 (void) as PASCAL VOC's do.
+stones and bushes wear an animal's coat, animals hide each other, and masks have a rim of 255 (void) as PASCAL VOC's do.
 
     root = scenes_folder(seed=0)            # written once, in VOC layout, to a cache folder
     scene = draw_scene(np.random.default_rng(1))
@@ -37,7 +37,7 @@ Points = np.ndarray
 
 
 class Scene(NamedTuple):
-    """One picture: `image` uint8 H W 3 (RGB), `mask` uint8 H W with 0..8 and 255 = void, `coats` of the animals drawn."""
+    """One picture: `image` uint8 H W 3 (RGB), `mask` uint8 H W with 0..8 and 255 = void, `coats` of the animals."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -48,7 +48,7 @@ class Scene(NamedTuple):
 
 
 def _noise(rng: np.random.Generator, h: int, w: int, cells: float, octaves: int = 1) -> np.ndarray:
-    """Smooth noise in [0, 1], about `cells` cells along the longer side; each octave halves the cell and the amplitude."""
+    """Smooth noise in [0, 1], about `cells` cells along the longer side; each octave halves cell and amplitude."""
     total, amplitude = np.zeros((h, w), np.float32), 1.0
     for _ in range(octaves):
         gh, gw = max(2, round(cells * h / max(h, w)) + 1), max(2, round(cells * w / max(h, w)) + 1)
@@ -129,7 +129,7 @@ CREAM, ORANGE, BROWN, PINK, INK = (240, 228, 196), (240, 150, 40), (112, 72, 40)
 
 
 def _head(species: str, rng: np.random.Generator, x: float, y: float, r: float) -> tuple[list[_Part], list[_Part]]:
-    """The parts behind the head and those in front of it, for a head of radius `r` at (x, y) that looks to the right."""
+    """The parts behind the head and those in front of it, for a head of radius `r` at (x, y), looking to the right."""
     wobble = lambda size: rng.uniform(-size, size)  # noqa: E731
     eye = [
         _Part(_ellipse(x + 0.35 * r, y - 0.2 * r, 0.17 * r, 0.2 * r), (250, 250, 250)),
@@ -306,7 +306,7 @@ def _paint_animal(
     unit: float,
     rng: np.random.Generator,
 ) -> None:
-    """Draw one animal in place. `centre` is its body's centre and `unit` half its body length, in pixels of the canvas."""
+    """Draw one animal in place. `centre` is its body's centre, `unit` half its body length, in pixels of the canvas."""
     H, W = mask.shape
     angle, flip = rng.uniform(-0.22, 0.22), rng.choice([-1.0, 1.0])
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * unit
@@ -545,19 +545,26 @@ def cache_folder() -> Path:
 def scenes_folder(config: ScenesConfig | None = None, *, progress: bool = True) -> Path:
     """The folder of the embedded data set; it is drawn first where it is not there yet.
 
-    The folder is drawn beside its final place and renamed when complete, so an interrupted drawing is never mistaken for a
-    finished one, and two processes that draw at the same time do not disturb each other.
+    The folder is drawn beside its final place and renamed when complete, so an interrupted drawing is never mistaken
+    for a finished one, and two processes that draw at the same time do not disturb each other. Raises ToCoError where
+    the cache folder cannot be written.
     """
     config = config or ScenesConfig()
     name = f"scenes-v{VERSION}-seed{config.seed}-{config.n_train}-{config.n_val}-{config.n_test}"
     root = cache_folder() / name
     if (root / "scenes.json").is_file():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root.parent))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root.parent))
+    except OSError as error:
+        raise ToCoError(
+            f"the embedded data set cannot be written to {root.parent}: {error.strerror or error}; "
+            "set TOCO_CACHE to a folder that can be"
+        ) from error
     try:
         write_scenes(work, config, progress=progress)
-        if root.exists():  # left without its manifest: not ours to trust
+        if root.exists() and not (root / "scenes.json").is_file():  # left without its manifest: not ours to trust
             shutil.rmtree(root)
         try:
             os.rename(work, root)
