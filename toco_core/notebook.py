@@ -18,19 +18,27 @@ class Parameters:
     """The names that a notebook gets between now and the call of `config` or `values`."""
 
     def __init__(self, namespace: dict[str, Any], *, own: tuple[str, ...] = ()):
-        """`namespace` is `globals()`; `own` are parameters of the notebook that are no fields of a TrainConfig."""
+        """`namespace` is `globals()`; `own` are parameters of the notebook that are no fields of a TrainConfig.
+
+        Parameters that are there already, from a first run of the cells in the same kernel, are forgotten.
+        """
         self.namespace, self.own = namespace, ("recipe", *own)
+        for name in self._known():
+            namespace.pop(name, None)
         self.before = set(namespace)
+
+    def _known(self) -> list[str]:
+        fields = [name for name, section in field_sections().items() if section or not _is_section(name)]
+        return [*fields, *self.own]
 
     def values(self) -> dict[str, Any]:
         """Name -> value. Raises ToCoError for a name that is no parameter, with the nearest one that is."""
-        known = [name for name, section in field_sections().items() if section or not _is_section(name)]
-        found = {}
+        known, found = self._known(), {}
         for name, value in self.namespace.items():
             if name in self.before or name.startswith("_") or value is self:
                 continue
-            if name not in known and name not in self.own:
-                raise ToCoError(f"there is no parameter {name!r}{did_you_mean(name, [*known, *self.own])}")
+            if name not in known:
+                raise ToCoError(f"there is no parameter {name!r}{did_you_mean(name, known)}")
             found[name] = value
         return found
 
