@@ -1,8 +1,8 @@
 """Scores of a model on a split: CAM, auxiliary CAM, segmentation and image-level predictions.
 
-As published: the image at `size` square, CAM of the image's labelled classes over scales and mirrored, brought to native
-size, where void pixels (255) do not count. A CAM becomes a label by one threshold `beta`; scores are kept for twenty
-thresholds at once, so that a threshold can be chosen on one split and used on another.
+As published: the image at `size` square, CAM of the image's labelled classes over scales and mirrored, brought to
+native size, where void pixels (255) do not count. A CAM becomes a label by one threshold `beta`; scores are kept for
+all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one split and used on another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,11 +37,11 @@ class CAMCounts:
         self.counts = np.zeros((N_THRESHOLDS + 1, n_classes + 1, n_classes + 1), np.int64)
 
     def update(self, ground_truth: np.ndarray, value: np.ndarray, label: np.ndarray) -> None:
-        """Add pixels: ground truth 0..K or 255, the CAM's largest value in [0, 1] and its class 1..K, of equal shapes."""
+        """Add pixels of equal shape: ground truth 0..K or 255, the CAM's largest value in [0, 1], its class 1..K."""
         seen = ground_truth != IGNORE
-        step = np.clip(np.ceil(value[seen] * N_THRESHOLDS), 0, N_THRESHOLDS).astype(np.int64)
+        first = np.searchsorted(self.betas.astype(value.dtype), value[seen])  # the first beta that is not below it
         C = self.n_classes + 1
-        index = (step * C + ground_truth[seen]) * C + label[seen]
+        index = (first.clip(max=N_THRESHOLDS) * C + ground_truth[seen]) * C + label[seen]
         self.counts += np.bincount(index, minlength=self.counts.size).reshape(self.counts.shape)
 
     def scores(self, beta: float) -> Scores:
@@ -132,16 +132,17 @@ def evaluate(
                     if item.mask is None:
                         raise ToCoError(f"{item.name} has no mask: scores need a split with masks")
                     one = slice(b, b + 1)
+                    predicted = upsampled_argmax(output.seg_logits[one].float(), item.mask.shape)
+                    seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())  # refuses values beyond K
                     for counts, maps in ((cam, cams.cam), (aux_cam, cams.aux_cam)):
                         counts.update(item.mask, *strongest(maps[one], image_labels[one], item.mask.shape))
-                    predicted = upsampled_argmax(output.seg_logits[one].float(), item.mask.shape)
-                    seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())
                 bar.update(len(items))
     finally:
         model.train(was_training)
     truth = torch.cat(labels)
     shape = "native size" if size is None else f"{size} x {size}"
-    protocol = f"{len(source)} images at {shape}, CAM scales {', '.join(f'{s:g}' for s in scales)}{' + flip' if flip else ''}, no CRF"
+    cam_scales = ", ".join(f"{s:g}" for s in scales) + (" + flip" if flip else "")
+    protocol = f"{len(source)} images at {shape}, CAM scales {cam_scales}, no CRF"
     return Evaluation(
         cam,
         aux_cam,
