@@ -146,6 +146,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no notebook named {', '.join(unknown)}: known are {', '.join(known) or 'none yet'}")
     failed = []
+    fresh = tempfile.TemporaryDirectory(prefix="toco-runs-")  # what an older version trained is not shown
+    os.environ.setdefault("TOCO_RUNS", fresh.name)
     for name in names:
         print(f"{name} ...", flush=True)
         try:

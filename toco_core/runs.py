@@ -28,15 +28,19 @@ class Run:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Run":
-        """The run of a config; nothing is written yet."""
+        """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs"."""
         dataset = Path(config.data.dataset).name or "data"
         name = f"{dataset}-layer{config.model.layer}-seed{config.seed}-{config.short_hash()}"
-        return cls(Path(config.out_dir) / name)
+        default = config.out_dir == TrainConfig().out_dir
+        return cls(Path(default and os.environ.get("TOCO_RUNS") or config.out_dir) / name)
 
     def begin(self, config: TrainConfig, **facts) -> None:
-        """Write config and manifest. Raises ToCoError where the folder cannot be written."""
+        """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder
+        cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.json", "metrics.jsonl", "checkpoint.pt"):
+                (self.folder / name).unlink(missing_ok=True)
             write_whole(self.folder / "config.json", _json(config.to_dict()))
             write_whole(self.folder / "manifest.json", _json(manifest() | facts))
         except OSError as error:
@@ -132,6 +136,7 @@ def _git_state() -> dict | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed below another checkout: not its commit
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
