@@ -18,7 +18,7 @@ import torch
 from toco_core.config import TrainConfig, override, tiny
 from toco_core.data import VOCFolder
 from toco_core.evaluate import evaluate
-from toco_core.runs import write_whole
+from toco_core.runs import Run, write_whole
 from toco_core.train import attention_of, autocast_of, eval_size, resolve_device, train
 
 METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")
@@ -28,10 +28,10 @@ RECORDS = Path(__file__).parent / "records"
 def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True) -> dict:
     """One run of `tiny()` with `overrides`: mIoU in percent on the part "test", and what was run.
 
-    A finished run appends its result to `out_dir`/results.jsonl, from which it is answered from then on.
+    A finished run appends its result to results.jsonl beside the runs, from which it is answered from then on.
     """
     config = override(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
-    results = Path(out_dir) / "results.jsonl"
+    results = Run.of(config).folder.parent / "results.jsonl"
     for line in results.read_text().splitlines() if results.is_file() else []:
         if line.endswith("}") and (known := json.loads(line))["run"] == config.short_hash():
             return known | {"variant": name}
@@ -58,6 +58,8 @@ def test_scores(config: TrainConfig, trained) -> dict[str, float]:
             VOCFolder(trained.data.val.root, "test"),
             size=eval_size(config),
             scales=config.labels.cam_scales,
+            seg_scales=config.seg_scales,
+            max_over_scales=config.release.max_over_scales,
             autocast=autocast_of(config, device),
             progress=False,
         )

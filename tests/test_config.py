@@ -61,6 +61,8 @@ VOC = {
         "val_split": "val",
         "crop_size": 448,
         "scale_range": [0.5, 2.0],
+        "blur_sigma": [0.1, 2.0],
+        "cache": False,
         "workers": 10,
     },
     "schedule": {
@@ -83,6 +85,7 @@ VOC = {
         "crops_in_padding": False,
         "truncated_denormalisation": False,
         "dropped_border": False,
+        "ptc_constant": False,
         "foreground_counts_double": True,
         "ctc_negatives_only_term": True,
         "average_before_teacher": True,
@@ -98,6 +101,8 @@ VOC = {
     "precision": "auto",
     "out_dir": "runs",
     "eval_interval": 2000,
+    "seg_scales": [1.0],
+    "log_interval": 10,
 }
 
 COCO_DIFFERS = {

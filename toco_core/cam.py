@@ -74,7 +74,7 @@ def multi_scale_cam(
         )
     total = aux_total = 0
     for scale in scales:
-        views = _scaled(model, images, scale)
+        views = scaled(model, images, scale)
         if scale == 1 and tokens is not None:
             parts = [(tokens, False)] + ([(model.encode(views.flip(-1)), True)] if flip else [])
         elif flip:
@@ -104,7 +104,8 @@ def _labelled(images: Tensor, n_classes: int, image_labels: Tensor | None) -> tu
     return torch.nonzero(image_labels, as_tuple=True)
 
 
-def _scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
+def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
+    """The images resized bilinearly; to whole patches, so that no border is lost, unless `model.dropped_border`."""
     if scale == 1:
         return images
     height, width = int(scale * images.shape[-2]), int(scale * images.shape[-1])

@@ -264,7 +264,7 @@ class ScheduleConfig(Config):
 class ReleaseBehaviour(Config):
     """Where the published release departs from its paper or from what it means to do. True does as the release does.
 
-    The first seven lose information or are slips: off by default. The others shape the published results: on by
+    The first eight lose information or are slips: off by default. The others shape the published results: on by
     default. `release_exact()` turns all of them on.
     """
 
@@ -302,6 +302,11 @@ class ReleaseBehaviour(Config):
         """Ignore up to a patch minus one pixel at the right and at the bottom where a size is not a multiple of the
         patch. Off: the image is resized to the nearest multiple.""",
     )
+    ptc_constant: bool = option(
+        False,
+        """Let PTC be at least the constant 1/2 where no two tokens share a class. Off: it is 0 there, with the same
+        gradient, so that the curve shows only what is learned.""",
+    )
     foreground_counts_double: bool = option(
         True,
         """Judge a local view by the mean of the region values 0 background, 1 uncertain, 2 foreground. On: the
@@ -313,7 +318,9 @@ class ReleaseBehaviour(Config):
         an image has no positive view, and the published weight was chosen with it.""",
     )
     average_before_teacher: bool = option(
-        True, "Update the moving average before the teacher's head is used, on every step. On: the published order."
+        True,
+        """Update the moving average before the teacher's head is used. On: the published order. Off: after the
+        optimiser's step, so that the teacher lags by one step more.""",
     )
     rate_jump: bool = option(
         True,
@@ -333,7 +340,7 @@ class ReleaseBehaviour(Config):
         True, "Evaluate at `crop_size` square whatever the aspect. On: as published. Off: aspect is kept."
     )
     max_over_scales: bool = option(
-        True, "In multi-scale segmentation take the maximum over scales, not the mean. On: as published."
+        True, "Over several `seg_scales` take the maximum of the logits, not the mean. On: as published."
     )
 
     @classmethod
@@ -364,6 +371,11 @@ class TrainConfig(Config):
     )
     out_dir: str = option("runs", "Folder in which the run's folder is made.")
     eval_interval: int = option(2000, "Steps between validations; 0 validates only at the end.", at_least=0)
+    seg_scales: tuple[float, ...] = option(
+        (1.0,),
+        "Image scales over which segmentation is evaluated, each also mirrored; 1 alone is one pass, not mirrored.",
+        above=0,
+    )
     log_interval: int = option(10, "Steps between logged losses.", at_least=1)
 
     def check(self):

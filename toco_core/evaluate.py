@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .cam import multi_scale_cam
+from .cam import multi_scale_cam, scaled
 from .config import TrainConfig
 from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
@@ -95,6 +95,8 @@ def evaluate(
     size: int | None,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     flip: bool = True,
+    seg_scales: Sequence[float] = (1.0,),
+    max_over_scales: bool = True,
     batch_size: int = 8,
     workers: int = 0,
     autocast=None,
@@ -106,7 +108,9 @@ def evaluate(
     Args:
         source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
         size: images are stretched to this square; None keeps the native size.
-        scales, flip: of the CAM. Segmentation and image-level predictions are made at scale 1, unflipped.
+        scales, flip: of the CAM. Image-level predictions are made at scale 1, unflipped.
+        seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
+            at scale 1, unflipped.
         autocast: a function that returns the context to compute in; None: full precision.
     """
     device, K = model.classifier.weight.device, model.n_classes
@@ -125,6 +129,8 @@ def evaluate(
                     cams = multi_scale_cam(
                         model, images, scales=scales, flip=flip, tokens=tokens, image_labels=image_labels
                     )
+                    once = tuple(seg_scales) == (1.0,)
+                    seg_maps = [output.seg_logits] if once else segmentation_maps(model, images, seg_scales)
                 logits.append(output.class_logits.float().cpu())
                 aux_logits.append(output.aux_class_logits.float().cpu())
                 labels.append(image_labels.cpu())
@@ -132,7 +138,8 @@ def evaluate(
                     if item.mask is None:
                         raise ToCoError(f"{item.name} has no mask: scores need a split with masks")
                     one = slice(b, b + 1)
-                    predicted = upsampled_argmax(output.seg_logits[one].float(), item.mask.shape)
+                    own = [m[one] for m in seg_maps]
+                    predicted = merged_label(own, item.mask.shape, max_over_scales=max_over_scales)
                     seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())  # refuses values beyond K
                     for counts, maps in ((cam, cams.cam), (aux_cam, cams.aux_cam)):
                         counts.update(item.mask, *strongest(maps[one], image_labels[one], item.mask.shape))
@@ -141,8 +148,10 @@ def evaluate(
         model.train(was_training)
     truth = torch.cat(labels)
     shape = "native size" if size is None else f"{size} x {size}"
-    cam_scales = ", ".join(f"{s:g}" for s in scales) + (" + flip" if flip else "")
-    protocol = f"{len(source)} images at {shape}, CAM scales {cam_scales}, no CRF"
+    protocol = (
+        f"{len(source)} images at {shape}, CAM scales {_listed(scales)}{' + flip' if flip else ''}, "
+        f"segmentation {'once' if once else f'scales {_listed(seg_scales)} + flip'}, no CRF"
+    )
     return Evaluation(
         cam,
         aux_cam,
@@ -152,6 +161,25 @@ def evaluate(
         len(source),
         protocol,
     )
+
+
+def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """Per scale the decoder's logits of the (normalised) images plus, turned back, those of the mirrored ones."""
+    maps = []
+    for scale in scales:
+        views = scaled(model, images, scale)
+        straight, mirrored = model(torch.cat([views, views.flip(-1)])).seg_logits.chunk(2)
+        maps.append(straight + mirrored.flip(-1))
+    return maps
+
+
+def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
+    """B H W labels 0..K at `size` from one or more B C h w logits: per class the maximum over scales, as published, or
+    their mean, then the strongest class."""
+    if len(maps) == 1:
+        return upsampled_argmax(maps[0].float(), tuple(size))
+    resized = [F.interpolate(m.float(), size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
+    return (torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)).argmax(1)
 
 
 class Look(NamedTuple):
@@ -215,6 +243,10 @@ def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[n
     maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
     value, slot = maps.max(0)
     return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+def _listed(scales: Sequence[float]) -> str:
+    return ", ".join(f"{scale:g}" for scale in scales)
 
 
 def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalItem]]:

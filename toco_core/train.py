@@ -22,6 +22,7 @@ from .cam import CAMs, multi_scale_cam
 from .config import DataConfig, TrainConfig, lr_at
 from .crf import dense_energy_loss
 from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
+from .data.augment import IMAGE_COLOUR
 from .errors import ToCoError
 from .evaluate import Evaluation, evaluate
 from .memory import keep_freed_memory
@@ -99,7 +100,7 @@ def step_losses(
             pixel_box_on_tokens=release.pixel_box_on_tokens,
             **thresholds,
         )
-        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label)
+        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label, keep_constant=release.ptc_constant)
 
     if weights["ctc"] > 0:
         region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
@@ -230,6 +231,8 @@ def train(
             data.val,
             size=eval_size(config),
             scales=config.labels.cam_scales,
+            seg_scales=config.seg_scales,
+            max_over_scales=config.release.max_over_scales,
             autocast=autocast,
             progress=progress,
             workers=config.data.workers,
@@ -252,7 +255,7 @@ def train(
             workers=config.data.workers,
             cache=config.data.cache,
             pin_memory=device.type == "cuda",
-            **view_options(config),
+            **view_options(config, model),
         )
         bar = tqdm(
             batches,
@@ -276,7 +279,8 @@ def train(
                     rate_jump=config.release.rate_jump,
                 )
             batch = to_device(loaded, model, device)
-            model.update_ema(schedule.momentum)
+            if config.release.average_before_teacher:
+                model.update_ema(schedule.momentum)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             result = step_losses(
                 model, batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast
@@ -284,6 +288,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()
             optimizer.step()
+            if not config.release.average_before_teacher:
+                model.update_ema(schedule.momentum)
 
             done = step + 1
             if step % config.log_interval == 0 or done == schedule.steps:
@@ -326,7 +332,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
             batch_size=schedule.batch_size,
             seed=config.seed,
             stop_step=3 * len(starts),
-            **view_options(config),
+            **view_options(config, model),
         )
         for first, last in zip(starts, starts[1:], strict=False):
             seconds = []
@@ -373,11 +379,14 @@ def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:
     )
 
 
-def view_options(config: TrainConfig) -> dict:
-    """Keywords of `data.training_views` that a config determines."""
+def view_options(config: TrainConfig, model: ToCo) -> dict:
+    """Keywords of `data.training_views` that a config determines, and the model's mean colour."""
+    mean_colour = tuple((255 * model.mean).round().int().flatten().tolist())
     return {
         "scale_range": config.data.scale_range,
         "blur_sigma": config.data.blur_sigma,
+        "image_colour": IMAGE_COLOUR if config.release.always_blurred else IMAGE_COLOUR._replace(blur=0.0),
+        "pad_colour": (0, 0, 0) if config.release.black_padding else mean_colour,
         "independent_local_image": config.release.independent_local_image,
         "mirrored_valid_box": config.release.mirrored_valid_box,
     }
