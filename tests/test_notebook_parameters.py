@@ -1,0 +1,106 @@
+import pytest
+
+from toco_core.config import override, photographs, tiny, voc
+from toco_core.errors import ToCoError
+from toco_core.notebook import Parameters
+
+
+def notebook(own=(), before=None, **given):
+    """A notebook whose parameters cell gives these names."""
+    namespace = {"__name__": "__main__", "In": [], "torch": object(), **(before or {})}
+    namespace["parameters"] = Parameters(namespace, own=own)
+    namespace.update(given)
+    return namespace["parameters"]
+
+
+def test_parameters_change_the_recipe():
+    found = notebook(layer=7, steps=20, warmup_steps=2, beta_l=0.3, cam_scales=[1.0, 0.5]).config()
+    assert found == override(tiny(), layer=7, steps=20, warmup_steps=2, beta_l=0.3, cam_scales=(1.0, 0.5))
+
+
+def test_no_parameter_at_all_is_the_recipe():
+    assert notebook().config() == tiny()
+
+
+def test_none_leaves_the_recipe_as_it_is():
+    assert notebook(layer=None, steps=None, dataset=None, lr=1e-3).config() == override(tiny(), lr=1e-3)
+
+
+def test_what_was_there_before_is_no_parameter():
+    assert notebook(before={"helper": print, "answer": 42}, layer=9).values() == {"layer": 9}
+
+
+def test_private_names_are_no_parameters():
+    assert notebook(_=3, _i1="text", layer=9).values() == {"layer": 9}
+
+
+def test_cells_that_run_again_in_one_kernel_are_read_again():
+    namespace = {"numpy": object()}
+    for layer in (9, 9, 4):
+        namespace["parameters"] = Parameters(namespace)
+        namespace["layer"] = layer
+        namespace["config"] = namespace["parameters"].config()
+        namespace["model"] = "trained"
+        assert namespace["config"] == override(tiny(), layer=layer)
+    namespace["parameters"] = Parameters(namespace)
+    assert namespace["parameters"].config() == tiny()  # a parameter that was taken out is gone
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"layr": 9}, "there is no parameter 'layr': did you mean layer"),
+        ({"betal": 0.3}, "there is no parameter 'betal': did you mean beta_l"),
+        ({"recipes": "voc"}, "there is no parameter 'recipes': did you mean recipe"),
+        ({"n_picture": 3}, "there is no parameter 'n_picture': did you mean n_pictures"),
+        ({"zzz": 9}, "there is no parameter 'zzz': known are .*layer"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(given, words):
+    parameters = notebook(own=("n_pictures",), **given)
+    with pytest.raises(ToCoError, match=words):
+        parameters.values()
+    with pytest.raises(ToCoError, match=words):
+        parameters.config()
+
+
+def test_a_section_is_no_parameter():
+    with pytest.raises(ToCoError, match="there is no parameter 'schedule'"):
+        notebook(schedule={"steps": 3}).config()
+
+
+def test_a_notebooks_own_parameters_stay_out_of_the_config():
+    parameters = notebook(own=("n_pictures", "title"), n_pictures=3, title=None, layer=8)
+    assert parameters.values() == {"n_pictures": 3, "title": None, "layer": 8}
+    assert parameters.config() == override(tiny(), layer=8)
+
+
+def test_the_recipe_follows_from_the_data_set():
+    assert notebook(recipe="auto", dataset="scenes").config() == tiny()
+    assert notebook(recipe="auto", dataset="my/cats").config() == photographs("my/cats")
+    assert notebook(dataset="my/cats", recipe=None).config() == photographs("my/cats")
+
+
+def test_the_recipe_can_be_chosen():
+    assert notebook(recipe="voc").config() == voc()
+    assert notebook(recipe="tiny", dataset="my/cats").config() == override(tiny(), dataset="my/cats")
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ToCoError, match="recipe = 'big' is not allowed: one of auto, voc, coco, tiny, photographs"):
+        notebook(recipe="big").config()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"layer": "ten"}, "layer = 'ten' is not allowed: a whole number"),
+        ({"layer": 0}, "layer = 0 is not allowed: at least 1"),
+        ({"beta_l": 0.8}, "beta_l = 0.8 must be below beta_h = 0.7"),
+        ({"precision": "fp8"}, "precision = 'fp8' is not allowed: one of auto, fp32, bf16"),
+        ({"device": "tpu"}, "device = 'tpu' is not allowed"),
+    ],
+)
+def test_a_wrong_value_is_refused(given, words):
+    with pytest.raises(ToCoError, match=words):
+        notebook(**given).config()

@@ -1,0 +1,85 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from voc_folder import write_voc_folder
+
+from toco_core.config import ModelConfig, override, tiny
+from toco_core.data import VOCFolder
+from toco_core.model import ToCo
+from toco_core.similarity import similarity_by_block, similarity_of_split, token_similarity
+
+BACKBONE = "plain_vit(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
+    model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), 3).double()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    return model.eval()
+
+
+def slow_similarity(tokens):
+    """Pair by pair, over ordered pairs of different tokens of one image (N D)."""
+    cosines = []
+    for i, one in enumerate(tokens.tolist()):
+        for j, other in enumerate(tokens.tolist()):
+            if i != j:
+                dot = sum(a * b for a, b in zip(one, other, strict=True))
+                cosines.append(dot / math.hypot(*one) / math.hypot(*other))
+    return sum(cosines) / len(cosines)
+
+
+def test_equals_the_mean_over_pairs():
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.4
+    found = token_similarity(tokens)
+    assert_close(found, torch.tensor([slow_similarity(image) for image in tokens], dtype=torch.float64))
+    assert found.std() > 0.01
+
+
+def test_known_values():
+    same = torch.tensor([[2.0, 1.0]]).repeat(6, 1) * torch.arange(1, 7)[:, None]
+    opposite = torch.tensor([[1.0, 2.0], [-3.0, -6.0]])
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    for tokens, wanted in ((same, 1.0), (opposite, -1.0), (square, -1 / 3)):
+        assert_close(token_similarity(tokens[None]), torch.tensor([wanted]))
+
+
+def test_one_token_and_zero_tokens():
+    assert_close(token_similarity(torch.randn(2, 1, 4)), torch.ones(2))
+    assert torch.isfinite(token_similarity(torch.zeros(2, 3, 4))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_the_precision_of_its_input(dtype):
+    tokens = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = token_similarity(tokens.to(dtype))
+    assert found.dtype == dtype
+    assert_close(found.float(), token_similarity(tokens), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_by_block(model):
+    images = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = similarity_by_block(model, images)
+    wanted = []
+    for number in range(1, 5):
+        after = [model.block_tokens(image[None])[number - 1] for image in images]
+        if number == 4:
+            after = [model.encode(image[None]).patch_tokens for image in images]
+        wanted.append(sum(slow_similarity(tokens[0].detach()) for tokens in after) / 2)
+    assert_close(torch.tensor(found), torch.tensor(wanted))
+
+
+def test_of_a_split(model, tmp_path):
+    source = VOCFolder(write_voc_folder(tmp_path / "voc"), "train")
+    config = override(tiny(), crop_size=32, local_size=16)
+    model = copy.deepcopy(model).float()
+    found = similarity_of_split(model, source, config, n_images=2)
+    each = [similarity_of_split(model, source.subset([i]), config) for i in range(2)]
+    assert_close(torch.tensor(found), torch.tensor(each).mean(0))
+    assert len(similarity_of_split(model, source, config, n_images=100)) == 4
