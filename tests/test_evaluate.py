@@ -1,0 +1,340 @@
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from voc_folder import write_voc_folder
+
+import toco_core.evaluate as evaluation
+from toco_core import labels
+from toco_core.config import ModelConfig, override, tiny
+from toco_core.data import EvalItem, VOCFolder
+from toco_core.data.augment import resize
+from toco_core.errors import ToCoError
+from toco_core.evaluate import CAMCounts, evaluate, look, strongest
+from toco_core.metrics import ConfusionMatrix, multi_label_scores
+from toco_core.model import ToCo
+
+K = 3
+BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
+IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
+    torch.manual_seed(0)
+    sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
+    model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K).double()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_voc_folder(tmp_path_factory.mktemp("voc") / "voc", n=5)
+
+
+@pytest.fixture(scope="module")
+def source(root):
+    return VOCFolder(root, "train", labels=IMAGE_LABELS)
+
+
+# ---- the slow way: one image, one view, one class at a time
+
+
+def encoded(model, source, index, size):
+    image = source.image(index)
+    image = resize(image, size, size) if size else image
+    images = model.normalise(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255)
+    return images, model.encode(images)
+
+
+def view_of(model, images, scale, mirrored):
+    view = images
+    if scale != 1:
+        height, width = images.shape[2:]
+        fitted = model.fitted_size(int(scale * height), int(scale * width))
+        view = F.interpolate(view, size=fitted, mode="bilinear", align_corners=False)
+    return view.flip(-1) if mirrored else view
+
+
+def slow_cam(model, images, which, image_labels, scales, flip):
+    """The K maps in [0, 1] of one image, of the final ("cam") or the auxiliary classifier."""
+    total = torch.zeros(K, *images.shape[2:], dtype=torch.float64)
+    for scale in scales:
+        maps = []
+        for mirrored in (False, True) if flip else (False,):
+            tokens = model.encode(view_of(model, images, scale, mirrored))
+            patches = tokens.patch_tokens if which == "cam" else tokens.aux_patch_tokens
+            weight = (model.classifier if which == "cam" else model.aux_classifier).weight
+            raw = torch.stack([(patches[0] @ w).view(tokens.grid) for w in weight])
+            raw = F.interpolate(raw[None], size=images.shape[2:], mode="bilinear", align_corners=False)[0]
+            maps.append(raw.flip(-1) if mirrored else raw)
+        total += torch.stack(maps).max(0).values.clamp(min=0)
+    for k in range(K):
+        total[k] -= total[k].min()
+        total[k] = total[k] / (total[k].max() + 1e-5) * image_labels[k]
+    return total
+
+
+def slow_strongest(cam, image_labels, size):
+    """Largest value and its class at native size, pixel by pixel; the lower class wins, unlabelled ones never do."""
+    cam = F.interpolate(cam[None].float(), size=size, mode="bilinear", align_corners=False)[0].numpy()
+    value, label = np.zeros(size, np.float32), np.zeros(size, np.int64)
+    for y, x in np.ndindex(*size):
+        for k in range(K):
+            if image_labels[k] and (label[y, x] == 0 or cam[k, y, x] > value[y, x]):
+                value[y, x], label[y, x] = cam[k, y, x], k + 1
+    return value, label
+
+
+def slow_segmentation(model, images, tokens, size, seg_scales, use_max):
+    if tuple(seg_scales) == (1.0,):
+        logits = [model.decoder(tokens.patch_map)]
+    else:
+        logits = []
+        for scale in seg_scales:
+            straight, mirrored = (model(view_of(model, images, scale, m)).seg_logits for m in (False, True))
+            logits.append(straight + mirrored.flip(-1))
+    logits = [F.interpolate(m.float(), size=size, mode="bilinear", align_corners=False)[0] for m in logits]
+    merged = torch.stack(logits).max(0).values if use_max else sum(logits) / len(logits)
+    return merged.argmax(0).numpy().astype(np.uint8)
+
+
+@torch.no_grad()
+def slow_evaluate(model, source, size, scales, flip, seg_scales=(1.0,), use_max=True):
+    cams = {which: [ConfusionMatrix(K + 1) for _ in range(21)] for which in ("cam", "aux_cam")}
+    seg, logits = ConfusionMatrix(K + 1), {"cam": [], "aux_cam": []}
+    for i in range(len(source)):
+        mask, image_labels = source.mask(i), source.image_labels[i]
+        images, tokens = encoded(model, source, i, size)
+        for which, matrices in cams.items():
+            value, label = slow_strongest(
+                slow_cam(model, images, which, image_labels, scales, flip), image_labels, mask.shape
+            )
+            for step, matrix in enumerate(matrices):
+                matrix.update(mask, np.where(value <= np.float32(step / 20), 0, label))
+        seg.update(mask, slow_segmentation(model, images, tokens, mask.shape, seg_scales, use_max))
+        logits["cam"].append(model.classifier(tokens.patch_tokens[0].max(0).values))
+        logits["aux_cam"].append(model.aux_classifier(tokens.aux_patch_tokens[0].max(0).values))
+    return cams, seg, {which: torch.stack(rows) for which, rows in logits.items()}
+
+
+# ---- counts of a CAM
+
+
+def test_counts_equal_one_matrix_per_threshold():
+    rng = np.random.default_rng(0)
+    grid = np.float32(np.arange(21) / 20)
+    values = [*grid, *np.nextafter(grid, np.float32(2)).clip(max=1), *np.nextafter(grid, np.float32(-1)).clip(min=0)]
+    counts, matrices = CAMCounts(K), [ConfusionMatrix(K + 1) for _ in grid]
+    for shape in ((30, 40), (7, 50)):
+        truth = rng.choice([0, 1, 2, 3, 255], shape).astype(np.uint8)
+        value = rng.choice([*values, *rng.random(20, np.float32)], shape).astype(np.float32)
+        label = rng.integers(1, K + 1, shape)
+        counts.update(truth, value, label)
+        for beta, matrix in zip(grid, matrices, strict=True):
+            matrix.update(truth, np.where(value <= beta, 0, label))
+    for step, matrix in enumerate(matrices):
+        found, wanted = counts.scores(step / 20), matrix.scores()
+        assert_close(found.miou, wanted.miou)
+        assert_close(found.iou, wanted.iou)
+        assert_close(found.precision, wanted.precision, equal_nan=True)
+    assert_close(counts.miou, np.array([matrix.scores().miou for matrix in matrices]))
+    assert len(set(counts.miou)) > 10
+
+
+def test_a_value_exactly_at_the_threshold_is_background():
+    """As in `eval_label`, for every threshold and the numbers next to it."""
+    for step, beta in enumerate(CAMCounts.betas):
+        for value in (np.float32(beta), np.nextafter(np.float32(beta), np.float32(2))):
+            counts = CAMCounts(1)
+            counts.update(np.ones((1, 1), np.uint8), np.full((1, 1), min(value, 1), np.float32), np.ones((1, 1), int))
+            cam = torch.full((1, 1, 1, 1), float(min(value, 1)))
+            label = labels.eval_label(cam, torch.ones(1, 1), beta=float(beta))
+            assert_close(counts.scores(step / 20).recall[1], float(label.item()))
+
+
+def test_void_pixels_do_not_count():
+    counts = CAMCounts(K)
+    counts.update(np.full((3, 4), 255, np.uint8), np.full((3, 4), 0.5, np.float32), np.ones((3, 4), int))
+    assert counts.counts.sum() == 0
+
+
+def test_a_threshold_is_rounded_to_the_nearest():
+    counts = CAMCounts(K)
+    rng = np.random.default_rng(1)
+    counts.update(rng.integers(0, 4, (9, 9)).astype(np.uint8), rng.random((9, 9), np.float32), np.full((9, 9), 2))
+    assert_close(counts.scores(0.26).miou, counts.scores(0.25).miou)
+    assert_close(counts.scores(0.29).miou, counts.scores(0.3).miou)
+
+
+def test_the_best_threshold():
+    """Class 1 where the value is above 0.42, and a class that is never shown: mIoU is highest at 0.4."""
+    value = np.linspace(0, 1, 101, dtype=np.float32)[None]
+    counts = CAMCounts(K)
+    counts.update((value > 0.42).astype(np.uint8), value, np.ones_like(value, dtype=int))
+    assert counts.best_beta == 0.4 and counts.miou.argmax() == 8
+
+
+# ---- a whole split
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (32, {"scales": (1.0, 0.5, 1.5)}),
+        (None, {"scales": (1.0, 0.5), "seg_scales": (1.0, 1.5)}),
+        (24, {"scales": (0.75,), "flip": False, "seg_scales": (0.5, 1.0), "max_over_scales": False}),
+    ],
+)
+def test_equals_the_slow_way(model, source, size, options):
+    found = evaluate(model, source, size=size, batch_size=2, progress=False, **options)
+    seg_options = options.get("seg_scales", (1.0,)), options.get("max_over_scales", True)
+    cams, seg, logits = slow_evaluate(model, source, size, options["scales"], options.get("flip", True), *seg_options)
+    for which, matrices in cams.items():
+        counts = getattr(found, which)
+        assert_close(counts.miou, np.array([matrix.scores().miou for matrix in matrices]))
+        for step in (0, 5, 14):
+            assert_close(counts.scores(step / 20).iou, matrices[step].scores().iou, equal_nan=True)
+        assert len(set(np.round(counts.miou, 6))) > 5
+    assert_close(found.seg.iou, seg.scores().iou, equal_nan=True)
+    assert_close(found.seg.miou, seg.scores().miou)
+    truth = torch.tensor(source.image_labels)
+    for classes, which in ((found.classes, "cam"), (found.aux_classes, "aux_cam")):
+        wanted = multi_label_scores(logits[which].float(), truth)
+        assert_close(classes.mean_average_precision, wanted.mean_average_precision)
+        assert_close(classes.f1, wanted.f1)
+    assert found.n_images == 5
+    assert model.training  # as before
+
+
+def test_the_protocol_is_told(model, source):
+    options = {"size": 16, "scales": (1.0, 0.5), "progress": False}
+    assert evaluate(model, source, **options).protocol == (
+        "5 images at 16 x 16, CAM scales 1, 0.5 + flip, segmentation once, no CRF"
+    )
+    options |= {"size": None, "flip": False, "seg_scales": (1.0, 0.5)}
+    assert evaluate(model, source, **options).protocol == (
+        "5 images at native size, CAM scales 1, 0.5, segmentation scales 1, 0.5 + flip, no CRF"
+    )
+
+
+def test_a_summary_is_in_percent(model, source):
+    found = evaluate(model, source, size=16, scales=(1.0,), progress=False)
+    summary = found.summary(0.25)
+    assert list(summary) == ["cam_miou", "aux_cam_miou", "seg_miou", "map", "aux_map"]
+    assert all(type(value) is float for value in summary.values())
+    assert summary["cam_miou"] == round(100 * found.cam.scores(0.25).miou, 3)
+    assert summary["map"] == round(100 * found.classes.mean_average_precision, 3)
+
+
+def test_the_precision_context_is_entered(model, source):
+    entered = []
+
+    @contextlib.contextmanager
+    def context():
+        entered.append(True)
+        yield
+
+    evaluate(model, source, size=16, scales=(1.0,), autocast=context, batch_size=2, progress=False)
+    assert len(entered) == 3
+
+
+def test_an_image_without_mask_is_named(model, tmp_path):
+    bare = write_voc_folder(tmp_path / "voc", n=3)
+    (bare / "SegmentationClass" / "img_1.png").unlink()
+    labelled = {name: row for name, row in IMAGE_LABELS.items() if name < "img_3"}
+    some = VOCFolder(bare, "train", labels=labelled, require_masks=False)
+    with pytest.raises(ToCoError, match="img_1 has no mask: scores need a split with masks"):
+        evaluate(model, some, size=16, scales=(1.0,), progress=False)
+    assert model.training
+
+
+def test_a_mask_value_beyond_the_classes_is_refused(model, source):
+    class Strange:
+        names, image_labels, __len__, image = source.names, source.image_labels, source.__len__, source.image
+
+        def mask(self, index):
+            return np.full((20, 30), 200, np.uint8)
+
+    with pytest.raises(ToCoError, match="ground truth with the value 200: 0 to 3 and 255"):
+        evaluate(model, Strange(), size=16, scales=(1.0,), progress=False)
+
+
+def test_batches_hold_neighbours_of_equal_shape():
+    shapes = [(8, 8)] * 5 + [(8, 16)] + [(8, 8)] * 2 + [(16, 8)] * 2
+    items = [
+        EvalItem(str(i), torch.zeros(1, 3, *shape, dtype=torch.uint8), None, torch.zeros(1, K))
+        for i, shape in enumerate(shapes)
+    ]
+    batches = list(evaluation._batches(iter(items), 3))
+    assert [[item.name for item in batch] for batch in batches] == [
+        ["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"], ["8", "9"],
+    ]  # fmt: skip
+    assert list(evaluation._batches(iter([]), 3)) == []
+
+
+def test_strongest_takes_labelled_classes_only():
+    cam = torch.rand(1, K, 5, 7, generator=torch.Generator().manual_seed(0))
+    cam[:, 1] += 1
+    for row in ([1, 0, 1], [0, 1, 0], [1, 1, 1]):
+        value, label = strongest(cam, torch.tensor([row]), (10, 9))
+        wanted_value, wanted_label = slow_strongest(cam[0], row, (10, 9))
+        np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+        np.testing.assert_array_equal(label, wanted_label)
+    value, label = strongest(cam, torch.zeros(1, K), (10, 9))
+    assert not value.any() and not label.any()
+
+
+# ---- one image
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_look(model, source, index):
+    """img_2 is 16 x 16, the size it is looked at; img_3 has no labelled class."""
+    config = override(tiny(), crop_size=16, local_size=16, beta_l=0.3, beta_h=0.6)
+    config = override(config, par_iterations=3, par_dilations=(1, 2))
+    found = look(model, source, index, config)
+    image_labels = source.image_labels[index]
+    size = source.image(index).shape[:2]
+    assert found.name == f"img_{index}"
+    assert found.classes == tuple(k + 1 for k in range(K) if image_labels[k])
+    np.testing.assert_array_equal(found.image, source.image(index))
+    np.testing.assert_array_equal(found.mask, source.mask(index))
+    with torch.no_grad():
+        images, tokens = encoded(model, source, index, 16)
+        cam = slow_cam(model, images, "cam", image_labels, (1.0, 0.5, 1.5), True)
+        aux_cam = slow_cam(model, images, "aux_cam", image_labels, (1.0, 0.5, 1.5), True)
+        segmentation = slow_segmentation(model, images, tokens, size, (1.0,), True)
+    np.testing.assert_allclose(found.cam, slow_strongest(cam, image_labels, size)[0], atol=1e-6)
+    np.testing.assert_allclose(found.aux_cam, slow_strongest(aux_cam, image_labels, size)[0], atol=1e-6)
+    np.testing.assert_array_equal(found.segmentation, segmentation)
+    for label in (found.seed_label, found.pseudo_label, found.segmentation):
+        assert label.shape == size and label.dtype == np.uint8
+
+    thresholds = {"beta_l": 0.3, "beta_h": 0.6}
+    truth = torch.tensor(image_labels[None])
+    refined = labels.pseudo_label(
+        model.denormalise(images), cam[None], truth, iterations=3, dilations=(1, 2), **thresholds
+    )
+    if size == (16, 16):
+        value, label = slow_strongest(cam, image_labels, size)
+        seed = np.where(value <= np.float32(0.3), 0, np.where(value >= np.float32(0.6), label, 255))
+        np.testing.assert_array_equal(found.seed_label, seed)
+        np.testing.assert_array_equal(found.pseudo_label, refined[0].numpy())
+        assert len(np.unique(found.seed_label)) > 2
+    assert set(np.unique(found.seed_label)) <= {0, 255, *found.classes}
+    assert set(np.unique(found.pseudo_label)) <= set(refined.unique().tolist())
+
+
+def test_look_without_a_mask(model, tmp_path):
+    bare = write_voc_folder(tmp_path / "voc", n=2)
+    (bare / "SegmentationClass" / "img_1.png").unlink()
+    some = VOCFolder(bare, "train", labels={n: IMAGE_LABELS[n] for n in ("img_0", "img_1")}, require_masks=False)
+    config = override(tiny(), crop_size=16, local_size=16, par_iterations=0)
+    assert look(model, some, 1, config).mask is None
