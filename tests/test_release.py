@@ -1,14 +1,12 @@
-"""Checkpoints of the release. The small one made here has its key layout; the real one is used where TOCO_REFERENCE has
-it."""
+"""Checkpoints of the release, with a small one made here in its key layout (see test_reference_network.py for a real
+one)."""
 
 import types
 
 import pytest
 import torch
-from reference_files import load_reference, reference_path
 from torch.testing import assert_close
 
-from toco_core.cam import class_activation, multi_scale_cam
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.release import from_release, save_release, to_release
@@ -153,45 +151,3 @@ def test_wrong_checkpoints_are_reported_in_words(tmp_path):
     )
     with pytest.raises(ToCoError, match="path = 'none.pth' is not a file"):
         from_release("none.pth")
-
-
-# ---- the release's own numbers
-
-
-@pytest.fixture
-def released():
-    return from_release(reference_path("official_layout_vit_tiny.pth")).eval()
-
-
-def test_network_of_the_release(released):
-    data = load_reference("network.npz")
-    with torch.no_grad(), released.plain_attention():
-        output = released(data["images"])
-        tokens = output.tokens
-        small = released.encode(data["images_96"])
-        cams = multi_scale_cam(released, data["images"], tokens=tokens)
-        found = {
-            "class_token": tokens.class_token,
-            "patch_tokens": tokens.patch_map,
-            "class_logits": output.class_logits,
-            "aux_class_logits": output.aux_class_logits,
-            "seg_logits": output.seg_logits,
-            "cam_single": class_activation(tokens.patch_map, released.classifier.weight),
-            "aux_cam_single": class_activation(tokens.aux_patch_map, released.aux_classifier.weight),
-            "cam": cams.cam,
-            "aux_cam": cams.aux_cam,
-            "class_token_96": small.class_token,
-            "projection_96": released.project(small.class_token),
-        }
-    for name, value in found.items():
-        scale = max(
-            1.0, data[name].abs().max().item()
-        )  # rounding of float32 grows with the largest value that was summed
-        assert_close(value, data[name], rtol=1e-4, atol=1e-6 * scale, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_released_checkpoint_goes_back_unchanged(released):
-    state = torch.load(reference_path("official_layout_vit_tiny.pth"), weights_only=True)
-    again = to_release(released, module_prefix=all(key.startswith("module.") for key in state))
-    assert set(again) == set(state)
-    assert all(torch.equal(again[key], value) for key, value in state.items())
