@@ -17,6 +17,7 @@ import torch
 
 from toco_core.config import TrainConfig, override, tiny
 from toco_core.data import VOCFolder
+from toco_core.errors import ToCoError
 from toco_core.evaluate import evaluate
 from toco_core.runs import Run, write_whole
 from toco_core.train import attention_of, autocast_of, eval_size, resolve_device, train
@@ -92,7 +93,10 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
             parser.error(f"--set {pair}: NAME=VALUE is wanted")
         args.common[name] = _literal(value)
     for overrides in args.variants.values():  # a wrong field is refused before the first run
-        override(tiny(), **{**args.common, **overrides})
+        try:
+            override(tiny(), **{**args.common, **overrides})
+        except ToCoError as error:
+            parser.error(str(error))
     return args
 
 

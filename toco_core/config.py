@@ -319,8 +319,8 @@ class ReleaseBehaviour(Config):
     )
     average_before_teacher: bool = option(
         True,
-        """Update the moving average before the teacher's head is used. On: the published order. Off: after the
-        optimiser's step, so that the teacher lags by one step more.""",
+        """Update the moving average before the teacher's head is used. On: the published order. Off: after it,
+        so that the teacher lags by one step more.""",
     )
     rate_jump: bool = option(
         True,

@@ -285,11 +285,11 @@ def train(
             result = step_losses(
                 model, batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast
             )
+            if not config.release.average_before_teacher:
+                model.update_ema(schedule.momentum)
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()
             optimizer.step()
-            if not config.release.average_before_teacher:
-                model.update_ema(schedule.momentum)
 
             done = step + 1
             if step % config.log_interval == 0 or done == schedule.steps:

@@ -69,7 +69,7 @@ def training_views(
         4:3, stretched to `crop_size`, flipped half of the time.
 
     Deviations from the release, all on purpose. (1) There `image` is flipped a second time after its box was taken, and
-    `local_image` on its own: `mirrored_valid_box` and `independent_local_image` do so. (2) There colours vary after
+    `local_image` on its own: `mirrored_valid_box` and `independent_local_image` do so (the first alone flips both). (2) There colours vary after
     padding, so that jitter changes the padding and blur smears it in; here padding comes last. (3) The crop is taken in
     the source and resized once, which moves its border by less than a source pixel; smaller scales average areas. (4) A
     global window too wide or high for the image is cut to it instead of drawn again.
@@ -80,10 +80,12 @@ def training_views(
     _check_ranges(image, size, scale_range=scale_range, global_area=global_area, blur_sigma=blur_sigma)
 
     crop, valid_box = _random_crop(image, size, scale_range, rng)
+    flip_image = mirrored_valid_box and rng.random() < 0.5
+    flip_local = rng.random() < 0.5 if independent_local_image else flip_image
     views = []
-    for colour, flipped_again in ((image_colour, mirrored_valid_box), (local_colour, independent_local_image)):
+    for colour, flip in ((image_colour, flip_image), (local_colour, flip_local)):
         view = _pad(vary_colour(crop, colour, blur_sigma, rng), size, valid_box, pad_colour)
-        views.append(_maybe_flip(view, rng) if flipped_again else view)
+        views.append(cv2.flip(view, 1) if flip else view)
     global_view = vary_colour(_random_window(image, size, global_area, rng), global_colour, blur_sigma, rng)
     main, local_image, global_view = (np.ascontiguousarray(view.transpose(2, 0, 1)) for view in (*views, global_view))
     return Views(main, global_view, local_image, np.array(valid_box, dtype=np.int64))
