@@ -1,8 +1,8 @@
 """Training: what one step computes (`step_losses`), and the loop around it (`train`).
 
-Total loss ("Training Objective"): L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy, each from its first step on.
+Total loss ("Training Objective"): L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy, each from its first step.
 The main image is the first global view and the teacher differs from the student only in its projection head, so the
-encoder sees every picture once: main image, second global view, local views, and the scaled and mirrored copies for CAM.
+encoder sees every picture once: main image, second global view, local views, the scaled and mirrored copies for CAM.
 """
 
 import contextlib
@@ -73,6 +73,8 @@ def step_losses(
         boxes: where to cut them instead.
         autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
     """
+    if not any(weights[name] > 0 for name in TERMS):
+        raise ToCoError(f"all weights of the loss are 0 on step {step}: one of {', '.join(TERMS)} must be above 0")
     images, _, _, image_labels, valid_box = batch
     release, thresholds = config.release, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
     segments = weights["seg"] > 0 or weights["energy"] > 0
@@ -192,8 +194,8 @@ def train(
     Args:
         data: the two splits, by default `open_data(config.data)`.
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
-        resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not repeated.
-            False: start anew.
+        resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
+            repeated. False: start anew.
 
     Raises ToCoError for what cannot work, before the first step where it can be known.
     """
@@ -285,6 +287,11 @@ def train(
             result = step_losses(
                 model, batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast
             )
+            if not torch.isfinite(result.total):  # before it reaches the weights and the next checkpoint
+                raise ToCoError(
+                    f"the loss is {float(result.total.detach())} on step {step}: {_numbers(result.terms)}; "
+                    f"images {', '.join(loaded.names)}"
+                )
             if not config.release.average_before_teacher:
                 model.update_ema(schedule.momentum)
             optimizer.zero_grad(set_to_none=True)
@@ -293,13 +300,7 @@ def train(
 
             done = step + 1
             if step % config.log_interval == 0 or done == schedule.steps:
-                record = {"step": step, "total": float(result.total.detach())} | {
-                    k: float(v.detach()) for k, v in result.terms.items()
-                }
-                if not torch.isfinite(result.total):
-                    raise ToCoError(
-                        f"the loss is {record['total']} on step {step}: {record}; images {', '.join(loaded.names)}"
-                    )
+                record = {"step": step, "total": float(result.total.detach()), **_numbers(result.terms)}
                 note(record)
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             if done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0):
@@ -349,7 +350,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
         few = data.val.subset(range(min(8, len(data.val))))
         began = time.perf_counter()
         evaluate(model, few, size=eval_size(config), scales=config.labels.cam_scales, autocast=autocast, progress=False)
-        validations = schedule.steps // config.eval_interval if config.eval_interval else 1
+        validations = -(-schedule.steps // config.eval_interval) if config.eval_interval else 1
         total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
     return total
 
@@ -403,7 +404,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     kind, _, number = name.partition(":")
-    if not there[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+    if not there.get(kind) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         raise ToCoError(f"device = {name!r} is not on this machine; there is {', '.join(k for k in there if there[k])}")
     return torch.device(name)
 
@@ -429,6 +430,10 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
     """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
     plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
     return model.plain_attention() if plain else contextlib.nullcontext()
+
+
+def _numbers(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in terms.items()}
 
 
 def _stage_starts(config: TrainConfig) -> Iterator[int]:
