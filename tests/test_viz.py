@@ -1,0 +1,228 @@
+import sys
+import types
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from toco_core import viz
+from toco_core.data.scenes import voc_palette
+from toco_core.evaluate import CAMCounts
+from toco_core.metrics import ConfusionMatrix
+
+plt.switch_backend("Agg")
+
+RECORDS = [
+    {"step": 0, "total": 2.0, "cls": 0.7, "aux_cls": 0.7, "ptc": 0.6, "ctc": 0.5, "seg": 0.0, "energy": 0.0},
+    {"step": 10, "total": 1.5, "cls": 0.6, "aux_cls": 0.5, "ptc": 0.4, "ctc": 0.4, "seg": 0.9, "energy": 0.0},
+    {"step": 10, "cam_miou": 20.0, "aux_cam_miou": 25.5, "seg_miou": 3.0, "map": 60.0, "aux_map": 50.0},
+    {"step": 20, "total": 1.4, "cls": 0.5, "aux_cls": 0.4, "ptc": 0.3, "ctc": 0.4, "seg": None, "energy": 0.0},
+    {"step": 20, "cam_miou": 30.0, "aux_cam_miou": 35.5, "seg_miou": 13.0, "map": 70.0, "aux_map": 60.0},
+]
+
+
+@pytest.fixture(autouse=True)
+def clean_figures():
+    before = dict(plt.rcParams)
+    yield
+    plt.close("all")
+    plt.rcParams.update(before)
+
+
+@pytest.fixture
+def ax():
+    return plt.figure().add_subplot()
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def image(height=6, width=9, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# ---- pictures
+
+
+def test_labels_have_vocs_colours_and_ignored_is_grey():
+    label = np.array([[0, 1, 2], [20, 255, 255]], np.uint8)
+    colours = viz.label_colours(label)
+    assert colours.shape == (2, 3, 3) and colours.dtype == np.uint8
+    np.testing.assert_array_equal(colours[label != 255], voc_palette()[[0, 1, 2, 20]])
+    assert (colours[label == 255] == viz.IGNORE_GREY).all()
+    assert len(set(viz.IGNORE_GREY)) == 1
+    np.testing.assert_array_equal(viz.label_colours(label.astype(np.int64)), colours)
+
+
+def test_an_overlay_is_a_blend_in_the_unit_range():
+    cam = np.linspace(0, 1, 54).reshape(6, 9)
+    found = viz.overlay(image(), cam)
+    assert found.shape == (6, 9, 3) and 0 <= found.min() and found.max() <= 1
+    for y, x in np.ndindex(6, 9):
+        pixel = image()[y, x] / 255
+        faded = 0.35 * pixel + 0.65 * pixel.mean()
+        colour = np.array(plt.get_cmap("inferno")(np.float32(cam[y, x]))[:3])
+        np.testing.assert_allclose(found[y, x], 0.35 * faded + 0.65 * colour, atol=1e-5)
+
+
+def test_the_scale_of_an_overlay_is_fixed():
+    """A weak CAM looks weak: equal values look equal, whatever the others are."""
+    weak, strong = np.full((6, 9), 0.2), np.full((6, 9), 0.2)
+    strong[0, 0] = 1
+    np.testing.assert_array_equal(viz.overlay(image(), weak)[1:], viz.overlay(image(), strong)[1:])
+    np.testing.assert_array_equal(viz.overlay(image(), weak * 10), viz.overlay(image(), np.ones((6, 9))))  # cut off
+    black = np.zeros((6, 9, 3), np.uint8)
+    brightness = [viz.overlay(black, np.full((6, 9), value)).mean() for value in (0, 0.25, 0.5, 1)]
+    assert brightness == sorted(brightness) and brightness[0] < 0.02
+
+
+def test_an_overlays_strength():
+    cam = np.full((6, 9), 0.5)
+    np.testing.assert_allclose(
+        viz.overlay(image(), cam, strength=1.0), np.broadcast_to(plt.get_cmap("inferno")(0.5)[:3], (6, 9, 3)), atol=1e-6
+    )
+    assert (viz.overlay(image(), cam, strength=0.0) == viz.overlay(image(), 1 - cam, strength=0.0)).all()
+
+
+def test_show(ax):
+    assert viz.show(ax, image(), "a title") is ax
+    assert ax.get_title() == "a title" and not ax.axison
+    np.testing.assert_array_equal(ax.images[0].get_array(), image())
+    assert ax.images[0].get_interpolation() == "nearest"
+
+
+def test_picture_rows():
+    rows = [[image(seed=3 * r + c) for c in range(3)] for r in range(2)]
+    figure = viz.picture_rows(rows, ["image", "CAM", "truth"], names=["first"])
+    assert isinstance(figure, plt.Figure)
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert [ax.get_title() for ax in axes[0]] == ["image", "CAM", "truth"]
+    assert [ax.get_title() for ax in axes[1]] == ["", "", ""]
+    for r in range(2):
+        for c in range(3):
+            np.testing.assert_array_equal(axes[r, c].images[0].get_array(), rows[r][c])
+    assert [text.get_text() for text in axes[0, 0].texts] == ["first"] and not axes[1, 0].texts
+
+
+def test_class_legend():
+    figure = plt.figure()
+    assert viz.class_legend(figure, ["background", "cat", "dog", "ram"], [0, 2]) is figure
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["background", "dog", "ignored"]
+    colours = [np.round(np.array(patch.get_facecolor()[:3]) * 255).tolist() for patch in legend.get_patches()]
+    assert colours == [[0, 0, 0], [0, 128, 0], list(viz.IGNORE_GREY)]
+
+
+# ---- curves
+
+
+def test_loss_curves(ax):
+    assert viz.loss_curves(ax, RECORDS) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines) == ["total", "cls", "aux_cls", "ptc", "ctc", "seg"]  # energy has not begun
+    assert points(lines["total"]) == [(0, 2.0), (10, 1.5), (20, 1.4)]
+    assert points(lines["seg"]) == [(10, 0.9)]  # neither before its start nor where it is not a number
+    assert {label: line.get_color() for label, line in lines.items()} == {n: viz.TERM_COLOURS[n] for n in lines}
+    assert ax.get_legend() is not None
+
+
+def test_score_curves(ax):
+    assert viz.score_curves(ax, RECORDS) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines) == ["final CAM", "auxiliary CAM", "segmentation"]
+    assert points(lines["auxiliary CAM"]) == [(11, 25.5), (21, 35.5)]
+    assert ax.get_ylim()[0] == 0
+
+
+def test_curves_of_nothing(ax):
+    for draw in (viz.loss_curves, viz.score_curves):
+        assert draw(ax, []) is ax and not ax.lines and ax.get_legend() is None
+    assert isinstance(viz.training_figure([]), plt.Figure)
+
+
+def test_training_figure():
+    figure = viz.training_figure(RECORDS)
+    assert [len(ax.lines) for ax in figure.axes] == [6, 3]
+
+
+def test_token_similarity(ax):
+    assert viz.token_similarity(ax, {"before": [0.1, 0.5, 0.9], "after": [0.1, 0.2, 0.3]}, layer=2) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert points(lines["before"]) == [(1, 0.1), (2, 0.5), (3, 0.9)]
+    assert [text.get_text().strip() for text in ax.texts] == ["auxiliary block 2"]
+    assert ax.get_ylim()[1] == 1
+    fresh = plt.figure().add_subplot()
+    assert len(viz.token_similarity(fresh, {"one": [0.5]}).lines) == 1 and not fresh.texts
+
+
+def test_the_theme_is_light():
+    viz.use_theme()
+    assert plt.figure().get_facecolor() == (1, 1, 1, 1)
+    assert plt.rcParams["axes.facecolor"] == plt.rcParams["savefig.facecolor"] == "white"
+
+
+def test_score_table():
+    counts, seg = CAMCounts(2), ConfusionMatrix(3)
+    truth = np.array([[0, 0, 1, 1]], np.uint8)
+    counts.update(truth, np.array([[0.1, 0.6, 0.6, 0.9]], np.float32), np.array([[1, 1, 1, 1]]))
+    seg.update(truth, truth)
+    found = SimpleNamespace(cam=counts, aux_cam=counts, seg=seg.scores())
+    lines = viz.score_table(found, 0.5, 0.7, ["background", "cat", "dog"]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["background", "50.0", "66.7", "100.0"],
+        ["cat", "66.7", "50.0", "100.0"],
+        ["dog", "-", "-", "-"],
+        ["mean", "58.3", "58.3", "100.0"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+# ---- live
+
+
+def test_a_headless_run_notes_and_draws_at_the_end(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    curves = viz.LiveCurves()
+    assert not curves.live
+    monkeypatch.setattr(viz, "training_figure", None)
+    for record in RECORDS:
+        curves.update(record)
+    assert curves.records == RECORDS and curves.image is None
+
+
+def test_the_curves_are_a_png_and_leave_no_figure_open():
+    curves = viz.LiveCurves(live=False)
+    curves.records += RECORDS
+    picture = curves.png()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in picture[-12:]
+    assert plt.get_fignums() == []
+    assert len(picture) > len(viz.LiveCurves(live=False).png())
+
+
+def test_a_live_run_draws_now_and_then(monkeypatch):
+    """Once every two seconds, and at every validation; always into one and the same picture."""
+    shown, clock = [], [100.0]
+    widgets = types.ModuleType("ipywidgets")
+    widgets.Image = lambda value, format: SimpleNamespace(value=value, format=format)
+    display = types.ModuleType("IPython.display")
+    display.display = shown.append
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(viz.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")
+    curves, drawn = viz.LiveCurves(every=2.0), []
+    assert curves.live
+    monkeypatch.setattr(curves, "png", lambda: drawn.append(len(curves.records)) or b"picture %d" % len(drawn))
+    for seconds, record in (
+        (100, RECORDS[0]),
+        (101, RECORDS[1]),
+        (101.5, RECORDS[2]),
+        (102, RECORDS[3]),
+        (104, RECORDS[3]),
+    ):
+        clock[0] = seconds
+        curves.update(record)
+    assert drawn == [1, 3, 5]
+    assert shown == [curves.image] and curves.image.format == "png" and curves.image.value == b"picture 3"
