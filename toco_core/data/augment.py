@@ -69,10 +69,10 @@ def training_views(
         4:3, stretched to `crop_size`, flipped half of the time.
 
     Deviations from the release, all on purpose. (1) There `image` is flipped a second time after its box was taken, and
-    `local_image` on its own: `mirrored_valid_box` and `independent_local_image` do so (the first alone flips both). (2) There colours vary after
-    padding, so that jitter changes the padding and blur smears it in; here padding comes last. (3) The crop is taken in
-    the source and resized once, which moves its border by less than a source pixel; smaller scales average areas. (4) A
-    global window too wide or high for the image is cut to it instead of drawn again.
+    `local_image` on its own: `mirrored_valid_box` and `independent_local_image` do so (the first alone flips both). (2)
+    There colours vary after padding, so that jitter changes the padding and blur smears it in; here padding comes last.
+    (3) The crop is taken in the source and resized once, which moves its border by less than a source pixel; smaller
+    scales average areas. (4) A global window too wide or high for the image is cut to it instead of drawn again.
 
     Raises ToCoError for sizes or ranges that cannot be drawn from.
     """
