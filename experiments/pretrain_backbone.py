@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from toco_core.config import ModelConfig
-from toco_core.data.scenes import CLASS_NAMES, COATS, VERSION, cache_folder, draw_scene
+from toco_core.data.scenes import CLASS_NAMES, COATS, cache_folder, draw_scene
 from toco_core.model import build_encoder
 
 SIDE, CROP, WIDTH = 72, 64, 128
@@ -39,9 +39,9 @@ def draw(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     cv2.setNumThreads(1)
     images, labels = [], []
     for i in range(*chunk):
-        rng = np.random.default_rng([STREAM, VERSION, i])
+        rng = np.random.default_rng([STREAM, 1, i])
         species = int(rng.integers(1, len(CLASS_NAMES)))
-        scene = draw_scene(rng, SIDE, SIDE, n_animals=1, label=species, body=(0.18, 0.4))
+        scene = draw_scene(rng, SIDE, SIDE, n_animals=1, label=species, body=(0.18, 0.4), usual_coat=0.0)
         images.append(scene.image)
         labels.append((species - 1, scene.coats[0]))
     return np.stack(images), np.array(labels)
@@ -49,7 +49,7 @@ def draw(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 def pictures(n: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`n` pictures as uint8 n 3 72 72 and labels n 2, drawn once and kept in the cache folder."""
-    file = cache_folder() / f"pretraining-v{VERSION}-{n}.npz"
+    file = cache_folder() / f"pretraining-v1-{n}.npz"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         step = 250
@@ -61,11 +61,11 @@ def pictures(n: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(stored["labels"])
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random crop, flip, brightness, contrast and colour balance: uint8 n 3 72 72 to float n 3 64 64 in [-1, 1]."""
+def augment(images: torch.Tensor, generator: torch.Generator, *, crop: int = CROP) -> torch.Tensor:
+    """Random crop, flip, brightness, contrast and colour balance: uint8 n 3 72 72 to float n 3 crop crop in [-1, 1]."""
     n = len(images)
-    top, left = (int(v) for v in torch.randint(0, SIDE - CROP + 1, (2,), generator=generator))
-    x = images[:, :, top : top + CROP, left : left + CROP].float() / 255
+    top, left = (int(v) for v in torch.randint(0, SIDE - crop + 1, (2,), generator=generator))
+    x = images[:, :, top : top + crop, left : left + crop].float() / 255
     x = torch.where((torch.rand(n, generator=generator) < 0.5)[:, None, None, None], x.flip(-1), x)
     gain = 1 + 0.25 * (2 * torch.rand(n, 3, 1, 1, generator=generator) - 1)
     contrast = 1 + 0.4 * (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1)
@@ -191,7 +191,6 @@ def main() -> None:
         "minutes": args.minutes,
         "threads": torch.get_num_threads(),
         "seed": args.seed,
-        "scenes_version": VERSION,
         "torch": torch.__version__,
         "curve": curve,
     }

@@ -1,11 +1,12 @@
 """The embedded data set: a paper zoo, drawn by this module, deterministic from a seed.
 
-Every animal wears the same bodies, legs, tails and coats; **only the head tells the species**. A classifier may
-therefore look at a few patches (an antler, a trunk, a mane) while the mask is the whole animal: the situation in which
-class activation maps fall short and for which token contrast was made. Backgrounds are textured and cluttered, some
-stones and bushes wear an animal's coat, animals hide each other, and masks have a rim of 255 (void) as PASCAL VOC's do.
+All species share bodies, legs, tails and coats; **only the head tells the species for certain**. Each species has a
+usual coat, which most wear and which other species and some stones wear too: a hint, no proof. A classifier may
+therefore look at a few patches (an antler, a trunk, a mane) while the mask is the whole animal: the situation in
+which class activation maps fall short and for which token contrast was made. Backgrounds are textured and cluttered,
+animals hide each other, and masks have a rim of 255 (void) as PASCAL VOC's do.
 
-    root = scenes_folder(seed=0)            # written once, in VOC layout, to a cache folder
+    root = scenes_folder()                  # written once, in VOC layout, to a cache folder
     scene = draw_scene(np.random.default_rng(1))
 """
 
@@ -24,11 +25,21 @@ import numpy as np
 
 from toco_core.errors import ToCoError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the drawing changes, so that a cached folder of an older drawing is not taken for this one."""
 
 CLASS_NAMES = ("background", "cat", "deer", "duck", "elephant", "giraffe", "lion", "rabbit", "ram")
 COATS = ("plain", "stripes", "spots", "checks", "rings", "mottled")
+USUAL_COAT = {
+    "cat": "stripes",
+    "deer": "spots",
+    "duck": "plain",
+    "elephant": "mottled",
+    "giraffe": "checks",
+    "lion": "plain",
+    "rabbit": "rings",
+    "ram": "mottled",
+}
 VOID = 255
 SUPERSAMPLE = 2
 
@@ -464,6 +475,7 @@ def draw_scene(
     n_animals: int | None = None,
     label: int | None = None,
     body: tuple[float, float] = (0.13, 0.24),
+    usual_coat: float = 0.7,
 ) -> Scene:
     """Draw one scene.
 
@@ -472,6 +484,7 @@ def draw_scene(
         height, width: of the picture in pixels.
         n_animals: how many; by default one to four. Up to three species are mixed.
         label: 1..8 to draw only this species.
+        usual_coat: the chance that an animal wears its species' usual coat rather than any.
         body: half the body length as a fraction of the longer side, lowest and highest.
     """
     if height < 16 or width < 16:
@@ -490,7 +503,9 @@ def draw_scene(
         room = [min((np.hypot(x - a, y - b) for a, b in centres), default=0.0) for x, y in places]
         centre = places[int(np.argmax(room[:4]))]
         centres.append(centre)
-        coats.append(int(rng.integers(len(COATS))))
+        kind = CLASS_NAMES[int(species[i % len(species)])]
+        usual = usual_coat > 0 and rng.random() < usual_coat
+        coats.append(COATS.index(USUAL_COAT[kind]) if usual else int(rng.integers(len(COATS))))
         _paint_animal(image, mask, int(species[i % len(species)]), coats[-1], centre, unit, rng)
     _paint_foreground(image, mask, rng)
     picture, labels = _finish(image, mask, rng)
