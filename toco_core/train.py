@@ -236,7 +236,7 @@ def train(
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             autocast=autocast,
-            progress=progress,
+            progress=progress and sys.stdout.isatty(),  # a second bar below the first needs a terminal
             workers=config.data.workers,
             what="validating",
         )
@@ -304,7 +304,9 @@ def train(
                 note(record)
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             if done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0):
+                bar.set_description("validating")
                 validation = validate()
+                bar.set_description("training")
                 note({"step": step} | validation.summary(config.labels.beta) | {"best_beta": validation.cam.best_beta})
                 run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
     model.eval()

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from .data.scenes import voc_palette
 
 IGNORE = 255
-IGNORE_GREY = (150, 150, 150)
+IGNORE_GREYS = (225, 225, 225), (150, 150, 150)  # ground and lines of the hatching
 TERM_COLOURS = {
     "total": "#222222",
     "cls": "#0072b2",
@@ -63,10 +63,12 @@ def use_theme() -> None:
 
 
 def label_colours(label: np.ndarray) -> np.ndarray:
-    """RGB of a label map: uint8 H W -> uint8 H W 3."""
-    palette = voc_palette()
-    palette[IGNORE] = IGNORE_GREY
-    return palette[np.asarray(label)]
+    """RGB of a label map: uint8 H W -> uint8 H W 3, with what is ignored in hatched grey."""
+    label = np.asarray(label)
+    colours = voc_palette()[label]
+    y, x = np.indices(label.shape)
+    hatched = np.where(((x + y) % 6 < 2)[..., None], IGNORE_GREYS[1], IGNORE_GREYS[0])
+    return np.where((label == IGNORE)[..., None], hatched, colours).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np.ndarray:
@@ -105,7 +107,8 @@ def class_legend(figure: plt.Figure, class_names: Sequence[str], labels: Sequenc
     """Name the colours of some classes under a figure."""
     palette = voc_palette() / 255
     patches = [Patch(color=palette[i], label=class_names[i]) for i in labels]
-    patches.append(Patch(color=np.array(IGNORE_GREY) / 255, label="ignored"))
+    ground, lines = (np.array(grey) / 255 for grey in IGNORE_GREYS)
+    patches.append(Patch(facecolor=ground, edgecolor=lines, hatch="////", linewidth=0, label="ignored"))
     figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=min(len(patches), 8))
     return figure
 
