@@ -1,8 +1,8 @@
 """Every number of an experiment, in frozen records that refuse a wrong value where it is declared.
 
-A `TrainConfig` is made of one record per concept. Three recipes fill it: `voc()` and `coco()` hold the hyper-parameters
-of the published release, `tiny()` the embedded data set that a laptop trains in minutes. `override` changes some fields
-by name:
+A `TrainConfig` is made of one record per concept. Recipes fill it: `voc()` and `coco()` hold the hyper-parameters
+of the published release, `tiny()` the embedded data set that a laptop trains in minutes, `photographs()` what a small
+folder of photographs begins with. `override` changes some fields by name:
 
     config = override(tiny(), layer=10, steps=200)
 
