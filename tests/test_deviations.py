@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from small_config import small_recipe
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
 import toco_core.evaluate as evaluation
 from toco_core import losses
-from toco_core.config import ReleaseBehaviour, override, tiny
+from toco_core.config import ReleaseBehaviour, override
 from toco_core.crops import CropBoxes
 from toco_core.data import training_views
 from toco_core.evaluate import merged_label
@@ -29,7 +30,7 @@ def only(**options):
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     small = {"backbone": BACKBONE, "pretrained": False, "layer": 2, "crop_size": W, "n_local": 3, "local_size": CROP}
     small["positive_threshold"] = THRESHOLD
-    return override(tiny(), release=dataclasses.replace(OFF, **options), par_iterations=1, **small, **sizes)
+    return override(small_recipe(), release=dataclasses.replace(OFF, **options), par_iterations=1, **small, **sizes)
 
 
 @pytest.fixture

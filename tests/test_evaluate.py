@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_config import small_recipe
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
 import toco_core.evaluate as evaluation
 from toco_core import labels
-from toco_core.config import ModelConfig, override, tiny
+from toco_core.config import ModelConfig, override
 from toco_core.data import EvalItem, VOCFolder
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
@@ -297,7 +298,7 @@ def test_strongest_takes_labelled_classes_only():
 @pytest.mark.parametrize("index", [0, 2, 3])
 def test_look(model, source, index):
     """img_2 is 16 x 16, the size it is looked at; img_3 has no labelled class."""
-    config = override(tiny(), crop_size=16, local_size=16, beta_l=0.3, beta_h=0.6)
+    config = override(small_recipe(), crop_size=16, local_size=16, beta_l=0.3, beta_h=0.6)
     config = override(config, par_iterations=3, par_dilations=(1, 2))
     found = look(model, source, index, config)
     image_labels = source.image_labels[index]
@@ -336,5 +337,5 @@ def test_look_without_a_mask(model, tmp_path):
     bare = write_voc_folder(tmp_path / "voc", n=2)
     (bare / "SegmentationClass" / "img_1.png").unlink()
     some = VOCFolder(bare, "train", labels={n: IMAGE_LABELS[n] for n in ("img_0", "img_1")}, require_masks=False)
-    config = override(tiny(), crop_size=16, local_size=16, par_iterations=0)
+    config = override(small_recipe(), crop_size=16, local_size=16, par_iterations=0)
     assert look(model, some, 1, config).mask is None

@@ -29,8 +29,8 @@ def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(comm
     state = common.add_result(record, "why?", "a", {"par_dilations": (1, 2)}, result(0, 50.0))
     assert json.loads(record.read_text()) == state
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [0, 1]
-    assert "| a | 400 | 2 | 45.0 ± 7.1 |" in state["table"][2]
-    assert "| b | 400 | 1 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
+    assert "| a | 320 | 2 | 45.0 ± 7.1 |" in state["table"][2]
+    assert "| b | 320 | 1 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
     state = common.add_result(record, "why?", "a", {"steps": 9}, result(2, 60.0))
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [2]  # other settings: nothing to average with
 

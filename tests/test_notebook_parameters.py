@@ -14,8 +14,8 @@ def notebook(own=(), before=None, **given):
 
 
 def test_parameters_change_the_recipe():
-    found = notebook(layer=7, steps=20, warmup_steps=2, beta_l=0.3, cam_scales=[1.0, 0.5]).config()
-    assert found == override(tiny(), layer=7, steps=20, warmup_steps=2, beta_l=0.3, cam_scales=(1.0, 0.5))
+    found = notebook(layer=7, steps=20, warmup_steps=2, beta_l=0.2, cam_scales=[1.0, 0.5]).config()
+    assert found == override(tiny(), layer=7, steps=20, warmup_steps=2, beta_l=0.2, cam_scales=(1.0, 0.5))
 
 
 def test_no_parameter_at_all_is_the_recipe():
@@ -96,7 +96,7 @@ def test_an_unknown_recipe_is_refused():
     [
         ({"layer": "ten"}, "layer = 'ten' is not allowed: a whole number"),
         ({"layer": 0}, "layer = 0 is not allowed: at least 1"),
-        ({"beta_l": 0.8}, "beta_l = 0.8 must be below beta_h = 0.7"),
+        ({"beta_l": 0.8}, "beta_l = 0.8 must be below beta_h = 0.3"),
         ({"precision": "fp8"}, "precision = 'fp8' is not allowed: one of auto, fp32, bf16"),
         ({"device": "tpu"}, "device = 'tpu' is not allowed"),
     ],

@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_config import small_recipe
 from torch.testing import assert_close
 
 import toco_core.data.scenes as scenes
 import toco_core.train as training
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
-from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override, tiny
+from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override
 from toco_core.crf import dense_energy_loss
 from toco_core.data import open_train_val, training_batches
 from toco_core.errors import ToCoError
@@ -47,7 +48,7 @@ ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy":
 def model():
     """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
     torch.manual_seed(0)
-    model = ToCo(override(tiny(), **SMALL).model, K).double()
+    model = ToCo(override(small_recipe(), **SMALL).model, K).double()
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
     return model
@@ -149,7 +150,7 @@ EXACT = {
     [(200, {}, {}), (200, {"beta_l": 0.4, "beta_h": 0.5, "temperature": 0.3}, EXACT), (7, {"final_cam_start": 8}, {})],
 )
 def test_a_step_equals_its_parts(model, batch, step, changes, release):
-    config = override(tiny(), **SMALL, **changes, release=ReleaseBehaviour(**release))
+    config = override(small_recipe(), **SMALL, **changes, release=ReleaseBehaviour(**release))
     found = step_losses(model, batch, config, ALL, step=step, boxes=BOXES)
     total, terms, (token_label, region, flags, refined) = slow_step(model, batch, config, ALL, step)
     assert list(found.terms) == list(terms) == list(training.TERMS)
@@ -171,13 +172,13 @@ def test_a_step_equals_its_parts(model, batch, step, changes, release):
 
 
 def test_the_final_cam_teaches_from_its_step_on(model, batch):
-    config = override(tiny(), **SMALL, final_cam_start=8)
+    config = override(small_recipe(), **SMALL, final_cam_start=8)
     before, after = (step_losses(model, batch, config, ALL, step=step, boxes=BOXES) for step in (7, 8))
     assert (before.pseudo_label != after.pseudo_label).any()
 
 
 def test_crops_are_drawn_from_the_generator(model, batch):
-    config = override(tiny(), **SMALL)
+    config = override(small_recipe(), **SMALL)
 
     def ctc(**where):
         return step_losses(model, batch, config, ALL, **where)
@@ -192,7 +193,7 @@ def test_crops_are_drawn_from_the_generator(model, batch):
 
 
 def test_no_local_view_at_all(model, batch):
-    found = step_losses(model, batch, override(tiny(), **{**SMALL, "n_local": 0}), ALL)
+    found = step_losses(model, batch, override(small_recipe(), **{**SMALL, "n_local": 0}), ALL)
     assert torch.isfinite(found.terms["ctc"]) and found.is_positive.shape == (2, 2)
 
 
@@ -207,7 +208,7 @@ def test_no_local_view_at_all(model, batch):
     ],
 )
 def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
-    config, weights = override(tiny(), **SMALL), ALL | dict.fromkeys(off, 0.0)
+    config, weights = override(small_recipe(), **SMALL), ALL | dict.fromkeys(off, 0.0)
     functions = {
         "ptc": (losses, "ptc_loss"), "ctc": (losses, "ctc_loss"), "seg": (losses, "segmentation_loss"),
         "energy": (training, "dense_energy_loss"),
@@ -227,13 +228,13 @@ def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
 
 def test_a_loss_without_any_weight_is_refused(model, batch):
     with pytest.raises(ToCoError, match="all weights of the loss are 0 on step 4: one of cls, aux_cls, ptc"):
-        step_losses(model, batch, override(tiny(), **SMALL), dict.fromkeys(ALL, 0.0), step=4)
+        step_losses(model, batch, override(small_recipe(), **SMALL), dict.fromkeys(ALL, 0.0), step=4)
 
 
 def test_a_step_changes_nothing(model, batch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.zero_grad()
-    step_losses(model, batch, override(tiny(), **SMALL), ALL, boxes=BOXES)
+    step_losses(model, batch, override(small_recipe(), **SMALL), ALL, boxes=BOXES)
     assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert all(p.grad is None for p in model.parameters())
 
@@ -251,7 +252,7 @@ def folder(tmp_path_factory):
 def small_run(folder, out_dir):
     """Four steps, all terms from the second one on, a checkpoint after two."""
     return override(
-        tiny(), **SMALL, dataset=str(folder), out_dir=str(out_dir), crop_size=32, cam_scales=(1.0,), steps=4,
+        small_recipe(), **SMALL, dataset=str(folder), out_dir=str(out_dir), crop_size=32, cam_scales=(1.0,), steps=4,
         warmup_steps=1, batch_size=2, lr=1e-3, eval_interval=2, log_interval=1, seg_start=1, energy_start=1,
         device="cpu", precision="fp32",
     )  # fmt: skip
@@ -489,7 +490,7 @@ def test_options_of_the_views(folder, model):
     source = open_train_val(folder).train
 
     def one(**changes):
-        options = view_options(override(tiny(), scale_range=(0.5, 0.5), **changes), model)
+        options = view_options(override(small_recipe(), scale_range=(0.5, 0.5), **changes), model)
         return next(training_batches(source, crop_size=64, batch_size=2, seed=0, **options))
 
     corner = (slice(None), slice(None), 0, 0)
@@ -528,7 +529,7 @@ def test_precisions(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_contexts(model, precision):
-    config, cpu = override(tiny(), precision=precision), torch.device("cpu")
+    config, cpu = override(small_recipe(), precision=precision), torch.device("cpu")
     with autocast_of(config, cpu)():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
     fused = model.encoder.blocks[0].attn.fused_attn
