@@ -18,9 +18,8 @@ import torch
 from toco_core.config import TrainConfig, override, tiny
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate
 from toco_core.runs import Run, write_whole
-from toco_core.train import attention_of, autocast_of, eval_size, resolve_device, train
+from toco_core.train import evaluate_as, train
 
 METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")
 RECORDS = Path(__file__).parent / "records"
@@ -52,18 +51,8 @@ def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, p
 
 def test_scores(config: TrainConfig, trained) -> dict[str, float]:
     """mIoU on the part "test" in percent, each CAM at the threshold that is best on the validation part."""
-    device, chosen = resolve_device(config.device), trained.validation
-    with attention_of(trained.model, config, device):
-        found = evaluate(
-            trained.model,
-            VOCFolder(trained.data.val.root, "test"),
-            size=eval_size(config),
-            scales=config.labels.cam_scales,
-            seg_scales=config.seg_scales,
-            max_over_scales=config.release.max_over_scales,
-            autocast=autocast_of(config, device),
-            progress=False,
-        )
+    chosen, test = trained.validation, VOCFolder(trained.data.val.root, "test")
+    found = evaluate_as(config, trained.model, test, progress=False)
     values = {
         "cam_miou": found.cam.scores(chosen.cam.best_beta).miou,
         "aux_cam_miou": found.aux_cam.scores(chosen.aux_cam.best_beta).miou,

@@ -18,8 +18,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from .errors import ToCoError
-
-IGNORE = 255
+from .labels import IGNORE
 
 PROBABILITY_EPSILON = 1e-20  # least probability whose logarithm the dense CRF takes; keeps a certain 0 finite
 NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square root, as in the common implementation

@@ -19,12 +19,11 @@ from .cam import multi_scale_cam, scaled
 from .config import TrainConfig
 from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
-from .labels import pseudo_label, seed_label, upsampled_argmax, valid_cam
+from .labels import IGNORE, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from .model import ToCo
 
 N_THRESHOLDS = 20
-IGNORE = 255
 
 
 class CAMCounts:
@@ -59,7 +58,12 @@ class CAMCounts:
 
     @property
     def best_beta(self) -> float:
-        """The threshold with the highest mIoU on what was counted: to be used on another split."""
+        """The threshold with the highest mIoU on what was counted: to be used on another split.
+
+        Raises ToCoError where no valid pixel was counted.
+        """
+        if not self.counts.any():
+            raise ToCoError("no threshold is best: no pixel of the masks is valid (all are 255)")
         return float(self.betas[int(np.nanargmax(self.miou))])
 
 
@@ -199,7 +203,7 @@ class Look(NamedTuple):
 @torch.no_grad()
 def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
     """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
-    item = next(evaluation_items(source.subset([index]), size=config.data.crop_size))
+    item = next(evaluation_items(source.subset([index]), size=eval_size(config)))
     thresholds = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
     unit = to_unit(item.image).to(model.classifier.weight.device)
     image_labels = item.image_labels.to(unit.device)
@@ -232,6 +236,11 @@ def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
         pseudo_label=native(refined),
         segmentation=upsampled_argmax(model.heads(tokens).seg_logits, size)[0].to(torch.uint8).cpu().numpy(),
     )
+
+
+def eval_size(config: TrainConfig) -> int | None:
+    """Side of the square at which images are evaluated; None: native size."""
+    return config.data.crop_size if config.release.square_evaluation else None
 
 
 def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from .errors import ToCoError
-
-IGNORE = 255  # label of what takes part in no loss
+from .labels import IGNORE
 
 COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
 PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, it makes the mean of few pairs smaller

@@ -6,9 +6,11 @@ encoder sees every picture once: main image, second global view, local views, th
 """
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from .crf import dense_energy_loss
 from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from .data.augment import IMAGE_COLOUR
 from .errors import ToCoError
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, eval_size, evaluate
 from .memory import keep_freed_memory
 from .model import ToCo
 from .runs import Run
@@ -228,18 +230,8 @@ def train(
     run.keep_records_before(start)
 
     def validate() -> Evaluation:
-        return evaluate(
-            model,
-            data.val,
-            size=eval_size(config),
-            scales=config.labels.cam_scales,
-            seg_scales=config.seg_scales,
-            max_over_scales=config.release.max_over_scales,
-            autocast=autocast,
-            progress=progress and sys.stdout.isatty(),  # a second bar below the first needs a terminal
-            workers=config.data.workers,
-            what="validating",
-        )
+        bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
+        return evaluate_as(config, model, data.val, progress=bar_below, what="validating")
 
     def note(record: dict) -> None:
         run.log(record)
@@ -311,13 +303,70 @@ def train(
                 run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
     model.eval()
     if validation is None:  # a finished run was loaded
-        with attention_of(model, config, device):
-            validation = validate()
+        validation = validate()
     run.finish(
         validation.summary(config.labels.beta)
         | {"best_beta": validation.cam.best_beta, "steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
     )
     return Trained(model, run, data, validation)
+
+
+class Opened(NamedTuple):
+    """A run to look into: its model in evaluation mode, its config, its folder, its data."""
+
+    model: ToCo
+    config: TrainConfig
+    run: Run
+    data: TrainVal
+
+
+def trained_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Opened:
+    """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with."""
+    data, run = data or open_data(config.data), Run.of(config)
+    if not run.finished:
+        train(config, data=data, progress=progress)
+    return open_run(run.folder, data=data, device=config.device)
+
+
+def open_run(folder: Path | str, *, data: TrainVal | None = None, device: str = "auto") -> Opened:
+    """The newest checkpoint in a run's folder. Raises ToCoError where there is none, or it is of another layout."""
+    run = Run(folder)
+    config, state = run.config(), run.load()
+    if state is None:
+        raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+    data = data or open_data(config.data)
+    model = ToCo(
+        dataclasses.replace(config.model, pretrained=False),
+        data.train.n_classes,
+        dropped_border=config.release.dropped_border,
+    )
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ToCoError(
+            f"{run.folder}: the checkpoint is of another model: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return Opened(model.to(resolve_device(device)).eval(), config, run, data)
+
+
+def evaluate_as(
+    config: TrainConfig, model: ToCo, source, *, progress: bool = True, what: str = "evaluating"
+) -> Evaluation:
+    """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
+    device = model.classifier.weight.device
+    with attention_of(model, config, device):
+        return evaluate(
+            model,
+            source,
+            size=eval_size(config),
+            scales=config.labels.cam_scales,
+            seg_scales=config.seg_scales,
+            max_over_scales=config.release.max_over_scales,
+            autocast=autocast_of(config, device),
+            progress=progress,
+            workers=config.data.workers,
+            what=what,
+        )
 
 
 def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
@@ -351,7 +400,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
             total += min(seconds) * (last - first)
         few = data.val.subset(range(min(8, len(data.val))))
         began = time.perf_counter()
-        evaluate(model, few, size=eval_size(config), scales=config.labels.cam_scales, autocast=autocast, progress=False)
+        evaluate_as(config, model, few, progress=False)
         validations = -(-schedule.steps // config.eval_interval) if config.eval_interval else 1
         total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
     return total
@@ -393,11 +442,6 @@ def view_options(config: TrainConfig, model: ToCo) -> dict:
         "independent_local_image": config.release.independent_local_image,
         "mirrored_valid_box": config.release.mirrored_valid_box,
     }
-
-
-def eval_size(config: TrainConfig) -> int | None:
-    """Side of the square at which images are evaluated; None: native size."""
-    return config.data.crop_size if config.release.square_evaluation else None
 
 
 def resolve_device(name: str) -> torch.device:

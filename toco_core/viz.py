@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from .data.scenes import voc_palette
+from .labels import IGNORE
 
-IGNORE = 255
 IGNORE_GREYS = (225, 225, 225), (150, 150, 150)  # ground and lines of the hatching
 TERM_COLOURS = {
     "total": "#222222",

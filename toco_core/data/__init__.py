@@ -6,7 +6,6 @@ from toco_core.data.loader import (
     Batch,
     EvalItem,
     evaluation_items,
-    normalise,
     to_unit,
     training_batches,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "check",
     "evaluation_items",
     "holdout",
-    "normalise",
     "open_train_val",
     "read_image",
     "read_mask",

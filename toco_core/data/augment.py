@@ -1,6 +1,6 @@
 """From one image to what one training step needs of it: three differently varied views.
 
-Everything is `uint8` RGB `H W 3` (or `3 H W` in the result), as in the release's own pipeline; `normalise` on the
+Everything is `uint8` RGB `H W 3` (or `3 H W` in the result), as in the release's own pipeline; normalising on the
 training device makes floats of it. Every random number comes from the `rng` that is passed in. OpenCV does the work.
 
 The primitives (`brightness` ... `solarise`) follow the definitions of the usual colour jitter: brightness and contrast

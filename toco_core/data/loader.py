@@ -3,7 +3,7 @@
 Which images a step sees, and how they are varied, follows from (seed, step, place in the batch) alone: a run resumed at
 step 1000 sees what the uninterrupted run saw, and no random state needs saving.
 
-Batches hold `uint8` (a quarter of the bytes between processes); `to_unit` and `normalise` make floats on the training
+Batches hold `uint8` (a quarter of the bytes between processes); `to_unit` makes floats on the training
 device.
 """
 
@@ -119,17 +119,6 @@ def evaluation_items(
 def to_unit(images: Shaped[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
     """`uint8` images as float32 in [0, 1]; images that are float already pass unchanged."""
     return images if images.is_floating_point() else images.float() / 255
-
-
-def normalise(
-    images: Shaped[Tensor, "*batch 3 H W"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "*batch 3 H W"]:
-    """(images - mean) / std per RGB channel, for `uint8` or floats in [0, 1]. Black padding becomes -mean / std."""
-    images = to_unit(images)
-    mean, std = (
-        torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None] for values in (mean, std)
-    )
-    return (images - mean) / std
 
 
 def sample_order(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:

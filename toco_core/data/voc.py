@@ -25,8 +25,8 @@ from jaxtyping import Int64, UInt8
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, map_files, read_image, read_mask
 from toco_core.errors import ToCoError
+from toco_core.labels import IGNORE
 
-IGNORE = 255
 LAYOUT = "a VOC-layout folder holds JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt"
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 VOC_CLASSES = (
