@@ -8,8 +8,16 @@ from voc_folder import write_voc_folder
 
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.data import VOCFolder
+from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.similarity import similarity_by_block, similarity_of_split, token_similarity
+from toco_core.similarity import (
+    similarity_by_block,
+    similarity_map,
+    similarity_matrix,
+    similarity_of_split,
+    token_similarity,
+    tokens_by_block,
+)
 
 BACKBONE = "plain_vit(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)"
 
@@ -24,14 +32,14 @@ def model():
     return model.eval()
 
 
+def slow_cosine(one, other):
+    return sum(a * b for a, b in zip(one, other, strict=True)) / math.hypot(*one) / math.hypot(*other)
+
+
 def slow_similarity(tokens):
     """Pair by pair, over ordered pairs of different tokens of one image (N D)."""
-    cosines = []
-    for i, one in enumerate(tokens.tolist()):
-        for j, other in enumerate(tokens.tolist()):
-            if i != j:
-                dot = sum(a * b for a, b in zip(one, other, strict=True))
-                cosines.append(dot / math.hypot(*one) / math.hypot(*other))
+    tokens = tokens.tolist()
+    cosines = [slow_cosine(a, b) for i, a in enumerate(tokens) for j, b in enumerate(tokens) if i != j]
     return sum(cosines) / len(cosines)
 
 
@@ -61,6 +69,37 @@ def test_keeps_the_precision_of_its_input(dtype):
     found = token_similarity(tokens.to(dtype))
     assert found.dtype == dtype
     assert_close(found.float(), token_similarity(tokens), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_matrix_and_map_equal_the_cosines():
+    tokens = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.4
+    found = similarity_matrix(tokens)
+    wanted = [[[slow_cosine(a, b) for b in image] for a in image] for image in tokens.tolist()]
+    assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    assert_close(similarity_matrix(tokens[1]), found[1])
+    for patch in range(7):
+        assert_close(similarity_map(tokens[1], patch), found[1, patch])
+    assert_close(token_similarity(tokens), (found.sum((1, 2)) - 7) / 42)
+
+
+def test_similarities_stay_in_range():
+    tokens = torch.randn(1, 3, generator=torch.Generator().manual_seed(4)).repeat(9, 1)
+    assert similarity_matrix(tokens).max() <= 1 and similarity_map(-tokens, 2).max() <= 1
+    assert_close(similarity_map(torch.zeros(4, 3), 1), torch.zeros(4))
+
+
+@pytest.mark.parametrize("patch", [-1, 7])
+def test_a_patch_that_is_not_there_is_named(patch):
+    with pytest.raises(ToCoError, match=rf"patch = {patch} is not allowed: 0\.\.6, row by row"):
+        similarity_map(torch.ones(7, 5), patch)
+
+
+def test_tokens_by_block(model):
+    images = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found, raw = tokens_by_block(model, images), model.block_tokens(images)
+    for number in (1, 2, 3):
+        assert_close(found[number - 1], raw[number - 1])
+    assert_close(found[3], model.encode(images).patch_tokens)
 
 
 def test_by_block(model):

@@ -12,6 +12,7 @@ twice.
 import contextlib
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -259,20 +260,27 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def attention(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B heads T T"]]:
-        """Attention probabilities of each block, rows sum to 1. The first `encoder.num_prefix_tokens` of the T tokens
-        are not patches.
+    def attention(
+        self, images: Float[Tensor, "B 3 H W"], *, blocks: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "B heads T T"]]:
+        """Attention probabilities, rows sum to 1, of the given `blocks` (from 1; None: of all), in the encoder's order.
+        The first `encoder.num_prefix_tokens` of the T tokens are not patches.
 
-        The fused attention, which never forms these matrices, is switched off for this call only.
+        The fused attention, which never forms these matrices, is switched off for this call only. Blocks behind the
+        last wanted one are not run. Raises ToCoError for a block that is not there.
         """
+        wanted = set(range(1, self.depth + 1) if blocks is None else blocks)
+        for number in sorted(wanted - set(range(1, self.depth + 1))):
+            raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
         maps: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.plain_attention())
-            for block in self.encoder.blocks:
-                hook = block.attn.attn_drop.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
-                stack.callback(hook.remove)
-            for _ in self._run_blocks(images):
-                pass
+            for number in wanted:
+                dropout = self.encoder.blocks[number - 1].attn.attn_drop
+                stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
+            for number, _, _ in self._run_blocks(images):
+                if number >= max(wanted, default=0):
+                    break
         return maps
 
     @contextlib.contextmanager
