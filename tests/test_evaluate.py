@@ -11,6 +11,7 @@ from voc_folder import write_voc_folder
 import toco_core.evaluate as evaluation
 from toco_core import labels
 from toco_core.config import ModelConfig, override
+from toco_core.crf import dense_crf
 from toco_core.data import EvalItem, VOCFolder
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
@@ -24,13 +25,26 @@ IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img
 
 
 @pytest.fixture(scope="module")
-def model():
-    """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
+def model(source):
+    """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat.
+
+    Its decoder answers to how features differ from their mean, so that it does not see the same class everywhere.
+    """
     torch.manual_seed(0)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K).double()
     for parameter in model.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    features = []
+    hook = model.decoder.conv8.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        for i in range(len(source)):
+            images, _ = encoded(model, source, i, 24)
+            model(images)
+        mean = F.normalize(torch.stack(features).mean(0), dim=0)
+        weight = model.decoder.conv8.weight[:, :, 0, 0]
+        model.decoder.conv8.weight[:, :, 0, 0] = 3 * (weight - (weight @ mean)[:, None] * mean)
+    hook.remove()
     return model.train()
 
 
@@ -93,7 +107,7 @@ def slow_strongest(cam, image_labels, size):
     return value, label
 
 
-def slow_segmentation(model, images, tokens, size, seg_scales, use_max):
+def slow_segmentation(model, images, tokens, size, seg_scales, use_max, crf_image=None):
     if tuple(seg_scales) == (1.0,):
         logits = [model.decoder(tokens.patch_map)]
     else:
@@ -103,11 +117,14 @@ def slow_segmentation(model, images, tokens, size, seg_scales, use_max):
             logits.append(straight + mirrored.flip(-1))
     logits = [F.interpolate(m.float(), size=size, mode="bilinear", align_corners=False)[0] for m in logits]
     merged = torch.stack(logits).max(0).values if use_max else sum(logits) / len(logits)
+    if crf_image is not None:
+        unit = torch.from_numpy(crf_image.copy()).permute(2, 0, 1).float() / 255
+        merged = dense_crf(merged.softmax(0), unit)
     return merged.argmax(0).numpy().astype(np.uint8)
 
 
 @torch.no_grad()
-def slow_evaluate(model, source, size, scales, flip, seg_scales=(1.0,), use_max=True):
+def slow_evaluate(model, source, size, scales, flip, seg_scales=(1.0,), use_max=True, seg_size="same", crf=False):
     cams = {which: [ConfusionMatrix(K + 1) for _ in range(21)] for which in ("cam", "aux_cam")}
     seg, logits = ConfusionMatrix(K + 1), {"cam": [], "aux_cam": []}
     for i in range(len(source)):
@@ -119,7 +136,9 @@ def slow_evaluate(model, source, size, scales, flip, seg_scales=(1.0,), use_max=
             )
             for step, matrix in enumerate(matrices):
                 matrix.update(mask, np.where(value <= np.float32(step / 20), 0, label))
-        seg.update(mask, slow_segmentation(model, images, tokens, mask.shape, seg_scales, use_max))
+        seen = (images, tokens) if seg_size == "same" else encoded(model, source, i, seg_size)
+        crf_image = source.image(i) if crf else None
+        seg.update(mask, slow_segmentation(model, *seen, mask.shape, seg_scales, use_max, crf_image))
         logits["cam"].append(model.classifier(tokens.patch_tokens[0].max(0).values))
         logits["aux_cam"].append(model.aux_classifier(tokens.aux_patch_tokens[0].max(0).values))
     return cams, seg, {which: torch.stack(rows) for which, rows in logits.items()}
@@ -191,18 +210,26 @@ def test_the_best_threshold():
         (32, {"scales": (1.0, 0.5, 1.5)}),
         (None, {"scales": (1.0, 0.5), "seg_scales": (1.0, 1.5)}),
         (24, {"scales": (0.75,), "flip": False, "seg_scales": (0.5, 1.0), "max_over_scales": False}),
+        (24, {"scales": (0.75,), "flip": False, "seg_size": None, "seg_scales": (1.0, 1.5), "crf": True}),
+        (24, {"scales": (0.75,), "flip": False, "seg_size": 32}),
+        (24, {"scales": (0.75,), "flip": False, "crf": True}),
     ],
 )
 def test_equals_the_slow_way(model, source, size, options):
     found = evaluate(model, source, size=size, batch_size=2, progress=False, **options)
     seg_options = options.get("seg_scales", (1.0,)), options.get("max_over_scales", True)
-    cams, seg, logits = slow_evaluate(model, source, size, options["scales"], options.get("flip", True), *seg_options)
+    extra = {"seg_size": options.get("seg_size", "same"), "crf": options.get("crf", False)}
+    flip = options.get("flip", True)
+    cams, seg, logits = slow_evaluate(model, source, size, options["scales"], flip, *seg_options, **extra)
     for which, matrices in cams.items():
         counts = getattr(found, which)
         assert_close(counts.miou, np.array([matrix.scores().miou for matrix in matrices]))
         for step in (0, 5, 14):
             assert_close(counts.scores(step / 20).iou, matrices[step].scores().iou, equal_nan=True)
         assert len(set(np.round(counts.miou, 6))) > 5
+    if extra != {"seg_size": "same", "crf": False}:
+        assert (found.seg.recall > 0).sum() > 1
+        assert not np.array_equal(found.seg.iou, evaluate(model, source, size=size, progress=False).seg.iou)
     assert_close(found.seg.iou, seg.scores().iou, equal_nan=True)
     assert_close(found.seg.miou, seg.scores().miou)
     truth = torch.tensor(source.image_labels)
@@ -218,6 +245,11 @@ def test_the_protocol_is_told(model, source):
     options = {"size": 16, "scales": (1.0, 0.5), "progress": False}
     assert evaluate(model, source, **options).protocol == (
         "5 images at 16 x 16, CAM scales 1, 0.5 + flip, segmentation once, no CRF"
+    )
+    found = evaluate(model, source, **options, seg_size=None, crf={"iterations": 3, "appearance_weight": 2.5})
+    assert found.protocol == (
+        "5 images at 16 x 16, CAM scales 1, 0.5 + flip, segmentation at native size once, "
+        "dense CRF (3 iterations, position 1 of 1 px, appearance 2.5 of 121 px and 5 levels)"
     )
     options |= {"size": None, "flip": False, "seg_scales": (1.0, 0.5)}
     assert evaluate(model, source, **options).protocol == (
@@ -246,14 +278,42 @@ def test_the_precision_context_is_entered(model, source):
     assert len(entered) == 3
 
 
-def test_an_image_without_mask_is_named(model, tmp_path):
+def test_images_without_mask_count_for_the_image_labels_only(model, tmp_path):
     bare = write_voc_folder(tmp_path / "voc", n=3)
-    (bare / "SegmentationClass" / "img_1.png").unlink()
     labelled = {name: row for name, row in IMAGE_LABELS.items() if name < "img_3"}
-    some = VOCFolder(bare, "train", labels=labelled, require_masks=False)
-    with pytest.raises(ToCoError, match="img_1 has no mask: scores need a split with masks"):
-        evaluate(model, some, size=16, scales=(1.0,), progress=False)
-    assert model.training
+    options = {"size": 16, "scales": (1.0,), "progress": False}
+    whole = VOCFolder(bare, "train", labels=labelled)
+    with_masks = evaluate(model, whole.subset([0, 2]), **options)
+    everything = evaluate(model, whole, **options)
+    (bare / "SegmentationClass" / "img_1.png").unlink()
+    some = evaluate(model, VOCFolder(bare, "train", labels=labelled, require_masks=False), **options)
+    assert (some.n_images, some.n_masks) == (3, 2) and some.protocol.endswith("no CRF, masks of 2 images")
+    np.testing.assert_array_equal(some.cam.counts, with_masks.cam.counts)
+    assert some.seg.miou == with_masks.seg.miou != everything.seg.miou
+    assert some.classes.mean_average_precision == everything.classes.mean_average_precision
+
+
+def test_without_any_mask_there_is_no_miou(model, tmp_path):
+    bare = write_voc_folder(tmp_path / "voc", n=3)
+    for path in (bare / "SegmentationClass").iterdir():
+        path.unlink()
+    source = VOCFolder(bare, "train", labels=IMAGE_LABELS, require_masks=False)
+    found = evaluate(model, source, size=16, scales=(1.0,), crf=True, progress=False)
+    assert found.n_masks == 0 and found.protocol.endswith("no masks: no mIoU")
+    assert list(found.summary(0.5)) == ["map", "aux_map"]
+
+
+@pytest.mark.parametrize(
+    ("crf", "message"),
+    [
+        ({"iteration": 3}, "crf has no setting 'iteration': did you mean iterations"),
+        ({"appearance_sigma_xy": 0}, "crf: appearance_sigma_xy = 0 must be above 0"),
+        ({"position_weight": -1}, "crf: position_weight = -1 must be at least 0"),
+    ],
+)
+def test_settings_of_the_crf_are_checked(model, source, crf, message):
+    with pytest.raises(ToCoError, match=message):
+        evaluate(model, source, size=16, crf=crf, progress=False)
 
 
 def test_a_mask_value_beyond_the_classes_is_refused(model, source):

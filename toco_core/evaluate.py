@@ -2,10 +2,12 @@
 
 As published: the image at `size` square, CAM of the image's labelled classes over scales and mirrored, brought to
 native size, where void pixels (255) do not count. A CAM becomes a label by one threshold `beta`; scores are kept for
-all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one split and used on another.
+all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one split and used on another. Segmentation
+is scored as it comes, or after a dense CRF. Images without a mask count for the image-level predictions only.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,14 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cam import multi_scale_cam, scaled
-from .config import TrainConfig
+from .config import TrainConfig, did_you_mean
+from .crf import dense_crf
 from .data import EvalItem, evaluation_items, to_unit
+from .data.augment import resize
 from .errors import ToCoError
 from .labels import IGNORE, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from .model import ToCo
 
 N_THRESHOLDS = 20
+AS_CAM = "as CAM"  # segmentation sees the images at the size at which the CAM does
 
 
 class CAMCounts:
@@ -78,13 +83,21 @@ class Evaluation:
     aux_classes: MultiLabelScores
     n_images: int
     protocol: str
+    n_masks: int  # images that had a mask; without any there is no mIoU
 
     def summary(self, beta: float) -> dict:
-        """mIoU and mean average precision as plain numbers in percent, the CAMs at threshold `beta`."""
-        percent = {
-            "cam_miou": self.cam.scores(beta).miou,
-            "aux_cam_miou": self.aux_cam.scores(beta).miou,
-            "seg_miou": self.seg.miou,
+        """mIoU and mean average precision as plain numbers in percent, the CAMs at threshold `beta`.
+
+        Without masks there are no mIoUs: their names are missing.
+        """
+        percent = {}
+        if self.n_masks:
+            percent = {
+                "cam_miou": self.cam.scores(beta).miou,
+                "aux_cam_miou": self.aux_cam.scores(beta).miou,
+                "seg_miou": self.seg.miou,
+            }
+        percent |= {
             "map": self.classes.mean_average_precision,
             "aux_map": self.aux_classes.mean_average_precision,
         }
@@ -101,30 +114,41 @@ def evaluate(
     flip: bool = True,
     seg_scales: Sequence[float] = (1.0,),
     max_over_scales: bool = True,
+    seg_size: int | str | None = AS_CAM,
+    crf: bool | Mapping = False,
     batch_size: int = 8,
     workers: int = 0,
     autocast=None,
     progress: bool = True,
     what: str = "evaluating",
 ) -> Evaluation:
-    """Score a model on a split with masks.
+    """Score a model on a split, one batch of images in memory at a time. Nothing is written.
 
     Args:
         source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
+            Where an image has no mask it counts for the image-level predictions only.
         size: images are stretched to this square; None keeps the native size.
         scales, flip: of the CAM. Image-level predictions are made at scale 1, unflipped.
         seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
             at scale 1, unflipped.
+        seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
+            segmentation at native size (None).
+        crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
+            settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
         autocast: a function that returns the context to compute in; None: full precision.
     """
+    crf_options = checked_crf(crf)
+    if seg_size == AS_CAM:
+        seg_size = size
+    once, native = tuple(seg_scales) == (1.0,), crf_options is not None or seg_size != size
     device, K = model.classifier.weight.device, model.n_classes
     cam, aux_cam, seg = CAMCounts(K), CAMCounts(K), ConfusionMatrix(K + 1)
-    logits, aux_logits, labels = [], [], []
+    logits, aux_logits, labels, n_masks = [], [], [], 0
     was_training = model.training
     model.eval()
     try:
         with tqdm(total=len(source), desc=what, unit="image", disable=not progress, leave=False) as bar:
-            for items in _batches(evaluation_items(source, size=size, workers=workers), batch_size):
+            for items in _batches(evaluation_items(source, size=size, workers=workers, native=native), batch_size):
                 images = model.normalise(to_unit(torch.cat([i.image for i in items]).to(device)))
                 image_labels = torch.cat([i.image_labels for i in items]).to(device)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
@@ -133,17 +157,23 @@ def evaluate(
                     cams = multi_scale_cam(
                         model, images, scales=scales, flip=flip, tokens=tokens, image_labels=image_labels
                     )
-                    once = tuple(seg_scales) == (1.0,)
-                    seg_maps = [output.seg_logits] if once else segmentation_maps(model, images, seg_scales)
+                    if seg_size != size:
+                        seg_maps = _maps_at(model, [i.native for i in items], seg_size, seg_scales)
+                    else:
+                        maps = [output.seg_logits] if once else segmentation_maps(model, images, seg_scales)
+                        seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
                 logits.append(output.class_logits.float().cpu())
                 aux_logits.append(output.aux_class_logits.float().cpu())
                 labels.append(image_labels.cpu())
                 for b, item in enumerate(items):
                     if item.mask is None:
-                        raise ToCoError(f"{item.name} has no mask: scores need a split with masks")
-                    one = slice(b, b + 1)
-                    own = [m[one] for m in seg_maps]
-                    predicted = merged_label(own, item.mask.shape, max_over_scales=max_over_scales)
+                        continue
+                    one, n_masks = slice(b, b + 1), n_masks + 1
+                    if crf_options is None:
+                        predicted = merged_label(seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
+                    else:
+                        merged = merged_logits(seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
+                        predicted = crf_label(merged, to_unit(item.native).to(device), crf_options)
                     seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())  # refuses values beyond K
                     for counts, maps in ((cam, cams.cam), (aux_cam, cams.aux_cam)):
                         counts.update(item.mask, *strongest(maps[one], image_labels[one], item.mask.shape))
@@ -151,11 +181,13 @@ def evaluate(
     finally:
         model.train(was_training)
     truth = torch.cat(labels)
-    shape = "native size" if size is None else f"{size} x {size}"
     protocol = (
-        f"{len(source)} images at {shape}, CAM scales {_listed(scales)}{' + flip' if flip else ''}, "
-        f"segmentation {'once' if once else f'scales {_listed(seg_scales)} + flip'}, no CRF"
+        f"{len(source)} images at {_named(size)}, CAM scales {_listed(scales)}{' + flip' if flip else ''}, "
+        f"segmentation {'' if seg_size == size else f'at {_named(seg_size)} '}"
+        f"{'once' if once else f'scales {_listed(seg_scales)} + flip'}, {crf_named(crf_options)}"
     )
+    if n_masks < len(source):
+        protocol += f", masks of {n_masks} images" if n_masks else ", no masks: no mIoU"
     return Evaluation(
         cam,
         aux_cam,
@@ -164,6 +196,7 @@ def evaluate(
         multi_label_scores(torch.cat(aux_logits), truth),
         len(source),
         protocol,
+        n_masks,
     )
 
 
@@ -177,13 +210,79 @@ def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> l
     return maps
 
 
+def _maps_at(model: ToCo, images: Sequence[Tensor], size: int | None, scales: Sequence[float]) -> list[list[Tensor]]:
+    """Segmentation maps of images of native size (uint8 1 3 h w), stretched to `size`; equal shapes go together."""
+    device, together, maps = model.classifier.weight.device, {}, [None] * len(images)
+    for i, image in enumerate(images):
+        together.setdefault(tuple(image.shape[-2:]) if size is None else size, []).append(i)
+    for numbers in together.values():
+        parts = [images[i] if size is None else stretched(images[i], size) for i in numbers]
+        views = model.normalise(to_unit(torch.cat(parts).to(device)))
+        once = tuple(scales) == (1.0,)
+        group = [model(views).seg_logits] if once else segmentation_maps(model, views, scales)
+        for place, i in enumerate(numbers):
+            maps[i] = [m[place : place + 1] for m in group]
+    return maps
+
+
+def stretched(image: Tensor, size: int) -> Tensor:
+    """A uint8 image (1 3 h w) at `size` square, as `data.evaluation_items` does it."""
+    return torch.from_numpy(resize(image[0].permute(1, 2, 0).numpy(), size, size)).permute(2, 0, 1)[None]
+
+
+def merged_logits(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
+    """B C H W logits at `size` from one or more B C h w: per class the maximum over scales, as published, or the mean.
+
+    Float32, or float64 where the maps are.
+    """
+    maps = [m if m.dtype == torch.float64 else m.float() for m in maps]
+    resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
+    return torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)
+
+
+def checked_crf(crf: bool | Mapping) -> dict | None:
+    """Keywords of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
+    if crf is False:
+        return None
+    known = {
+        name: p.default
+        for name, p in inspect.signature(dense_crf).parameters.items()
+        if name not in ("probs", "image", "lattices")
+    }
+    given = {} if crf is True else dict(crf)
+    for name, value in given.items():
+        if name not in known:
+            raise ToCoError(f"crf has no setting {name!r}{did_you_mean(name, known)}")
+        if name.endswith("sigma") or "_sigma_" in name:
+            if not value > 0:
+                raise ToCoError(f"crf: {name} = {value!r} must be above 0")
+        elif not value >= 0:
+            raise ToCoError(f"crf: {name} = {value!r} must be at least 0")
+    return known | given
+
+
+def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
+    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
+    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
+
+
+def crf_named(options: Mapping | None) -> str:
+    """The settings of a CRF in words."""
+    if options is None:
+        return "no CRF"
+    o = {name: f"{value:g}" for name, value in options.items()}
+    return (
+        f"dense CRF ({o['iterations']} iterations, position {o['position_weight']} of {o['position_sigma']} px, "
+        f"appearance {o['appearance_weight']} of {o['appearance_sigma_xy']} px and {o['appearance_sigma_rgb']} levels)"
+    )
+
+
 def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
     """B H W labels 0..K at `size` from one or more B C h w logits: per class the maximum over scales, as published, or
     their mean, then the strongest class."""
     if len(maps) == 1:
         return upsampled_argmax(maps[0].float(), tuple(size))
-    resized = [F.interpolate(m.float(), size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
-    return (torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)).argmax(1)
+    return merged_logits([m.float() for m in maps], size, max_over_scales=max_over_scales).argmax(1)
 
 
 class Look(NamedTuple):
@@ -252,6 +351,10 @@ def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[n
     maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
     value, slot = maps.max(0)
     return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+def _named(size: int | None) -> str:
+    return "native size" if size is None else f"{size} x {size}"
 
 
 def _listed(scales: Sequence[float]) -> str:

@@ -299,14 +299,13 @@ def train(
                 bar.set_description("validating")
                 validation = validate()
                 bar.set_description("training")
-                note({"step": step} | validation.summary(config.labels.beta) | {"best_beta": validation.cam.best_beta})
+                note({"step": step} | _final_numbers(validation, config))
                 run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
     model.eval()
     if validation is None:  # a finished run was loaded
         validation = validate()
     run.finish(
-        validation.summary(config.labels.beta)
-        | {"best_beta": validation.cam.best_beta, "steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
+        _final_numbers(validation, config) | {"steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
     )
     return Trained(model, run, data, validation)
 
@@ -480,6 +479,12 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
 
 def _numbers(terms: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in terms.items()}
+
+
+def _final_numbers(validation: Evaluation, config: TrainConfig) -> dict:
+    """Scores in percent and the best threshold; without masks only the image-level ones."""
+    best = {"best_beta": validation.cam.best_beta} if validation.n_masks else {}
+    return validation.summary(config.labels.beta) | best
 
 
 def _stage_starts(config: TrainConfig) -> Iterator[int]:

@@ -127,13 +127,18 @@ def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
 
 
 def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
-    """mIoU of final CAM, auxiliary CAM and segmentation on the validation part against the step."""
-    lines = [r for r in records if "cam_miou" in r]
-    for score, colour in SCORE_COLOURS.items():
+    """mIoU of final CAM, auxiliary CAM and segmentation on the validation part against the step.
+
+    Without masks: the mean average precision of the image-level predictions.
+    """
+    lines = [r for r in records if "map" in r or "cam_miou" in r]
+    masks = any("cam_miou" in r for r in lines)
+    for score, colour in (SCORE_COLOURS if masks else {"map": TERM_COLOURS["cls"]}).items():
         if lines:
             steps, values = [r["step"] + 1 for r in lines], [r[score] for r in lines]
             ax.plot(steps, values, "o-", color=colour, label=NAMES[score], ms=4)
-    ax.set(title="Validation", xlabel="step", ylabel="mIoU (%)", ylim=(0, None))
+    ylabel = "mIoU (%)" if masks or not lines else "mean average precision (%)"
+    ax.set(title="Validation", xlabel="step", ylabel=ylabel, ylim=(0, None))
     if ax.lines:
         ax.legend()
     return ax
@@ -162,7 +167,7 @@ class LiveCurves:
     def update(self, record: dict) -> None:
         """Note one record and draw, at most every `every` seconds."""
         self.records.append(record)
-        if not self.live or (time.monotonic() - self.drawn < self.every and "cam_miou" not in record):
+        if not self.live or (time.monotonic() - self.drawn < self.every and "map" not in record):
             return
         picture = self.png()
         if self.image is None:

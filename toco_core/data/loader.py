@@ -54,6 +54,7 @@ class EvalItem(NamedTuple):
     image: UInt8[Tensor, "1 3 H W"]
     mask: UInt8[np.ndarray, "h w"] | None
     image_labels: Float[Tensor, "1 K"]
+    native: UInt8[Tensor, "1 3 h w"] | None = None  # the image before it was stretched, where asked for
 
 
 def training_batches(
@@ -99,9 +100,16 @@ def training_batches(
 
 
 def evaluation_items(
-    source: ImageSource, *, size: int | tuple[int, int] | None = None, workers: int = 0, start_method: str | None = None
+    source: ImageSource,
+    *,
+    size: int | tuple[int, int] | None = None,
+    workers: int = 0,
+    start_method: str | None = None,
+    native: bool = False,
 ) -> Iterator[EvalItem]:
     """Every image once, in the order of the list, at native size or stretched to `size` (square, or (H, W)).
+
+    `native` keeps the image at native size, too.
 
     Shrinking averages areas, enlarging is bilinear. Masks are never resized: scores are taken at native size.
     Raises ToCoError, naming the file, where an image or mask cannot be read.
@@ -111,7 +119,10 @@ def evaluation_items(
     if target is not None:
         _check_at_least(1, size=min(target))
     loader = DataLoader(
-        _EvaluationSamples(source, target), batch_size=None, collate_fn=_same, **_worker_options(workers, start_method)
+        _EvaluationSamples(source, target, native),
+        batch_size=None,
+        collate_fn=_same,
+        **_worker_options(workers, start_method),
     )
     return _items(loader)
 
@@ -184,8 +195,8 @@ class _TrainingSamples(Dataset):
 
 
 class _EvaluationSamples(Dataset):
-    def __init__(self, source: ImageSource, size: tuple[int, int] | None):
-        self.source, self.size = source, size
+    def __init__(self, source: ImageSource, size: tuple[int, int] | None, native: bool):
+        self.source, self.size, self.native = source, size, native
         self.labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32)
 
     def __len__(self) -> int:
@@ -197,10 +208,15 @@ class _EvaluationSamples(Dataset):
             image, mask = self.source.image(index), self.source.mask(index)
         except Exception as error:  # noqa: BLE001
             return _failure(name, error)
+        native = _channels_first(image) if self.native else None
         if self.size is not None:
             image = resize(image, *self.size)
-        chw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return EvalItem(name, chw[None], mask, self.labels[index][None])
+        return EvalItem(name, _channels_first(image), mask, self.labels[index][None], native)
+
+
+def _channels_first(image: np.ndarray) -> Tensor:
+    """uint8 H W 3 -> 1 3 H W."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
 
 
 def _failure(name: str, error: Exception) -> _Failure:
