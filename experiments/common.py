@@ -130,6 +130,44 @@ def table(variants: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def known_runs(records: Path = RECORDS) -> dict[str, dict]:
+    """Hash of the config -> its result, over all records in a folder.
+
+    The hash and not the variant's name tells what was run: one run serves every table that asks for it, and a run of an
+    older recipe serves none.
+    """
+    known = {}
+    for path in sorted(records.glob("*.json")):
+        for variant in json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values():
+            known |= {run["run"]: run for run in variant["runs"]}
+    return known
+
+
+def runs_of(overrides: dict, known: dict[str, dict]) -> list[dict]:
+    """The known runs of `tiny()` with `overrides`, by seed; of today's recipe only."""
+    seeds = sorted({run["seed"] for run in known.values()})
+    hashes = [override(tiny(), **{**overrides, "seed": seed}).short_hash() for seed in seeds]
+    return [known[name] for name in hashes if name in known]
+
+
+def table_with_gaps(variants: dict[str, dict], known: dict[str, dict], *, command: str) -> str:
+    """Markdown of every variant, mean and sample standard deviation over the seeds in percent, and the difference of
+    the final CAM from today's recipe over the seeds that both have. A variant without a run names the command."""
+    lines = ["| variant | seeds | final CAM | auxiliary CAM | segmentation | final CAM - recipe's |", "|---" * 6 + "|"]
+    recipe = {run["seed"]: run["cam_miou"] for run in runs_of({}, known)}
+    for name, overrides in variants.items():
+        runs = runs_of(overrides, known)
+        if not runs:
+            lines.append(f"| {name} | not run | `{command} --variants '{name}'` |{' |' * len(METRICS)}")
+            continue
+        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS]
+        gains = [run["cam_miou"] - recipe[run["seed"]] for run in runs if run["seed"] in recipe]
+        same = override(tiny(), **overrides) == tiny()
+        gain = "the recipe" if same else mean_and_spread(gains) if gains else "-"
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {gain} |")
+    return "\n".join(lines)
+
+
 def mean_and_spread(values: list[float]) -> str:
     """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have."""
     mean = f"{statistics.mean(values):.1f}"

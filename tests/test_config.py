@@ -12,6 +12,7 @@ from toco_core.config import (
     field_sections,
     lr_at,
     override,
+    shortened,
     voc,
 )
 from toco_core.errors import ToCoError
@@ -252,3 +253,16 @@ def test_unknown_fields_of_a_dictionary_are_refused():
         TrainConfig.from_dict({"schedule": {"step": 3}})
     with pytest.raises(ToCoError, match="loss = 3 is not allowed: a LossConfig is wanted"):
         TrainConfig.from_dict({"loss": 3})
+
+
+def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
+    config = override(
+        voc(), steps=400, warmup_steps=30, ptc_start=100, ctc_start=120, seg_start=201, eval_interval=70, seed=3
+    )
+    short = shortened(config, 100)
+    starts = {"ptc_start": 25, "ctc_start": 30, "seg_start": 50, "energy_start": 500, "final_cam_start": 0}
+    assert short == override(config, steps=100, eval_interval=18, **starts)
+    assert shortened(config, 400) == config
+    assert shortened(config, 40).schedule.warmup_steps == 20
+    assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
+    assert shortened(config, 1).schedule.steps == 1

@@ -399,3 +399,17 @@ def test_look_without_a_mask(model, tmp_path):
     some = VOCFolder(bare, "train", labels={n: IMAGE_LABELS[n] for n in ("img_0", "img_1")}, require_masks=False)
     config = override(small_recipe(), crop_size=16, local_size=16, par_iterations=0)
     assert look(model, some, 1, config).mask is None
+
+
+def test_what_is_called_with_each_batch_sees_every_image_once(model, source):
+    seen = []
+    plain = evaluate(model, source, size=32, scales=(1.0,), batch_size=2, progress=False)
+    found = evaluate(
+        model, source, size=32, scales=(1.0,), batch_size=2, progress=False, on_batch=lambda *b: seen.append(b)
+    )
+    assert [item.name for items, *_ in seen for item in items] == list(source.names)
+    assert_close(found.cam.miou, plain.cam.miou)
+    for items, unit, cams, image_labels in seen:
+        assert_close(unit, torch.cat([item.image for item in items]).to(unit) / 255)
+        assert_close(image_labels, torch.cat([item.image_labels for item in items]))
+        assert cams.cam.shape == cams.aux_cam.shape == (len(items), K, 32, 32)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "experiments" / "common.py"
+FOLDER = Path(__file__).parent.parent / "experiments"
+SOURCE = FOLDER / "common.py"
 RESULT = {"variant": "a", "run": "0123456789", "minutes": 1.0}
 
 
@@ -55,3 +56,49 @@ def test_a_finished_run_is_answered_from_its_line(common, tmp_path, monkeypatch)
     (tmp_path / "results.jsonl").write_text(json.dumps(known) + "\n" + '{"run": "cut sho')
     monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("the run is repeated"))
     assert common.run_variant("renamed", {"steps": 50}, 3, tmp_path) == known | {"variant": "renamed"}
+
+
+def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp_path):
+    from toco_core.config import override, tiny
+
+    def put(record, name, overrides, seed, value, of=None):
+        known = override(tiny(), **(overrides if of is None else of), seed=seed).short_hash()
+        common.add_result(tmp_path / record, "?", name, overrides, result(seed, value) | {"run": known})
+
+    other = tiny().loss.temperature / 2
+    put("one.json", "full", {}, 0, 50.0)
+    put("one.json", "full", {}, 1, 52.0)
+    put("one.json", "old", {"temperature": other}, 0, 40.0, of={"lr": 1.0})  # the recipe has changed since
+    put("two.json", "cold", {"temperature": other}, 1, 49.0)
+    put("two.json", "no ptc", {"ptc": 0.0}, 5, 30.0)
+    (tmp_path / "pretrain.json").write_text('{"question": "something else"}')
+    known = common.known_runs(tmp_path)
+    assert [run["cam_miou"] for run in common.runs_of({}, known)] == [50.0, 52.0]
+    assert [run["cam_miou"] for run in common.runs_of({"temperature": other}, known)] == [49.0]
+    variants = {
+        "today's value": {"temperature": tiny().loss.temperature},
+        "half": {"temperature": other},
+        "no ptc": {"ptc": 0.0},
+        "never": {"momentum": 0.123},
+    }
+    lines = common.table_with_gaps(variants, known, command="python x.py").splitlines()
+    assert lines[2:] == [
+        "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
+        "| half | 1 | 49.0 | 49.0 | 49.0 | -3.0 |",
+        "| no ptc | 1 | 30.0 | 30.0 | 30.0 | - |",
+        "| never | not run | `python x.py --variants 'never'` | | | |",
+    ]
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_the_ablation_declares_what_can_be_run(common, monkeypatch):
+    from toco_core.config import override, tiny
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    ablation = importlib.import_module("ablation")
+    assert sum(len(group) for group in ablation.GROUPS.values()) == len(ablation.VARIANTS)  # no name stands twice
+    configs = {name: override(tiny(), **overrides) for name, overrides in ablation.VARIANTS.items()}
+    assert {name for name, config in configs.items() if config == tiny()} >= {"full"}
+    assert len({config.short_hash() for config in configs.values() if config != tiny()}) == sum(
+        config != tiny() for config in configs.values()
+    )

@@ -75,9 +75,13 @@ def test_begin_forgets_an_earlier_run(run):
     run.log({"step": 0, "total": 1.0})
     run.save(state(1))
     run.finish({"cam_miou": 3.0})
-    assert run.finished
+    run.keep_scores({"part": "test"})
+    assert run.finished and run.scores() == {"part": "test"}
+    assert run.manifest()["versions"] == manifest()["versions"]
     run.begin(tiny())
     assert not run.finished and run.load() is None and run.records() == []
+    run.finish({})
+    assert run.scores() is None
 
 
 def test_an_out_dir_below_a_file_is_named(tmp_path):

@@ -227,3 +227,87 @@ def test_a_live_run_draws_now_and_then(monkeypatch):
         curves.update(record)
     assert drawn == [1, 3, 5]
     assert shown == [curves.image] and curves.image.format == "png" and curves.image.value == b"picture 3"
+
+
+# ---- runs side by side
+
+
+def scores(cam, aux_cam, pseudo, similarity):
+    return SimpleNamespace(
+        miou={"cam": cam, "aux_cam": aux_cam, "pseudo_label": pseudo, "seg": 1.0}, token_similarity=similarity
+    )
+
+
+def test_points_with_error_bars(ax):
+    assert viz.error_points(ax, {7: [1.0, 4.0], 9: [5.0]}, colour="#123456", label="x", shift=0.1) is ax
+    line, caps, (bars,) = ax.containers[0]
+    assert points(line) == [(7.1, 2.5), (9.1, 5.0)]
+    deviation = np.std([1.0, 4.0], ddof=1)
+    np.testing.assert_allclose(bars.get_segments()[0], [[7.1, 2.5 - deviation], [7.1, 2.5 + deviation]])
+    singles = [single for single in ax.lines if single.get_marker() == "_" and single not in caps]
+    assert [(7.1, 1.0), (7.1, 4.0)] in [points(single) for single in singles]
+
+
+def test_one_seed_has_no_error_bar(ax):
+    viz.error_points(ax, {7: [1.0], 9: [5.0]}, colour="#123456", label="x")
+    assert not ax.containers[0].has_yerr and len(ax.lines) == 1
+
+
+def test_layer_figure():
+    runs = {
+        2: [scores(10, 20, 30, [0.1, 0.2, 0.3]), scores(14, 20, 30, [0.1, 0.4, 0.5])],
+        3: [scores(1, 2, 3, [0, 0, 0.9])],
+    }
+    figure = viz.layer_figure(runs, chosen=2)
+    left, right = figure.axes
+    lines = {container.get_label(): points(container[0]) for container in left.containers}
+    assert lines["final CAM"] == [(1.94, 12), (2.94, 1)] and lines["auxiliary CAM"] == [(2, 20), (3, 2)]
+    assert lines["pseudo label (after PAR)"] == [(2.06, 30), (3.06, 3)]
+    own, last = right.containers
+    np.testing.assert_allclose(points(own[0]), [(2, 0.3), (3, 0.9)])  # of block 2 and of block 3
+    np.testing.assert_allclose(points(last[0]), [(2, 0.4), (3, 0.9)])
+    assert "2 seeds" in left.get_title() and len(left.patches) == 1
+    assert "1 seed)" in viz.layer_figure({3: runs[3]}).axes[0].get_title()
+
+
+def test_compared_curves():
+    runs = {"a": (RECORDS, 21), "b": (RECORDS[:2], 21)}
+    loss, cam, aux_cam, seg = viz.compared_curves(runs).axes
+    assert [line.get_label() for line in loss.lines] == ["a", "b"] and [len(ax.lines) for ax in (cam, seg)] == [1, 1]
+    assert points(loss.lines[1]) == [(0, 2.0), (10, 1.5)]
+    assert points(aux_cam.lines[0]) == [(11, 25.5), (21, 35.5)] and cam.get_xlabel() == "step"
+    assert loss.lines[0].get_color() != loss.lines[1].get_color()
+    assert isinstance(viz.compared_curves({"empty": ([], 10)}), plt.Figure)
+
+
+def test_the_published_curve_is_drawn_over_the_share_of_the_schedule():
+    published = [
+        {"step": 50, "cam_miou": 40.0, "aux_cam_miou": 50.0, "seg_miou": 1.0},
+        {"step": 100, "cam_miou": 60.0, "aux_cam_miou": 55.0, "seg_miou": 30.0},
+    ]
+    figure = viz.compared_curves({"a": (RECORDS, 20)}, published=published)
+    loss, cam, _, _ = figure.axes
+    assert points(cam.lines[0]) == [(55.0, 20.0), (105.0, 30.0)] and points(cam.lines[1]) == [(50, 40.0), (100, 60.0)]
+    assert cam.lines[1].get_label() == "published" and len(loss.lines) == 1
+    assert "share" in cam.get_xlabel()
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "published"}
+
+
+def test_class_bars(ax):
+    assert viz.class_bars(ax, ["cat", "dog"], {"x": [1.0, -2.0], "y": [np.nan, 3.0]}, title="t") is ax
+    x, y = ax.containers
+    np.testing.assert_array_equal([bar.get_width() for bar in x], [1.0, -2.0])
+    np.testing.assert_array_equal([bar.get_width() for bar in y], [np.nan, 3.0])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"] and ax.yaxis_inverted()
+    assert x[0].get_y() < y[0].get_y() and x[0].get_facecolor() != y[0].get_facecolor()
+
+
+def test_variant_points(ax):
+    assert viz.variant_points(ax, {"full": [30.0, 32.0], "less": [20.0]}, reference="full") is ax
+    means = [container[0].get_xdata()[0] for container in ax.containers]
+    assert means == [31.0, 20.0] and [container.has_xerr for container in ax.containers] == [True, False]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "less"] and ax.yaxis_inverted()
+    assert [list(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "--"] == [[31.0, 31.0]]
+    fresh = plt.figure().add_subplot()
+    viz.variant_points(fresh, {"less": [20.0]}, reference="full")
+    assert not [line for line in fresh.lines if line.get_linestyle() == "--"]

@@ -7,7 +7,7 @@ is scored as it comes, or after a dense CRF. Images without a mask count for the
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,6 +119,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     autocast=None,
+    on_batch: Callable | None = None,
     progress: bool = True,
     what: str = "evaluating",
 ) -> Evaluation:
@@ -136,6 +137,8 @@ def evaluate(
         crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
             settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
         autocast: a function that returns the context to compute in; None: full precision.
+        on_batch: called with each batch's items, its images in [0, 1], CAMs and image-level labels: what is measured on
+            labels made from the CAMs needs no second pass.
     """
     crf_options = checked_crf(crf)
     if seg_size == AS_CAM:
@@ -149,7 +152,8 @@ def evaluate(
     try:
         with tqdm(total=len(source), desc=what, unit="image", disable=not progress, leave=False) as bar:
             for items in _batches(evaluation_items(source, size=size, workers=workers, native=native), batch_size):
-                images = model.normalise(to_unit(torch.cat([i.image for i in items]).to(device)))
+                unit = to_unit(torch.cat([i.image for i in items]).to(device))
+                images = model.normalise(unit)
                 image_labels = torch.cat([i.image_labels for i in items]).to(device)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
                     tokens = model.encode(images)
@@ -162,6 +166,8 @@ def evaluate(
                     else:
                         maps = [output.seg_logits] if once else segmentation_maps(model, images, seg_scales)
                         seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
+                if on_batch:
+                    on_batch(items, unit, cams, image_labels)
                 logits.append(output.class_logits.float().cpu())
                 aux_logits.append(output.aux_class_logits.float().cpu())
                 labels.append(image_labels.cpu())

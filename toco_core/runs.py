@@ -5,6 +5,7 @@ manifest.json     versions, machine, git state, data: what is needed to repeat i
 metrics.jsonl     one line per logged step or validation, appended as they happen
 checkpoint.pt     the newest whole state; replaced at once, so an interruption leaves the one before
 metrics.json      the final numbers; only a finished run has it
+scores.json       what `scores.score_run` found for the finished run
 """
 
 import json
@@ -39,7 +40,7 @@ class Run:
         cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.json", "metrics.jsonl", "checkpoint.pt"):
+            for name in ("scores.json", "metrics.json", "metrics.jsonl", "checkpoint.pt"):
                 (self.folder / name).unlink(missing_ok=True)
             write_whole(self.folder / "config.json", _json(config.to_dict()))
             write_whole(self.folder / "manifest.json", _json(manifest() | facts))
@@ -55,6 +56,10 @@ class Run:
         """The config it was started with."""
         return TrainConfig.from_dict(self._read("config.json"))
 
+    def manifest(self) -> dict:
+        """Versions, machine, git state and data of its start."""
+        return self._read("manifest.json")
+
     def metrics(self) -> dict:
         """The final numbers. Raises ToCoError for a run that is not finished."""
         return self._read("metrics.json")
@@ -62,6 +67,14 @@ class Run:
     def finish(self, metrics: dict) -> None:
         """Write the final numbers: from now on the run counts as finished."""
         write_whole(self.folder / "metrics.json", _json(metrics))
+
+    def scores(self) -> dict | None:
+        """What `keep_scores` was given; None before, and for a run that is not finished."""
+        return self._read("scores.json") if self.finished and (self.folder / "scores.json").is_file() else None
+
+    def keep_scores(self, scores: dict) -> None:
+        """Write what the finished run was scored with (see `scores`)."""
+        write_whole(self.folder / "scores.json", _json(scores))
 
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl."""

@@ -349,7 +349,13 @@ def open_run(folder: Path | str, *, data: TrainVal | None = None, device: str = 
 
 
 def evaluate_as(
-    config: TrainConfig, model: ToCo, source, *, progress: bool = True, what: str = "evaluating"
+    config: TrainConfig,
+    model: ToCo,
+    source,
+    *,
+    on_batch: Callable | None = None,
+    progress: bool = True,
+    what: str = "evaluating",
 ) -> Evaluation:
     """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
     device = model.classifier.weight.device
@@ -362,6 +368,7 @@ def evaluate_as(
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             autocast=autocast_of(config, device),
+            on_batch=on_batch,
             progress=progress,
             workers=config.data.workers,
             what=what,

@@ -210,3 +210,117 @@ def score_table(evaluation, beta: float, aux_beta: float, class_names: Sequence[
         lines.append(f"{name:16}{cells[0]:>12}{cells[1]:>12}{cells[2]:>14}")
     means = [f"{100 * c.miou:.1f}" for c in columns]
     return "\n".join([*lines, f"{'mean':16}{means[0]:>12}{means[1]:>12}{means[2]:>14}"])
+
+
+# ---- runs side by side
+
+RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6a3d9a", "#666666")
+SCORED_COLOURS = {"cam": "#d55e00", "aux_cam": "#56b4e9", "pseudo_label": "#6a3d9a", "seg": "#009e73"}
+SCORED_NAMES = {
+    "cam": "final CAM",
+    "aux_cam": "auxiliary CAM",
+    "pseudo_label": "pseudo label (after PAR)",
+    "seg": "segmentation",
+}
+
+
+def error_points(ax: plt.Axes, groups: dict[float, Sequence[float]], *, colour: str, label: str, shift: float = 0.0):
+    """Mean and sample standard deviation of each group's values over its place on the x axis, and the single values
+    beside it; one value alone has no error bar. `shift` moves everything sideways, so that curves do not hide each
+    other."""
+    places, means = list(groups), [np.mean(values) for values in groups.values()]
+    spreads = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in groups.values()]
+    x = np.array(places, float) + shift
+    ax.errorbar(x, means, yerr=spreads if any(spreads) else None, fmt="o-", color=colour, label=label, ms=5, capsize=3)
+    for place, values in zip(x, groups.values(), strict=True):
+        if len(values) > 1:
+            ax.plot(np.full(len(values), place), values, "_", color=colour, alpha=0.6, ms=8)
+    return ax
+
+
+def layer_figure(scores: dict[int, Sequence], *, chosen: int | None = None) -> plt.Figure:
+    """mIoU against the auxiliary block, and how alike that block's patch tokens are.
+
+    `scores`: block -> the `RunScores` of its runs, one per seed. `chosen` is marked.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for i, name in enumerate(("cam", "aux_cam", "pseudo_label")):
+        groups = {layer: [run.miou[name] for run in runs] for layer, runs in scores.items()}
+        error_points(left, groups, colour=SCORED_COLOURS[name], label=SCORED_NAMES[name], shift=0.06 * (i - 1))
+    own = {layer: [run.token_similarity[layer - 1] for run in runs] for layer, runs in scores.items()}
+    last = {layer: [run.token_similarity[-1] for run in runs] for layer, runs in scores.items()}
+    error_points(right, own, colour="#222222", label="this block")
+    error_points(right, last, colour="#999999", label="last block of the same run")
+    seeds = max(len(runs) for runs in scores.values())
+    left.set(title=f"Scores ({seeds} seed{'s' * (seeds > 1)})", ylabel="mIoU (%)", ylim=(0, None))
+    right.set(title="Over-smoothing after training", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
+    for ax in (left, right):
+        ax.set(xlabel="auxiliary block", xticks=list(scores))
+        if chosen is not None:
+            ax.axvspan(chosen - 0.2, chosen + 0.2, color="#f2e9c9", zorder=0, label="chosen on val")
+    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.07, 0.02), ncol=2)
+    figure.legend(*right.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.57, 0.02), ncol=2)
+    figure.tight_layout()
+    return figure
+
+
+def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: Sequence[dict] = ()) -> plt.Figure:
+    """Total loss and the three validation scores of several runs.
+
+    `runs`: name -> its records and its number of steps. With `published`, points with "step" and the three scores of
+    which the last ends the schedule, the x axis is the share of the schedule, so that other lengths can be compared.
+    """
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3))
+    for i, (name, (records, steps)) in enumerate(runs.items()):
+        colour, unit = RUN_COLOURS[i % len(RUN_COLOURS)], 100 / steps if published else 1
+        losses = [(r["step"] * unit, r["total"]) for r in records if r.get("total") is not None]
+        if losses:
+            axes[0].plot(*zip(*losses, strict=True), color=colour, lw=1.2, label=name)
+        for ax, score in zip(axes[1:], SCORE_COLOURS, strict=True):
+            points = [((r["step"] + 1) * unit, r[score]) for r in records if r.get(score) is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=name)
+    for ax, score in zip(axes[1:], SCORE_COLOURS, strict=True):
+        if published:
+            share = [100 * point["step"] / published[-1]["step"] for point in published]
+            ax.plot(share, [point[score] for point in published], "k--", lw=1.2, label="published")
+        ax.set(title=f"{NAMES[score][0].upper()}{NAMES[score][1:]}, validation", ylabel="mIoU (%)", ylim=(0, None))
+    axes[0].set(title="Total loss", ylabel="loss (terms weighted)")
+    for ax in axes:
+        ax.set_xlabel("share of the schedule (%)" if published else "step")
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout()
+    if handles:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncol": min(len(handles), 6)}
+        figure.legend(handles.values(), handles, **place)
+    return figure
+
+
+def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, Sequence[float]], *, title: str):
+    """Differences per class in points, one bar per run and class; the first class is on top."""
+    height = 0.8 / max(len(differences), 1)
+    for i, (name, values) in enumerate(differences.items()):
+        places = np.arange(len(class_names)) + (i - (len(differences) - 1) / 2) * height
+        ax.barh(places, values, height=0.9 * height, color=RUN_COLOURS[(i + 1) % len(RUN_COLOURS)], label=name)
+    ax.set_yticks(range(len(class_names)), class_names)
+    ax.axvline(0, color="#222222", lw=0.8)
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel="IoU (points)")
+    ax.legend()
+    return ax
+
+
+def variant_points(ax: plt.Axes, groups: dict[str, Sequence[float]], *, reference: str | None = None) -> plt.Axes:
+    """One row per variant: mean, sample standard deviation and the single values; a line through the mean of
+    `reference`. The first variant is on top."""
+    for place, (name, values) in enumerate(groups.items()):
+        colour = "#222222" if name == reference else "#d55e00"
+        spread = np.std(values, ddof=1) if len(values) > 1 else None
+        ax.errorbar(np.mean(values), place, xerr=spread, fmt="o", color=colour, ms=6, capsize=3)
+        if len(values) > 1:
+            ax.plot(values, np.full(len(values), place), "|", color=colour, alpha=0.6, ms=9)
+    if reference in groups:
+        ax.axvline(np.mean(groups[reference]), color="#999999", ls="--", lw=1, zorder=0)
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set(ylim=(len(groups) - 0.5, -0.5), xlabel="mIoU (%)")
+    return ax

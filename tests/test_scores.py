@@ -1,0 +1,184 @@
+"""Scores of runs: chosen on val, reported on test, kept beside the run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_config import small_recipe
+from torch.testing import assert_close
+from voc_folder import write_voc_folder
+
+import toco_core.scores as scoring
+from toco_core.config import override
+from toco_core.data import VOCFolder
+from toco_core.errors import ToCoError
+from toco_core.evaluate import look
+from toco_core.metrics import ConfusionMatrix
+from toco_core.scores import PseudoLabelCounts, RunScores, read_scores, score_run, scored_run
+from toco_core.similarity import similarity_of_split
+from toco_core.train import evaluate_as, open_run
+
+K = 3
+SMALL = {
+    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
+    "proj_hidden": 24, "proj_bottleneck": 12, "proj_dim": 10, "decoder_width": 14, "par_iterations": 2,
+    "par_dilations": (1, 2), "local_size": 16, "n_local": 2, "crop_size": 32, "cam_scales": (1.0,), "batch_size": 2,
+    "warmup_steps": 0, "eval_interval": 0, "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+
+
+def config_of(root, out_dir, **changes):
+    return override(small_recipe(), **SMALL, dataset=str(root), out_dir=str(out_dir), steps=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    splits = {"train": range(6), "val": (6, 7, 8), "test": (9, 10, 11, 12)}
+    return write_voc_folder(tmp_path_factory.mktemp("data") / "voc", n=13, splits=splits)
+
+
+@pytest.fixture(scope="module")
+def scored(root, tmp_path_factory):
+    return scored_run(config_of(root, tmp_path_factory.mktemp("runs")), progress=False)
+
+
+# ---- counts of pseudo labels
+
+
+def test_an_open_pixel_is_a_missed_one():
+    """Two classes by hand. Background: 3 pixels, 2 found, 1 open. Class 1: 4 pixels, 1 found, 1 taken for background,
+    2 open; void does not count whatever is said there."""
+    truth = np.array([[0, 0, 0, 1, 1, 1, 1, 255, 255]], np.uint8)
+    label = np.array([[0, 0, 255, 1, 0, 255, 255, 1, 255]])
+    counts = PseudoLabelCounts(1)
+    counts.update(truth, label)
+    assert_close(counts.iou, np.array([2 / 4, 1 / 4]))
+    assert_close(counts.miou, 3 / 8)
+    assert_close(counts.committed, 4 / 7)
+
+
+def test_counts_equal_loops_over_pixels():
+    rng = np.random.default_rng(0)
+    counts, truths, labels = PseudoLabelCounts(K), [], []
+    for shape in ((5, 7), (11, 3)):
+        truth, label = (rng.choice([0, 1, 2, 3, 255], shape).astype(np.uint8) for _ in range(2))
+        counts.update(truth, label)
+        truths, labels = truths + truth.ravel().tolist(), labels + label.ravel().tolist()
+    pairs = [(t, p) for t, p in zip(truths, labels, strict=True) if t != 255]
+    for c in range(K + 1):
+        both, either = sum(t == p == c for t, p in pairs), sum(t == c or p == c for t, p in pairs)
+        assert_close(counts.iou[c], np.float64(both / either))
+    assert_close(counts.committed, sum(p != 255 for _, p in pairs) / len(pairs))
+
+
+def test_labels_without_open_pixels_score_as_always():
+    rng = np.random.default_rng(1)
+    truth, label = rng.choice([0, 1, 2, 3, 255], (9, 8)).astype(np.uint8), rng.integers(0, 4, (9, 8))
+    counts, matrix = PseudoLabelCounts(K), ConfusionMatrix(K + 1)
+    counts.update(truth, label)
+    matrix.update(truth, label)
+    assert_close(counts.miou, matrix.scores().miou)
+    assert counts.committed == 1
+    nothing = PseudoLabelCounts(K)
+    nothing.update(truth, np.full((9, 8), 255))
+    assert nothing.miou == 0 and nothing.committed == 0
+
+
+# ---- a run
+
+
+def test_thresholds_are_of_val_and_scores_of_test(scored, root):
+    found = scored.scores
+    opened = open_run(scored.run.folder)
+    test = VOCFolder(root, "test")
+    val, final = (
+        evaluate_as(scored.config, opened.model, source, progress=False) for source in (opened.data.val, test)
+    )
+    assert found.part == "test" and found.protocol.startswith("test: 4 images at 32 x 32")
+    assert (found.beta, found.aux_beta) == (val.cam.best_beta, val.aux_cam.best_beta)
+    assert_close(found.val["cam"], 100 * max(val.cam.miou), rtol=0, atol=6e-4)
+    assert_close(found.val["aux_cam"], 100 * max(val.aux_cam.miou), rtol=0, atol=6e-4)
+    for name, scores in (
+        ("cam", final.cam.scores(found.beta)),
+        ("aux_cam", final.aux_cam.scores(found.aux_beta)),
+        ("seg", final.seg),
+    ):
+        assert_close(found.miou[name], 100 * scores.miou, rtol=0, atol=6e-4)
+        assert_close(np.array(found.iou[name]), 100 * scores.iou, rtol=0, atol=6e-4, equal_nan=True)
+    assert_close(
+        found.token_similarity, similarity_of_split(opened.model, opened.data.val, scored.config), rtol=0, atol=1e-4
+    )
+
+
+def test_pseudo_labels_are_those_of_each_image(scored, root):
+    """Image by image through `look`, which does not know of batches."""
+    opened, test = open_run(scored.run.folder), VOCFolder(root, "test")
+    counts = PseudoLabelCounts(K)
+    for i in range(len(test)):
+        counts.update(test.mask(i), look(opened.model, test, i, scored.config).pseudo_label)
+    assert_close(scored.scores.miou["pseudo_label"], 100 * counts.miou, rtol=0, atol=6e-4)
+    assert_close(scored.scores.committed, 100 * counts.committed, rtol=0, atol=6e-4)
+    assert_close(np.array(scored.scores.iou["pseudo_label"]), 100 * counts.iou, rtol=0, atol=6e-4, equal_nan=True)
+
+
+def test_a_second_time_answers_from_the_folder(scored, monkeypatch):
+    for name in ("train", "evaluate_as"):
+        monkeypatch.setattr(scoring, name, lambda *_, **__: pytest.fail("it is computed again"))
+    again = scored_run(scored.config)
+    np.testing.assert_equal(again.scores._asdict(), scored.scores._asdict())
+    assert again.run.folder == scored.run.folder
+    np.testing.assert_equal(score_run(open_run(scored.run.folder))._asdict(), scored.scores._asdict())
+
+
+def test_a_finished_run_is_scored_without_training(scored, monkeypatch):
+    (scored.run.folder / "scores.json").unlink()
+    before = (scored.run.folder / "checkpoint.pt").stat().st_mtime_ns
+    again = scored_run(scored.config, progress=False)
+    np.testing.assert_equal(again.scores._asdict(), scored.scores._asdict())
+    assert (scored.run.folder / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_scores_do_not_outlive_their_run(scored, tmp_path):
+    run = scored.run.__class__(tmp_path / "copy")
+    run.begin(scored.config)
+    run.finish({})
+    run.keep_scores(scored.scores._asdict())
+    assert read_scores(run) is not None
+    run.begin(scored.config)
+    assert read_scores(run) is None
+    run.keep_scores(scored.scores._asdict())
+    assert read_scores(run) is None  # not finished
+
+
+def test_scores_of_another_version_are_refused(scored, tmp_path):
+    run = scored.run.__class__(tmp_path)
+    run.finish({})
+    run.keep_scores({"part": "val"})
+    with pytest.raises(ToCoError, match="scores.json is of another version: delete it"):
+        read_scores(run)
+
+
+def test_nan_survives_the_folder(scored, tmp_path):
+    run = scored.run.__class__(tmp_path)
+    run.finish({})
+    iou = {name: [float("nan"), 2.0] for name in scored.scores.iou}
+    run.keep_scores(scored.scores._replace(iou=iou)._asdict())
+    assert "NaN" not in (tmp_path / "scores.json").read_text()
+    json.loads((tmp_path / "scores.json").read_text())
+    np.testing.assert_equal(read_scores(run).iou, iou)
+
+
+def test_without_a_test_part_val_is_reported(tmp_path):
+    root = write_voc_folder(tmp_path / "voc", n=6, splits={"train": range(4), "val": (4, 5)})
+    found = scored_run(config_of(root, tmp_path / "runs"), progress=False).scores
+    assert isinstance(found, RunScores) and found.part == "val"
+    assert all(found.val[name] == found.miou[name] for name in ("cam", "aux_cam", "seg"))
+
+
+def test_nearest_equals_torch():
+    rng = np.random.default_rng(2)
+    label = rng.integers(0, 9, (7, 5))
+    for size in ((7, 5), (13, 4), (3, 11), (14, 10)):
+        slow = torch.nn.functional.interpolate(torch.from_numpy(label)[None, None].float(), size=size, mode="nearest")
+        np.testing.assert_array_equal(scoring._nearest(label, size), slow[0, 0].long().numpy())
