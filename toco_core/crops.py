@@ -8,8 +8,7 @@ tokens are pushed from, or pulled to, the whole image's.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .errors import ToCoError
@@ -56,9 +55,9 @@ def sample_crops(
     anywhere = torch.ones_like(wanted)
     if valid_box is not None and not crops_in_padding:
         real = inside_box(valid_box, (height, width))[centres].flatten(1)
-        anywhere = torch.where(real.any(1, keepdim=True), real, anywhere)
-        wanted = wanted & anywhere
-    wanted = torch.where(wanted.sum(1, keepdim=True) >= n_crops, wanted, anywhere)
+        anywhere = real | ~real.any(1, keepdim=True)
+        wanted &= anywhere
+    wanted |= anywhere & (wanted.count_nonzero(1)[:, None] < n_crops)
 
     position = _draw(wanted, n_crops, generator)
     return CropBoxes(top=position // columns, left=position % columns)
@@ -72,20 +71,14 @@ def foreground_ratio(
     *,
     foreground_counts_double: bool = True,
 ) -> Float[Tensor, "B V"]:
-    """Mean of the region values (0, 1, 2) in each crop, in [0, 2]: exact, from an integral image.
+    """Mean of the region values (0, 1, 2) in each crop, in [0, 2]; their sum is exact.
 
     A foreground pixel so counts twice as much as an uncertain one. That is how the release does it, and its threshold
     of 0.2 was chosen for it; without `foreground_counts_double` it is the share of the two, in [0, 1]. Raises ToCoError
     for a crop that leaves the image.
     """
-    batch, height, width = region_mask.shape
-    _check_corners(top, left, crop_size, height, width)
     values = region_mask if foreground_counts_double else region_mask.clamp(max=1)
-    integral = F.pad(values.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
-    b = torch.arange(batch, device=region_mask.device)[:, None]
-    bottom, right = top + crop_size, left + crop_size
-    total = integral[b, bottom, right] - integral[b, top, right] - integral[b, bottom, left] + integral[b, top, left]
-    return total.float() / crop_size**2
+    return _windows(values, top, left, crop_size).sum((-2, -1)).float() / crop_size**2
 
 
 def crop_flags(
@@ -105,30 +98,37 @@ def crop_flags(
 def cut_crops(
     images: Float[Tensor, "B 3 H W"], top: Int[Tensor, "B V"], left: Int[Tensor, "B V"], crop_size: int
 ) -> Float[Tensor, "B V 3 s s"]:
-    """The crops, pixel for pixel: one gather from a view that holds every possible window.
+    """The crops, pixel for pixel. Raises ToCoError for a crop that leaves the image."""
+    return _windows(images, top, left, crop_size)
 
-    Raises ToCoError for a crop that leaves the image.
-    """
-    _check_corners(top, left, crop_size, *images.shape[2:])
-    windows = images.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
-    return windows[torch.arange(len(images), device=images.device)[:, None], :, top, left]
+
+def _windows(maps: Shaped[Tensor, "B *C H W"], top: Tensor, left: Tensor, size: int) -> Shaped[Tensor, "B V *C s s"]:
+    """One gather from a view that holds every possible window."""
+    _check_corners(top, left, size, *maps.shape[-2:])
+    every = maps.unfold(-2, size, 1).unfold(-2, size, 1)  # B C rows columns s s
+    every = every.movedim((-4, -3), (1, 2))  # neighbouring index axes copy whole rows of pixels
+    return every[torch.arange(len(maps), device=maps.device)[:, None], top, left]
 
 
 def _draw(allowed: Bool[Tensor, "B M"], n: int, generator: torch.Generator | None) -> Int[Tensor, "B n"]:
     """`n` different allowed positions per row, every set with equal chance; a row that has fewer repeats them."""
     running = allowed.cumsum(1, dtype=torch.int32)
-    count = running[:, -1:].cpu().double()
-    # The i-th is drawn among the count - i that are left, then moved past those that are taken, in ascending order.
-    left_over = (count - torch.arange(n)).where(count >= n, count)
-    rank = (torch.rand(len(allowed), n, generator=generator, dtype=torch.float64) * left_over).long()
+    count = running[:, -1:].double()
+    # The i-th is drawn among the count - i that are left, then moved past those before it that are taken: the j-th
+    # taken, counted from below, is passed by all that are at least taken - j.
+    enough = count >= n
+    left_over = torch.where(enough, count - torch.arange(n, device=count.device), count)
+    chance = torch.rand(len(allowed), n, generator=generator, dtype=torch.float64)
+    rank = (chance.to(count.device, non_blocking=True) * left_over).long()
     for i in range(1, n):
-        taken = rank[:, :i].sort(dim=1).values
-        for j in range(i):
-            rank[:, i] += (rank[:, i] >= taken[:, j]) & (count[:, 0] >= n)
+        taken = rank[:, :i].sort(dim=1).values - torch.arange(i, device=count.device)
+        rank[:, i] += (rank[:, i : i + 1] >= taken).sum(1) * enough[:, 0]
     return torch.searchsorted(running, (rank + 1).to(running))
 
 
 def _check_corners(top: Tensor, left: Tensor, crop_size: int, height: int, width: int) -> None:
+    if top.device.type == "cuda":  # a look would wait for the device, which itself stops at an index beyond the end
+        return
     for name, corner, length in (("top", top, height), ("left", left, width)):
         if corner.numel() and not (0 <= int(corner.min()) and int(corner.max()) + crop_size <= length):
             raise ToCoError(

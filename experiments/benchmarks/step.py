@@ -1,0 +1,312 @@
+"""How much faster than a straightforward implementation are a training step, its pieces and the evaluation?
+
+    python experiments/benchmarks/step.py                        # the table; about ten minutes on one thread
+    python experiments/benchmarks/step.py --only crops PTC       # some rows
+
+Both sides do the same work on the same pictures, in turn, in one process; a ratio is the median over the turns. The
+baseline is our own slow implementation (baseline.py) in float32. Before anything is timed both sides' results are
+compared, at full size. Writes experiments/records/benchmarks_step.json, which also names the machine.
+"""
+
+import argparse
+import statistics
+
+import baseline
+import numpy as np
+import torch
+from measure import LATE, alternate, batch_of, config_of, machine, model_of, ratio, write_record
+
+from toco_core import crops, labels, losses
+from toco_core.evaluate import CAMCounts, evaluate
+from toco_core.memory import keep_freed_memory
+from toco_core.metrics import ConfusionMatrix
+from toco_core.train import attention_of, autocast_of, step_losses
+
+CPU = torch.device("cpu")
+SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96
+SLOW, FAST = "baseline", "toco_core"
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(one: dict, other: dict) -> float:
+    """Relative error of all gradients together: norm of the difference over norm."""
+    squares = {name: ((one[name] - other[name]).square().sum(), one[name].square().sum()) for name in one}
+    return (sum(s[0] for s in squares.values()) / sum(s[1] for s in squares.values())).sqrt().item()
+
+
+def worst(wanted: dict, found: dict) -> float:
+    """Largest relative error of a loss term."""
+    return torch.stack([((wanted[t] - found[t]) / wanted[t]).detach().abs() for t in wanted]).max().item()
+
+
+def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
+    """Encoder, heads, CAMs, labels, losses, backward, moving average, optimiser."""
+    configs = {
+        p: config_of(width, precision=p, crop_size=size, local_size=LOCAL * size // SIZE) for p in ("fp32", "bf16")
+    }
+    config = configs["fp32"]
+    model = model_of(config, K)
+    batch, weights = batch_of(model, size, BATCH), config.loss.at(LATE)
+    region = labels.region_mask(torch.rand(BATCH, K, size, size), batch.image_labels, beta_l=0.4, beta_h=0.6)
+    boxes = crops.sample_crops(region, n_crops=VIEWS, crop_size=config.crops.local_size, valid_box=batch.valid_box)
+
+    groups = model.parameter_groups(lr=1e-6, head_lr_scale=10, weight_decay=0.01)
+    slow_optimizer = baseline.optimizer_of(groups, config.schedule.betas)
+    fast_optimizer = torch.optim.AdamW(groups, betas=config.schedule.betas, fused=True)
+
+    def slow(boxes=None, train=True):
+        with model.plain_attention():
+            found = baseline.step_losses(model, batch, config, weights, boxes)
+        model.zero_grad(set_to_none=True)
+        found.total.backward()
+        if train:
+            slow_optimizer.step()
+            baseline.average_head(model, config.schedule.momentum)
+        return found
+
+    def fast(precision, boxes=None, train=True):
+        config = configs[precision]
+        autocast = autocast_of(config, CPU)
+        with attention_of(model, config, CPU):
+            found = step_losses(model, batch, config, weights, step=LATE, boxes=boxes, autocast=autocast)
+            model.zero_grad(set_to_none=True)
+            found.total.backward()
+        if train:
+            fast_optimizer.step()
+            model.update_ema(config.schedule.momentum)
+        return found
+
+    wanted = slow((boxes.top, boxes.left), train=False)
+    slow_gradients = gradients(model)
+    agreement = {}
+    for precision in configs:
+        found = fast(precision, boxes, train=False)
+        agreement[precision] = {
+            "losses": worst(wanted.terms, found.terms),
+            "gradients": difference(slow_gradients, gradients(model)),
+            "labels": float((wanted.pseudo_label == found.pseudo_label).double().mean()),
+            "flags": float((wanted.is_positive == found.is_positive).double().mean()),
+        }
+    seconds = alternate({SLOW: slow, "fp32": lambda: fast("fp32"), "bf16": lambda: fast("bf16")}, repeats)
+    return {"seconds": seconds, "agreement": agreement}
+
+
+def pieces(repeats: int) -> dict[str, dict]:
+    """Name -> both sides of what a step calls besides the network, on what a ViT-Tiny says about a batch."""
+    config = config_of("tiny")
+    model = model_of(config, K)
+    batch = batch_of(model, SIZE, BATCH)
+    image_labels, boxes = batch.image_labels, batch.valid_box
+    unit = model.denormalise(batch.images).clamp(0, 1)
+    betas = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    with torch.no_grad():
+        cam, aux_cam = baseline.multi_scale_cam(model, batch.images, (1.0,))
+    valid = labels.valid_cam(cam, image_labels)
+    region = labels.region_mask(aux_cam, image_labels, **betas)
+    patch_map = torch.randn(BATCH, model.width, SIZE // 16, SIZE // 16, requires_grad=True)
+    token_label = torch.tensor([0, 0, 255, 4])[torch.randint(0, 4, (BATCH, 7, 7))].repeat_interleave(4, 1)
+    token_label = token_label.repeat_interleave(4, 2)
+    student = torch.nn.functional.normalize(torch.randn(BATCH, 2 + VIEWS, 1024), dim=-1).requires_grad_()
+    teacher = torch.nn.functional.normalize(torch.randn(BATCH, 2, 1024), dim=-1)
+    flags = torch.rand(BATCH, 2 + VIEWS) > 0.5
+    flags[:, :2] = True
+    truth = np.random.default_rng(0).integers(0, K + 1, (375, 500)).astype(np.uint8)
+    truth[::9] = 255
+    guess = np.random.default_rng(1).integers(0, K + 1, (375, 500)).astype(np.uint8)
+
+    def slow_crops(drawn=None):
+        drawn = drawn or baseline.draw_boxes(region, boxes, VIEWS, LOCAL)
+        return baseline.cut_and_flag(batch.local_image, region, *drawn, LOCAL, 0.2)
+
+    def fast_crops(drawn=None):
+        drawn = drawn or crops.sample_crops(region, n_crops=VIEWS, crop_size=LOCAL, valid_box=boxes)
+        return crops.cut_crops(batch.local_image, *drawn, LOCAL), crops.crop_flags(region, *drawn, LOCAL)
+
+    def slow_ptc():
+        loss = baseline.ptc_loss(patch_map, baseline.affinity_mask(token_label))
+        return loss.detach(), *torch.autograd.grad(loss, patch_map)
+
+    def fast_ptc():
+        loss = losses.ptc_loss(patch_map, token_label)
+        return loss.detach(), *torch.autograd.grad(loss, patch_map)
+
+    def slow_ctc():
+        loss = baseline.ctc_loss(student, teacher, flags, 0.5)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    def fast_ctc():
+        loss = losses.ctc_loss(student, teacher, flags, temperature=0.5)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    def fast_confusion():
+        matrix = ConfusionMatrix(K + 1)
+        matrix.update(truth, guess)
+        return torch.from_numpy(matrix.counts)
+
+    work = {
+        "PAR": (
+            lambda: baseline.pseudo_label(unit, valid, image_labels, boxes, **betas),
+            lambda: labels.pseudo_label(unit, valid, image_labels, valid_box=boxes, **betas),
+            repeats,
+        ),
+        "crops and flags": (slow_crops, fast_crops, 10 * repeats),
+        "PTC": (slow_ptc, fast_ptc, 5 * repeats),
+        "CTC": (slow_ctc, fast_ctc, 20 * repeats),
+        "confusion matrix": (
+            lambda: torch.from_numpy(baseline.confusion(truth, guess, K + 1)),
+            fast_confusion,
+            40 * repeats,
+        ),
+    }
+    found = {}
+    for name, (slow, fast, times) in work.items():
+        drawn = baseline.draw_boxes(region, boxes, VIEWS, LOCAL)
+        results = [side(drawn) if name == "crops and flags" else side() for side in (slow, fast)]
+        found[name] = {"agreement": agreement_of(*results), "seconds": alternate({SLOW: slow, FAST: fast}, times)}
+    return found
+
+
+def agreement_of(slow, fast) -> dict[str, float]:
+    """Labels: the share that is equal. Numbers: the largest relative error."""
+    slow, fast = (side if isinstance(side, tuple) else (side,) for side in (slow, fast))
+    out = {}
+    for one, other in zip(slow, fast, strict=True):
+        if one.is_floating_point():
+            error = ((one - other).norm() / one.norm()).item()
+            out["error"] = np.maximum(out.get("error", 0.0), error).item()  # NaN stays NaN
+        else:
+            out["equal"] = min(out.get("equal", 1.0), float((one == other).double().mean()))
+    return out
+
+
+class Pictures:
+    """A split in memory, of native size 375 x 500, as the loaders want it."""
+
+    def __init__(self, n: int):
+        rng = np.random.default_rng(0)
+        self.names = [f"picture {i}" for i in range(n)]
+        self.images = [rng.integers(0, 256, (375, 500, 3), np.uint8) for _ in range(n)]
+        self.masks = [rng.integers(0, K + 1, (375, 500)).astype(np.uint8) for _ in range(n)]
+        self.image_labels = np.zeros((n, K), np.float32)
+        self.image_labels[np.arange(n), rng.integers(0, K, n)] = 1
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, index):
+        return self.images[index]
+
+    def mask(self, index):
+        return self.masks[index]
+
+
+def evaluation(repeats: int, n: int = 2) -> dict:
+    """CAM, auxiliary CAM and segmentation of `n` images at 448 square, scored at native size and all 21 thresholds."""
+    from toco_core.data import evaluation_items, to_unit
+
+    source = Pictures(n)
+    configs = {p: config_of("tiny", precision=p) for p in ("fp32", "bf16")}
+    model = model_of(configs["fp32"], K).eval()
+    scales = configs["fp32"].labels.cam_scales
+
+    def slow(betas=CAMCounts.betas):
+        items = (
+            (model.normalise(to_unit(i.image)), i.image_labels, i.mask) for i in evaluation_items(source, size=SIZE)
+        )
+        with model.plain_attention():
+            return baseline.evaluate(model, items, scales, betas)
+
+    def fast(precision):
+        with attention_of(model, configs[precision], CPU):
+            autocast = autocast_of(configs[precision], CPU)
+            return evaluate(model, source, size=SIZE, scales=scales, autocast=autocast, progress=False)
+
+    wanted, found = slow()[0], fast("fp32").cam
+    agreement = [1 - np.abs(wanted[i] - confusion_at(found, i)).sum() / 2 / wanted[i].sum() for i in range(len(wanted))]
+    one = int(round(0.5 * (len(CAMCounts.betas) - 1)))
+    sides = {
+        SLOW: slow,
+        "baseline, one threshold": lambda: slow(CAMCounts.betas[one : one + 1]),
+        "fp32": lambda: fast("fp32"),
+        "bf16": lambda: fast("bf16"),
+    }
+    seconds = {name: [s / n for s in values] for name, values in alternate(sides, repeats).items()}
+    return {"seconds": seconds, "agreement": {"equal": float(min(agreement))}}
+
+
+def confusion_at(counts: CAMCounts, i: int) -> np.ndarray:
+    """The confusion matrix at threshold number `i`."""
+    matrix = counts.counts[i + 1 :].sum(0)
+    matrix[:, 0] += counts.counts[: i + 1].sum((0, 2))
+    return matrix
+
+
+def row(name: str, target: float | None, result: dict, slow: str, fast: str) -> dict:
+    seconds = result["seconds"]
+    return {
+        "name": name,
+        "target": target,
+        "ratio": round(ratio(seconds, slow, fast), 2),
+        "baseline_ms": round(1000 * statistics.median(seconds[slow]), 3),
+        "toco_core_ms": round(1000 * statistics.median(seconds[fast]), 3),
+        "turns": len(seconds[slow]),
+        "agreement": result["agreement"].get(fast, result["agreement"]),
+    }
+
+
+def rows(repeats: int, wanted: list[str]):
+    """Every row of the table, as it is measured."""
+
+    def asked(*names):
+        return not wanted or any(word.lower() in name.lower() for name in names for word in wanted)
+
+    steps = {f"whole step, ViT-{width.capitalize()}": width for width in ("tiny", "small")}
+    for name, width in steps.items():
+        if asked(name):
+            result = whole_step(width, repeats)
+            yield row(f"{name}, float32", 2.2, result, SLOW, "fp32")
+            yield row(f"{name}, bf16", 4.5, result, SLOW, "bf16")
+    targets = {"PAR": 14, "crops and flags": 3, "PTC": 1.5, "CTC": 2.5, "confusion matrix": 2}
+    if asked(*targets):
+        for name, result in pieces(repeats).items():
+            if asked(name):
+                yield row(name, targets[name], result, SLOW, FAST)
+    if asked("evaluation"):
+        result = evaluation(repeats)
+        yield row("evaluation, 21 thresholds, float32", None, result, SLOW, "fp32")
+        yield row("evaluation, 21 thresholds, bf16", 3, result, SLOW, "bf16")
+        yield row("evaluation, baseline at one threshold, float32", None, result, "baseline, one threshold", "fp32")
+        yield row("evaluation, baseline at one threshold, bf16", None, result, "baseline, one threshold", "bf16")
+
+
+def line(r: dict) -> str:
+    target = "" if r["target"] is None else f"{r['target']:g}x"
+    agreement = ", ".join(f"{k} {v:.2g}" if v < 0.5 else f"{k} {100 * v:.2f} %" for k, v in r["agreement"].items())
+    ms = f"{r['baseline_ms']:.4g} | {r['toco_core_ms']:.4g}"
+    return f"| {r['name']} | {ms} | {r['ratio']:.2f}x | {target} | {agreement} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of a whole step; short pieces take more")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=[], help="words of the rows that are wanted; writes no record")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    here = machine()
+    print(" ".join(f"{key}={value}" for key, value in here.items()))
+    print("| piece | baseline ms | toco_core ms | ratio | target | agreement |\n|---|---|---|---|---|---|", flush=True)
+    found = []
+    for r in rows(args.repeats, args.only):
+        found.append(r)
+        print(line(r), flush=True)
+    if not args.only:
+        print("written:", write_record("benchmarks_step.json", {"machine": here, "rows": found}).name)
+
+
+if __name__ == "__main__":
+    main()
