@@ -87,7 +87,7 @@ def test_a_block_that_is_not_there_is_named(model, images, block):
     ("backbone", "size"), [("deit_tiny_distilled_patch16_224", (32, 48)), ("vit_small_patch14_reg4_dinov2", (28, 42))]
 )
 def test_other_prefix_tokens_are_left_out(backbone, size):
-    """The class token's row without distillation or register tokens: six patches, and less than all of the attention."""
+    """Distillation and register tokens are no patches, of which there are six here."""
     model = ToCo(ModelConfig(backbone=backbone, pretrained=False, layer=2, **SIZES), 2).eval()
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2))
     found, whole = class_token_attention(model, images, 1), model.attention(images, blocks=[1])[0]

@@ -1,3 +1,4 @@
+import cmath
 import copy
 import math
 
@@ -11,6 +12,10 @@ from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.similarity import (
+    band_energy,
+    class_token_similarity,
+    high_frequency_energy,
+    measured_by_block,
     similarity_by_block,
     similarity_map,
     similarity_matrix,
@@ -112,6 +117,82 @@ def test_by_block(model):
             after = [model.encode(image[None]).patch_tokens for image in images]
         wanted.append(sum(slow_similarity(tokens[0].detach()) for tokens in after) / 2)
     assert_close(torch.tensor(found), torch.tensor(wanted))
+
+
+def slow_spectrum(tokens, grid):
+    """Frequency (u, v) -> energy of one image's tokens (N D), from the definition of the Fourier transform."""
+    h, w = grid
+    energy = {}
+    for u in range(h):
+        for v in range(w):
+            total = 0.0
+            for d in range(tokens.shape[1]):
+                coefficient = 0
+                for y in range(h):
+                    for x in range(w):
+                        wave = cmath.exp(-2j * math.pi * (u * y / h + v * x / w))
+                        coefficient += float(tokens[y * w + x, d]) * wave
+                total += abs(coefficient) ** 2
+            energy[u, v] = total
+    return energy
+
+
+def test_high_frequencies_are_all_but_the_mean():
+    tokens = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64) + 0.5
+    found = high_frequency_energy(tokens)
+    for b in range(2):
+        energy = slow_spectrum(tokens[b], (3, 4))
+        assert_close(float(found[b]), 1 - energy[0, 0] / sum(energy.values()))
+    assert_close(high_frequency_energy(tokens - tokens.mean(1, keepdim=True)), torch.ones(2, dtype=torch.float64))
+    assert_close(high_frequency_energy(torch.ones(1, 5, 3)), torch.zeros(1))
+    assert_close(high_frequency_energy(torch.zeros(1, 5, 3)), torch.zeros(1))
+
+
+def test_pairs_and_frequencies_say_the_same_of_unit_tokens():
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.4
+    f = high_frequency_energy(torch.nn.functional.normalize(tokens, dim=-1))
+    assert_close(token_similarity(tokens), (7 * (1 - f) - 1) / 6)
+
+
+@pytest.mark.parametrize("n_bands", [1, 3, 4])
+def test_bands_equal_the_sums_over_frequencies(n_bands):
+    grid = (4, 6)
+    tokens = torch.randn(2, 24, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64) + 0.2
+    found = band_energy(tokens, grid, n_bands)
+    for b in range(2):
+        energy, wanted = slow_spectrum(tokens[b], grid), [0.0] * (n_bands + 1)
+        for (u, v), value in energy.items():
+            radius = math.hypot(min(u, 4 - u) / 4, min(v, 6 - v) / 6)  # cycles per patch
+            ring = next(i for i in range(1, n_bands + 1) if radius <= i / n_bands * 0.5**0.5 + 1e-12)
+            wanted[0 if u == v == 0 else ring] += value / sum(energy.values())
+        assert_close(found[b].tolist(), wanted)
+    assert_close(found.sum(1), torch.ones(2, dtype=torch.float64))
+    assert_close(1 - found[:, 0], high_frequency_energy(tokens))
+
+
+def test_a_checkerboard_is_the_highest_frequency():
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 3).reshape(1, 24, 1)
+    assert_close(band_energy(board, (4, 6), 5)[0], torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0]))
+    assert_close(band_energy(torch.zeros(1, 24, 1), (4, 6), 5), torch.zeros(1, 6))
+    with pytest.raises(ToCoError, match="grid = 4 x 5 is not allowed: there are 24 patch tokens"):
+        band_energy(board, (4, 5))
+
+
+def test_class_token_similarity():
+    generator = torch.Generator().manual_seed(9)
+    one, many = torch.randn(2, 5, generator=generator), torch.randn(2, 7, 5, generator=generator)
+    wanted = [[slow_cosine(one[b].tolist(), many[b, n].tolist()) for n in range(7)] for b in range(2)]
+    assert_close(class_token_similarity(one, many), torch.tensor(wanted))
+
+
+def test_measured_by_block(model, tmp_path):
+    source = VOCFolder(write_voc_folder(tmp_path / "voc"), "train")
+    config, model = override(tiny(), crop_size=32, local_size=16), copy.deepcopy(model).float()
+    bands = measured_by_block(model, source, config, lambda t: band_energy(t, (4, 4), 3), n_images=3)
+    high = measured_by_block(model, source, config, high_frequency_energy, n_images=3)
+    assert bands.shape == (4, 4) and high.shape == (4,)
+    assert_close(1 - bands[:, 0], high)
+    assert high.std() > 0.01
 
 
 def test_of_a_split(model, tmp_path):

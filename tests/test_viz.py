@@ -311,3 +311,49 @@ def test_variant_points(ax):
     fresh = plt.figure().add_subplot()
     viz.variant_points(fresh, {"less": [20.0]}, reference="full")
     assert not [line for line in fresh.lines if line.get_linestyle() == "--"]
+
+
+# ---- tokens and attention
+
+
+def test_numbers_by_block(ax):
+    found = viz.by_block(ax, {"one": [0.1, 0.5, 0.4], "two": [0.3, 0.2, 0.6]}, title="t", ylabel="y", layer=2)
+    assert [points(line) for line in found.lines[:2]] == [
+        [(1, 0.1), (2, 0.5), (3, 0.4)],
+        [(1, 0.3), (2, 0.2), (3, 0.6)],
+    ]
+    assert found.lines[2].get_xdata()[0] == 2 and [t.get_text() for t in found.get_legend().get_texts()] == [
+        "one",
+        "two",
+    ]
+
+
+def test_similarities_diverge_around_zero_whatever_they_are(ax):
+    for draw in (viz.similarity_matrix, viz.similarity_map):
+        shown = draw(ax, np.full((3, 3), 0.9), "title").images[-1]
+        assert shown.get_clim() == (-1, 1) and shown.cmap.name == "RdBu_r"
+
+
+def test_the_chosen_patch_is_framed(ax):
+    frame = viz.similarity_map(ax, np.zeros((3, 5)), patch=7).patches[-1]
+    assert (frame.get_x(), frame.get_y()) == (1.5, 0.5)  # row 1, column 2
+
+
+def test_attention_is_shown_in_units_of_an_even_spread(ax):
+    shown = viz.attention_map(ax, np.full((3, 5), 1 / 15), most=3.0).images[-1]
+    np.testing.assert_allclose(shown.get_array(), 1.0)
+    assert shown.get_clim() == (0, 3)
+
+
+def test_the_explorer_tells_patches_and_percents():
+    rng = np.random.default_rng(0)
+    matrices = {str(b): rng.uniform(-1, 1, (6, 6)) for b in range(1, 5)}
+    figure = viz.similarity_explorer(matrices, (2, 3))
+    assert [trace.visible for trace in figure.data] == [False, False, False, True]
+    np.testing.assert_array_equal(figure.data[1].z, np.round(100 * matrices["2"]))
+    assert figure.data[0].x[4] == "row 2, column 2" and figure.data[0].z.dtype == np.int8
+    few = viz.similarity_explorer(matrices, (2, 3), max_bytes=80)
+    assert [step.label for step in few.layout.sliders[0].steps] == ["1", "4"]
+    (last,) = viz.similarity_explorer(matrices, (2, 3), max_bytes=1).data
+    np.testing.assert_array_equal(last.z, np.round(100 * matrices["4"]))
+    assert last.visible

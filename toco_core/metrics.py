@@ -96,12 +96,15 @@ def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor
     predicted = logits > 0
     hits, total = (predicted & wanted).sum(1), predicted.sum(1) + wanted.sum(1)
     f1 = np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
-    precision = np.array([_average_precision(logits[:, k], wanted[:, k]) for k in range(logits.shape[1])])
+    precision = np.array([average_precision(logits[:, k], wanted[:, k]) for k in range(logits.shape[1])])
     return MultiLabelScores(_mean(precision[wanted.any(0)]), precision, _mean(f1))
 
 
-def _average_precision(score: np.ndarray, wanted: np.ndarray) -> float:
-    """Sum over the ranks of (recall gained) * precision."""
+def average_precision(score: np.ndarray, wanted: np.ndarray) -> float:
+    """Sum over the ranks of (recall gained) * precision, in [0, 1], for `score` and `wanted` (bool) of one length.
+
+    Equal scores share one rank, so that a constant score gives the share of what is wanted. NaN where nothing is.
+    """
     if not wanted.any():
         return float("nan")
     order = np.argsort(-score, kind="stable")

@@ -140,7 +140,7 @@ class ToCo(nn.Module):
             if number == self.layer:
                 aux = x
         n_prefix = self.encoder.num_prefix_tokens
-        x = self._final_norm(x)
+        x = self.final_norm(x)
         return Tokens(x[:, 0], x[:, n_prefix:], aux[:, n_prefix:], grid)
 
     def _run_blocks(self, images: Tensor):
@@ -187,8 +187,9 @@ class ToCo(nn.Module):
             self._positions[grid] = resized
         return self._positions[grid]
 
-    def _final_norm(self, x: Tensor) -> Tensor:
-        """Backbones that pool by the mean keep their norm behind the pooling; it is the same norm."""
+    def final_norm(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """The norm between the last block and the heads, token by token. (Backbones that pool by the mean keep it
+        behind the pooling; it is the same norm.)"""
         norm = self.encoder.norm
         return self.encoder.fc_norm(x) if isinstance(norm, nn.Identity) else norm(x)
 

@@ -7,6 +7,8 @@ the energy above frequency 0, fades from block to block. For tokens of length 1 
     mean similarity of pairs = (N (1 - f) - 1) / (N - 1),   f = `high_frequency_energy`
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -50,8 +52,7 @@ def tokens_by_block(model: ToCo, images: Float[Tensor, "B 3 H W"]) -> list[Float
     """Patch tokens after each block, over normalised images; the last block's as the classifier sees them, after the
     final norm."""
     tokens = model.block_tokens(images)
-    tokens[-1] = model.encode(images).patch_tokens
-    return tokens
+    return [*tokens[:-1], model.final_norm(tokens[-1])]
 
 
 @torch.no_grad()
@@ -61,9 +62,62 @@ def similarity_by_block(model: ToCo, images: Float[Tensor, "B 3 H W"]) -> list[f
     return [float(token_similarity(block).mean()) for block in tokens_by_block(model, images)]
 
 
-@torch.no_grad()
 def similarity_of_split(model: ToCo, source, config: TrainConfig, *, n_images: int = 16) -> list[float]:
     """`similarity_by_block` over the first `n_images` of a split, each at `crop_size` square."""
+    return measured_by_block(model, source, config, token_similarity, n_images=n_images).tolist()
+
+
+@torch.no_grad()
+def measured_by_block(
+    model: ToCo, source, config: TrainConfig, measure: Callable[[Tensor], Tensor], *, n_images: int = 16
+) -> Tensor:
+    """Mean over images of what `measure` says about the patch tokens after each block: one row per block.
+
+    measure: B N D tokens -> B values, or B rows of them (`token_similarity`, `high_frequency_energy`, ...).
+    The first `n_images` of a split are taken, each at `crop_size` square; tokens as in `tokens_by_block`.
+    """
     items = evaluation_items(source.subset(range(min(n_images, len(source)))), size=config.data.crop_size)
     images = torch.cat([item.image for item in items]).to(model.classifier.weight.device)
-    return similarity_by_block(model, model.normalise(to_unit(images)))
+    return torch.stack([measure(t).mean(0) for t in tokens_by_block(model, model.normalise(to_unit(images)))])
+
+
+def class_token_similarity(
+    class_token: Float[Tensor, "B D"], patch_tokens: Float[Tensor, "B N D"]
+) -> Float[Tensor, "B N"]:
+    """Cosine similarity of the class token with every patch token, in [-1, 1]."""
+    return torch.einsum("bd,bnd->bn", F.normalize(class_token, dim=-1), F.normalize(patch_tokens, dim=-1)).clamp(-1, 1)
+
+
+def high_frequency_energy(patch_tokens: Float[Tensor, "B N D"]) -> Float[Tensor, " B"]:
+    """Share of the tokens' energy that is not in their mean, in [0, 1]; 0: all tokens are equal.
+
+        f = ||X - 1 m||^2 / ||X||^2,   X: the N tokens,   m: their mean,   Frobenius norms
+
+    Frequency 0 of the Fourier transform over patches is N m, so by Parseval f is the energy of all other frequencies.
+    Tokens that are all 0 give 0.
+    """
+    tokens = patch_tokens.double()
+    high = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum((1, 2))
+    return (high / tokens.square().sum((1, 2)).clamp(min=torch.finfo(tokens.dtype).tiny)).to(patch_tokens.dtype)
+
+
+def band_energy(
+    patch_tokens: Float[Tensor, "B N D"], grid: tuple[int, int], n_bands: int = 4
+) -> Float[Tensor, "B bands"]:
+    """Shares of the tokens' energy in bands of spatial frequency: 0 alone, then `n_bands` rings of equal width.
+
+    Energy: squared modulus of the 2-D Fourier transform over the (h, w) patch grid, summed over the D channels. The
+    radius of a frequency is in cycles per patch, at most sqrt(1/2) (each axis up to 1/2); each ring holds its outer
+    edge. Shares sum to 1, and all but the first to `high_frequency_energy`; tokens that are all 0 give 0. Raises
+    ToCoError for a grid of another size.
+    """
+    h, w = grid
+    if h * w != patch_tokens.shape[1]:
+        raise ToCoError(f"grid = {h} x {w} is not allowed: there are {patch_tokens.shape[1]} patch tokens")
+    tokens = patch_tokens.double().unflatten(1, (h, w))
+    energy = torch.fft.fft2(tokens, dim=(1, 2)).abs().square().sum(-1).flatten(1)
+    y, x = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
+    radius = torch.hypot(y[:, None], x[None]).flatten().to(energy.device)
+    band = torch.ceil(radius / 0.5**0.5 * n_bands - 1e-9).long()  # 0 only for frequency 0
+    shares = energy.new_zeros(len(energy), n_bands + 1).index_add_(1, band, energy)
+    return (shares / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).to(patch_tokens.dtype)

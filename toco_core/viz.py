@@ -306,6 +306,21 @@ def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, 
     ax.axvline(0, color="#222222", lw=0.8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="IoU (points)")
+
+
+SIMILARITY_COLOURS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}  # diverging around 0
+
+
+def by_block(
+    ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
+) -> plt.Axes:
+    """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
+    for name, values in curves.items():
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+    if layer is not None:
+        ax.axvline(layer, color="#999999", ls="--", lw=1)
+    ax.set(title=title, xlabel="block", ylabel=ylabel)
+    ax.set_xticks(range(1, len(next(iter(curves.values()))) + 1))
     ax.legend()
     return ax
 
@@ -324,3 +339,86 @@ def variant_points(ax: plt.Axes, groups: dict[str, Sequence[float]], *, referenc
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set(ylim=(len(groups) - 0.5, -0.5), xlabel="mIoU (%)")
     return ax
+
+
+def similarity_matrix(ax: plt.Axes, matrix: np.ndarray, title: str = "", *, borders: Sequence[int] = ()) -> plt.Axes:
+    """Cosine similarity of all pairs of patches (N N), blue -1 to red 1; a line before each index in `borders`."""
+    ax.imshow(matrix, interpolation="nearest", **SIMILARITY_COLOURS)
+    for border in borders:
+        ax.axhline(border - 0.5, color="#222222", lw=0.7)
+        ax.axvline(border - 0.5, color="#222222", lw=0.7)
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
+def similarity_map(ax: plt.Axes, similarity: np.ndarray, title: str = "", *, patch: int | None = None) -> plt.Axes:
+    """Cosine similarity of one patch with all (h w), blue -1 to red 1; the patch, counted row by row, gets a frame."""
+    ax.imshow(similarity, interpolation="nearest", **SIMILARITY_COLOURS)
+    if patch is not None:
+        y, x = divmod(patch, similarity.shape[1])
+        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#222222", lw=1.5))
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
+def attention_map(ax: plt.Axes, attention: np.ndarray, title: str = "", *, most: float = 4.0) -> plt.Axes:
+    """Attention of the class token to the patches (h w) in units of an even spread: black 0, white `most` and more."""
+    ax.imshow(attention * attention.size, interpolation="nearest", cmap="magma", vmin=0, vmax=most)
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
+def colour_scale(figure: plt.Figure, axes, label: str) -> plt.Figure:
+    """One colour scale beside all `axes`, which show the same range."""
+    axes = np.asarray(axes).ravel().tolist()
+    bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label(label)
+    bar.ax.grid(False)
+    return figure
+
+
+def similarity_explorer(matrices: dict[str, np.ndarray], grid: tuple[int, int], *, max_bytes: int = 400_000):
+    """A plotly figure of similarity matrices (N N), a slider between them; the pointer tells both patches and a value.
+
+    Values are whole percents, a byte each. Matrices beyond `max_bytes` in all are left out, evenly, but not the last.
+    """
+    import plotly.graph_objects as go
+
+    names = list(matrices)
+    most = max(1, int(max_bytes / max(len(m) ** 2 for m in matrices.values())))
+    names = [names[i] for i in np.unique(np.linspace(len(names) - 1, 0, min(most, len(names))).round().astype(int))]
+    places = [f"row {n // grid[1] + 1}, column {n % grid[1] + 1}" for n in range(grid[0] * grid[1])]
+    figure = go.Figure()
+    for name in names:
+        percent = np.round(100 * np.asarray(matrices[name], np.float64)).astype(np.int8)
+        figure.add_heatmap(
+            z=percent,
+            x=places,
+            y=places,
+            zmin=-100,
+            zmax=100,
+            colorscale="RdBu_r",
+            visible=name == names[-1],
+            colorbar={"title": "cosine, %"},
+            hovertemplate="%{y}<br>%{x}<br>%{z} %<extra></extra>",
+        )
+    steps = [{"label": n, "method": "restyle", "args": ["visible", [n == m for m in names]]} for n in names]
+    figure.update_layout(
+        width=560,
+        height=560,
+        template="plotly_white",
+        title="Cosine similarity of patch tokens",
+        sliders=[{"active": len(names) - 1, "currentvalue": {"prefix": "after block "}, "steps": steps}],
+        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+    )
+    hidden = {"showticklabels": False, "type": "category"}
+    figure.update_layout(xaxis=hidden, yaxis=hidden | {"autorange": "reversed", "scaleanchor": "x"})
+    return figure
+
+
+def is_live() -> bool:
+    """Whether a JupyterLab shows this kernel's outputs, so that what reacts to the pointer is worth its bytes."""
+    return "JPY_SESSION_NAME" in os.environ
