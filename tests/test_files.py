@@ -1,11 +1,12 @@
 from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, smooth_image
 
-from toco_core.data import files
+from toco_core.data import files, training_views
 from toco_core.data.files import index_files, map_files, read_image, read_mask
 from toco_core.errors import ToCoError
 
@@ -43,6 +44,21 @@ def test_sixteen_bits_keep_the_upper_byte(tmp_path, photo):
     grey = photo[..., 0].astype(np.uint16) * 256 + 77
     Image.fromarray(grey).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.repeat(photo[..., :1], 3, axis=2))
+
+
+def test_sixteen_bit_colour_keeps_the_upper_byte(tmp_path, photo):
+    cv2.imwrite(str(tmp_path / "a.png"), (photo[..., ::-1].astype(np.uint16) << 8) + 200)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), photo)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (4000, 5000)])
+def test_tiny_and_huge_images(tmp_path, size):
+    image = cv2.resize(smooth_image(8, 8, 1), size[::-1], interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+    if max(size) < 1000:
+        views = training_views(image, crop_size=32, rng=np.random.default_rng(0))
+        assert views.image.shape == (3, 32, 32)
 
 
 def test_exif_rotation_is_applied(tmp_path, photo):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_config import small_recipe
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
 from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override
 from toco_core.crf import dense_energy_loss
-from toco_core.data import open_train_val, training_batches
+from toco_core.data import VOCFolder, open_train_val, training_batches
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.runs import Run
@@ -28,6 +29,7 @@ from toco_core.train import (
     step_losses,
     to_device,
     train,
+    trained_run,
     view_options,
 )
 
@@ -474,6 +476,21 @@ def test_open_data(folder, monkeypatch):
     assert open_data(DataConfig()).train.root == folder
     held = open_data(DataConfig(dataset=str(folder), val_split="nightly"))
     assert held.held_out and len(held.train) + len(held.val) == 24
+
+
+def test_photographs_without_masks_are_trained_on(folder, config, tmp_path):
+    """A folder per class: no mIoU anywhere, image-level scores everywhere."""
+    own = VOCFolder(folder, "train")
+    for i in range(6):
+        target = tmp_path / "own" / own.class_names[1 + int(own.image_labels[i].argmax())] / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(own.image(i)).save(target)
+    found = train(override(config, dataset=str(tmp_path / "own"), out_dir=str(tmp_path)), progress=False)
+    assert found.validation.n_masks == 0 and found.data.held_out
+    metrics = found.run.metrics()
+    assert {"map", "aux_map"} < set(metrics) and not [name for name in metrics if "miou" in name or "beta" in name]
+    assert metrics["protocol"].endswith("no masks: no mIoU")
+    assert trained_run(found.run.config(), progress=False).run.folder == found.run.folder
 
 
 def test_a_batch_on_the_device(folder, model):

@@ -137,6 +137,12 @@ def test_score_curves(ax):
     assert ax.get_ylim()[0] == 0
 
 
+def test_without_masks_the_image_level_score_is_drawn(ax):
+    records = [{"step": r["step"], "map": r["map"], "aux_map": r["aux_map"]} for r in RECORDS if "map" in r]
+    (line,) = viz.score_curves(ax, records).lines
+    assert points(line) == [(11, 60.0), (21, 70.0)] and "average precision" in ax.get_ylabel()
+
+
 def test_curves_of_nothing(ax):
     for draw in (viz.loss_curves, viz.score_curves):
         assert draw(ax, []) is ax and not ax.lines and ax.get_legend() is None

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from voc_folder import CLASSES, SIZES, rectangle_mask, save_palette_mask, smooth_image, write_list, write_voc_folder
 
-from toco_core.data import VOC_CLASSES, VOCFolder, check, holdout, open_train_val, split_names
+from toco_core.data import VOC_CLASSES, VOCFolder, check, holdout, open_source, open_train_val, split_names
 from toco_core.errors import ToCoError
 
 
@@ -86,6 +86,30 @@ def test_train_aug_in_two_columns_names_its_masks(root):
     assert folder.names == ("img_0",) and folder.image_labels.tolist() == [[0, 0, 1]]
     write_list(root, "short_aug", ["img_0"])  # one column: the name of the split tells
     assert VOCFolder(root, "short_aug").image_labels.tolist() == [[0, 0, 1]]
+
+
+def test_train_aug_without_a_list_is_every_augmented_mask_outside_val(root):
+    with pytest.raises(ToCoError, match="split 'train_aug' is not in"):
+        VOCFolder(root, "train_aug")
+    (root / "SegmentationClassAug").mkdir()
+    write_list(root, "val", ["img_1"])
+    for i in (4, 1, 3):
+        save_palette_mask(rectangle_mask(*SIZES[i % 4], 3), root / "SegmentationClassAug" / f"img_{i}.png")
+    assert split_names(root) == ("train", "train_aug", "val")
+    folder = VOCFolder(root, "train_aug")
+    assert folder.names == ("img_3", "img_4") and folder.image_labels.tolist() == [[0, 0, 1], [0, 0, 1]]
+    write_list(root, "train_aug", ["img_1"])
+    assert VOCFolder(root, "train_aug").names == ("img_1",)  # a list, where there is one, is what counts
+
+
+def test_a_folder_without_masks_takes_its_labels_from_annotations(root):
+    for i in range(6):
+        write_annotation(root, f"img_{i}", ["dog"])
+        (root / "SegmentationClass" / f"img_{i}.png").unlink()
+    source = open_source(root)
+    assert source.n_masks == 0 and source.label_source == "xml" and source.image_labels.tolist() == [[0, 1, 0]] * 6
+    with pytest.raises(ToCoError, match="img_0.jpg has no mask"):
+        open_source(root, require_masks=True)
 
 
 def test_lists_with_flags_suffixes_and_spaces(root):

@@ -212,7 +212,11 @@ class CropConfig(Config):
 class DataConfig(Config):
     """Images and how they are varied in training."""
 
-    dataset: str = option("scenes", "`scenes`, the embedded data set, or a folder in VOC layout.")
+    dataset: str = option(
+        "scenes",
+        """`scenes`, the embedded data set; or a folder in VOC or COCO layout, a folder per class, a CSV or JSON of
+        file names and tags (see `data.source`).""",
+    )
     train_split: str = option("train", "Split to train on.")
     val_split: str = option("val", "Split to validate on during training.")
     crop_size: int = option(
@@ -235,7 +239,7 @@ class DataConfig(Config):
         if self.scale_range[0] > self.scale_range[1]:
             raise ToCoError(f"scale_range = {self.scale_range} must go from small to large")
         if not self.dataset:
-            raise ToCoError("dataset = '' is empty: give 'scenes' or a folder in VOC layout")
+            raise ToCoError("dataset = '' is empty: give 'scenes' or the folder of a data set")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -414,12 +414,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
 
 def open_data(config: DataConfig) -> TrainVal:
     """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
-    root = config.dataset
-    if root == "scenes":
-        from .data.scenes import scenes_folder
-
-        root = scenes_folder()
-    return open_train_val(root, train=config.train_split, val=config.val_split)
+    return open_train_val(config.dataset, train=config.train_split, val=config.val_split)
 
 
 def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:

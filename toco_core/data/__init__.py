@@ -1,6 +1,7 @@
-"""Images in, batches out: folders in VOC layout, random variation, loaders."""
+"""Images in, batches out: data sets in several layouts, random variation, loaders."""
 
 from toco_core.data.augment import Views, training_views
+from toco_core.data.coco import COCOFolder
 from toco_core.data.files import read_image, read_mask
 from toco_core.data.loader import (
     Batch,
@@ -9,31 +10,32 @@ from toco_core.data.loader import (
     to_unit,
     training_batches,
 )
-from toco_core.data.voc import (
-    VOC_CLASSES,
-    Report,
-    TrainVal,
-    VOCFolder,
-    check,
-    holdout,
-    open_train_val,
-    split_names,
-)
+from toco_core.data.source import Layout, open_source, open_train_val, recognise, split_names
+from toco_core.data.split import Report, Split, TrainVal, holdout
+from toco_core.data.tags import ClassFolders, TagList
+from toco_core.data.voc import VOC_CLASSES, VOCFolder, check
 
 __all__ = [
     "VOC_CLASSES",
     "Batch",
+    "COCOFolder",
+    "ClassFolders",
     "EvalItem",
+    "Layout",
     "Report",
+    "Split",
+    "TagList",
     "TrainVal",
     "VOCFolder",
     "Views",
     "check",
     "evaluation_items",
     "holdout",
+    "open_source",
     "open_train_val",
     "read_image",
     "read_mask",
+    "recognise",
     "split_names",
     "to_unit",
     "training_batches",

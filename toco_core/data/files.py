@@ -85,6 +85,13 @@ def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, pro
 
     All items are visited even if some fail. Raises one ToCoError: the first failure, and how many more there are.
     """
+    return raise_first(attempt_files(function, items, what=what, progress=progress))
+
+
+def attempt_files(
+    function: Callable[[Any], Any], items: Iterable, *, what: str, progress: bool = True
+) -> list[tuple[Any, ToCoError | None]]:
+    """As `map_files`, but per item what came out and None, or None and the ToCoError."""
 
     def attempt(item):
         try:
@@ -96,10 +103,14 @@ def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, pro
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(attempt, items)
         quiet = not progress or len(items) <= PROGRESS_FROM
-        outcomes = list(tqdm(done, desc=what, total=len(items), unit="file", disable=quiet, file=sys.stdout))
+        return list(tqdm(done, desc=what, total=len(items), unit="file", disable=quiet, file=sys.stdout))
+
+
+def raise_first(outcomes: list[tuple[Any, ToCoError | None]]) -> list:
+    """What came out of each item; or one ToCoError, the first, and how many more there are."""
     errors = [error for _, error in outcomes if error is not None]
     if errors:
-        more = f" ({len(errors) - 1} more of {len(items)} files have problems)" if len(errors) > 1 else ""
+        more = f" ({len(errors) - 1} more of {len(outcomes)} files have problems)" if len(errors) > 1 else ""
         raise ToCoError(f"{errors[0]}{more}") from errors[0]
     return [value for value, _ in outcomes]
 

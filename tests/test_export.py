@@ -1,0 +1,326 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from coco_folder import write_images
+from PIL import Image
+from small_config import small_recipe
+from torch.testing import assert_close
+from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
+
+import toco_core.export as exporting
+from toco_core.config import override
+from toco_core.data import VOC_CLASSES, COCOFolder, VOCFolder, open_source
+from toco_core.data.augment import resize
+from toco_core.data.scenes import voc_palette
+from toco_core.errors import ToCoError
+from toco_core.evaluate import evaluate, look
+from toco_core.export import METHODS, cam_crf_label, export, palette_png, voc_archive, weights_hash
+from toco_core.model import ToCo
+from toco_core.supervised import crop_with_mask, train_segmentation
+
+K = 3
+SMALL = {
+    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
+    "proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7, "crop_size": 32, "local_size": 16,
+    "cam_scales": (1.0, 0.5), "par_iterations": 3, "par_dilations": (1, 2), "beta_l": 0.35, "beta_h": 0.6, "beta": 0.4,
+    "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return override(small_recipe(), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def model(config, source):
+    """Far from its start, and without the mean of the decoder's features: labels are not the same everywhere."""
+    torch.manual_seed(1)
+    model = ToCo(config.model, K)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    features = []
+    hook = model.decoder.conv8.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        for i in range(5):
+            image = torch.from_numpy(resize(source.image(i), 32, 32)).permute(2, 0, 1)[None]
+            model(model.normalise(image.float() / 255))
+        mean, weight = F.normalize(torch.stack(features).mean(0), dim=0), model.decoder.conv8.weight[:, :, 0, 0]
+        model.decoder.conv8.weight[:, :, 0, 0] = 3 * (weight - (weight @ mean)[:, None] * mean)
+    hook.remove()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return VOCFolder(write_voc_folder(tmp_path_factory.mktemp("voc") / "voc", n=5), "train", labels=LABELS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source, config, tmp_path, method):
+    found = export(model, source, tmp_path / "out", config, method=method, progress=False)
+    assert (found.n_images, found.n_new) == (5, 5) and abs(sum(found.pixels.values()) - 1) < 1e-9
+    back = open_source(tmp_path / "out", "train")
+    assert isinstance(back, VOCFolder) and back.names == source.names and back.class_names == source.class_names
+    report = back.check()
+    assert report.n_masks == 5 and report.n_images == 5
+    coco = COCOFolder(tmp_path / "out" / "annotations" / "instances_train.json", unlabelled=True)
+    shares = np.zeros(256)
+    for i in range(5):
+        mask = back.mask(i)
+        np.testing.assert_array_equal(back.image(i), source.image(i))
+        np.testing.assert_array_equal(coco.mask(i), mask)
+        shares += np.bincount(mask.ravel(), minlength=256)
+        if not method.startswith("seg"):
+            present = {k + 1 for k in range(K) if LABELS[source.names[i]][k]}
+            assert set(np.unique(mask)) <= {0, *present} | ({255} if method == "par" else set())
+    assert len(np.unique(np.concatenate([back.mask(i).ravel() for i in range(5)]))) > 1
+    assert_close(found.pixels["ignored"], shares[255] / shares.sum())
+    assert (shares[255] > 0) == (method == "par")
+
+
+def test_labels_are_those_that_look_shows_and_evaluate_scores(model, source, config, tmp_path):
+    """Exported label maps, scored as predictions, give evaluate's numbers."""
+    looks = [look(model, source, i, config) for i in range(5)]
+    par = export(model, source, tmp_path / "par", config, method="par", progress=False)
+    seg = export(model, source, tmp_path / "seg", config, method="seg", progress=False)
+    for i, seen in enumerate(looks):
+        np.testing.assert_array_equal(VOCFolder(par.folder, "train").mask(i), seen.pseudo_label)
+        np.testing.assert_array_equal(VOCFolder(seg.folder, "train").mask(i), seen.segmentation)
+    export(model, source, tmp_path / "cam", config, method="cam", progress=False)
+    export(model, source, tmp_path / "crf", config, method="seg_crf", crf={"iterations": 4}, progress=False)
+    scored = evaluate(model, source, size=32, scales=(1.0, 0.5), crf={"iterations": 4}, progress=False)
+    assert_close(slow_miou(source, tmp_path / "cam"), scored.cam.scores(0.4).miou)
+    assert_close(slow_miou(source, tmp_path / "crf"), scored.seg.miou)
+
+
+def slow_miou(source, folder):
+    """Mean over the classes of the ground truth, pixels one by one."""
+    made = VOCFolder(folder, "train")
+    pairs = [(int(t), int(p)) for i in range(5) for t, p in zip(source.mask(i).flat, made.mask(i).flat, strict=True)]
+    pairs = [(t, p) for t, p in pairs if t != 255]
+    classes = sorted({t for t, _ in pairs})
+    ious = [sum(t == c == p for t, p in pairs) / sum(t == c or p == c for t, p in pairs) for c in classes]
+    return sum(ious) / len(ious)
+
+
+def test_a_crf_without_iterations_is_the_threshold(source):
+    cam = torch.rand(1, K, 10, 15, generator=torch.Generator().manual_seed(0))
+    native = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(1))
+    label = cam_crf_label(cam, torch.tensor([[1, 0, 1]]), native, beta=0.45, crf={"iterations": 0})
+    large = F.interpolate(cam, size=(20, 30), mode="bilinear", align_corners=False)[0]
+    for y, x in np.ndindex(20, 30):
+        a, c = large[0, y, x], large[2, y, x]
+        assert label[y, x] == (0 if max(a, c) <= 0.45 else 1 if a >= c else 3)
+    smooth = cam_crf_label(cam, torch.tensor([[1, 0, 1]]), native, beta=0.45, crf={"iterations": 5})
+    assert 0 < (smooth != label).mean() and set(np.unique(smooth)) <= {0, 1, 3}
+    assert not cam_crf_label(cam, torch.zeros(1, K), native, beta=0.1, crf={}).any()
+
+
+def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypatch):
+    whole = export(model, source, tmp_path / "whole", config, progress=False)
+    write = exporting._write_label
+    made = []
+
+    def failing(path, label):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return write(path, label)
+
+    monkeypatch.setattr(exporting, "_write_label", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, source, tmp_path / "cut", config, progress=False)
+    manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
+    assert not manifest["finished"] and not (tmp_path / "cut" / "classes.txt").exists()
+    monkeypatch.setattr(exporting, "_write_label", write)
+    rest = export(model, source, tmp_path / "cut", config, progress=False)
+    assert rest.n_new == 3 and rest.pixels == whole.pixels
+    for path in sorted(p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+    assert not list(tmp_path.rglob("*.part"))
+    assert export(model, source, tmp_path / "cut", config, progress=False).n_new == 0
+
+
+def test_the_manifest_says_what_made_the_labels(model, source, config, tmp_path):
+    import hashlib
+
+    export(model, source, tmp_path / "out", config, method="crf", beta=0.3, split="mine", progress=False)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["finished"] and manifest["split"] == "mine"
+    settings = manifest["settings"]
+    assert (settings["method"], settings["beta"], settings["size"], settings["cam_scales"]) == (
+        "crf",
+        0.3,
+        32,
+        [1, 0.5],
+    )
+    assert settings["crf"]["iterations"] == 10 and settings["weights"] == weights_hash(model)
+    for name, digest in manifest["sha256"].items():
+        png = (tmp_path / "out" / "SegmentationClass" / f"{name}.png").read_bytes()
+        assert digest == hashlib.sha256(png).hexdigest()
+    assert VOCFolder(tmp_path / "out", "mine").names == source.names
+
+
+def test_other_settings_or_other_content_are_not_mixed(model, source, config, tmp_path):
+    export(model, source, tmp_path / "out", config, method="cam", progress=False)
+    with pytest.raises(ToCoError, match="holds an export with another beta: choose a new folder"):
+        export(model, source, tmp_path / "out", config, method="cam", beta=0.2, progress=False)
+    with pytest.raises(ToCoError, match="holds an export with another .*method"):
+        export(model, source, tmp_path / "out", config, method="seg", progress=False)
+    other = ToCo(config.model, K)
+    with pytest.raises(ToCoError, match="holds an export with another weights"):
+        export(other, source, tmp_path / "out", config, method="cam", progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ToCoError, match="full is not empty and holds no export"):
+        export(model, source, tmp_path / "full", config, progress=False)
+    (tmp_path / "full" / "manifest.json").write_text("[]")
+    with pytest.raises(ToCoError, match="is not the manifest of an export"):
+        export(model, source, tmp_path / "full", config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par, crf, seg, seg_crf"),
+        ({"images": "move"}, "images = 'move' is not allowed: one of link, copy, none"),
+        ({"beta": 1.5}, "beta = 1.5 is not allowed"),
+        ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),
+        ({"method": "seg_crf", "crf": False}, "needs a CRF"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(model, source, config, tmp_path, options, message):
+    with pytest.raises(ToCoError, match=message):
+        export(model, source, tmp_path / "out", config, progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_in_folders_and_pictures_that_lie_on_their_side(model, config, tmp_path):
+    root = write_images(tmp_path / "own", ["cat/1.png", "dog/1.png", "sheep/ä b.png"])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(smooth_image(20, 34, 3)).save(root / "cat" / "2.jpg", exif=exif, quality=95)
+    source = open_source(root)
+    for images, n in (("copy", 4), ("link", 4), ("none", 0)):
+        export(model, source, tmp_path / images, config, images=images, progress=False)
+        assert len(list((tmp_path / images).glob("JPEGImages/*/*"))) == n
+    for made in ("copy", "link"):
+        back = VOCFolder(tmp_path / made, "train")
+        assert back.names == source.names and back.mask(1).shape == (34, 20)
+        assert (tmp_path / made / "JPEGImages" / "cat" / "2.png").is_file()  # upright, without any flag
+        for i in range(4):
+            np.testing.assert_array_equal(back.image(i), source.image(i))
+    assert (tmp_path / "copy/JPEGImages/dog/1.png").stat().st_ino != (root / "dog/1.png").stat().st_ino
+
+
+def test_palette_png():
+    label = np.array([[0, 1, 2], [20, 255, 7]], np.uint8)
+    path = Image.open(__import__("io").BytesIO(palette_png(label)))
+    assert path.mode == "P"
+    np.testing.assert_array_equal(np.asarray(path), label)
+    np.testing.assert_array_equal(np.asarray(path.convert("RGB")), voc_palette()[label])
+
+
+def test_the_archive_for_the_evaluation_server(model, config, tmp_path):
+    """Without masks and without image-level labels, as VOC's test images are."""
+    root = write_voc_folder(tmp_path / "VOC2012", n=3, splits={"test": range(3)}, classes=None)
+    for path in (root / "SegmentationClass").iterdir():
+        path.unlink()
+    source = VOCFolder(root, "test", require_masks=False)
+    torch.manual_seed(0)
+    voc_model = ToCo(config.model, 20).eval()
+    (root / "SegmentationClass").rmdir()
+    found = export(voc_model, source, tmp_path / "out", config, method="seg", progress=False)
+    for name in ("a.tgz", "b.tgz"):
+        assert voc_archive(found.folder, tmp_path / name, competition="comp5") == 3
+    assert (tmp_path / "a.tgz").read_bytes() == (tmp_path / "b.tgz").read_bytes()
+    with tarfile.open(tmp_path / "a.tgz") as archive:
+        below = "results/VOC2012/Segmentation/comp5_test_cls"
+        assert archive.getnames() == [f"{below}/img_{i}.png" for i in range(3)]
+        label = np.asarray(Image.open(archive.extractfile(f"{below}/img_1.png")))
+    np.testing.assert_array_equal(label, VOCFolder(found.folder, "test").mask(1))
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == list(VOC_CLASSES)
+    with pytest.raises(ToCoError, match="competition = 'comp7' is not allowed"):
+        voc_archive(found.folder, tmp_path / "c.tgz", competition="comp7")
+    label = VOCFolder(found.folder, "test").mask(1)
+    label[0, 0] = 255
+    (found.folder / "SegmentationClass" / "img_1.png").write_bytes(palette_png(label))
+    with pytest.raises(ToCoError, match="img_1.png holds 255"):
+        voc_archive(found.folder, tmp_path / "c.tgz")
+    (found.folder / "classes.txt").write_text("\n".join(f"c{i}" for i in range(20)))
+    with pytest.raises(ToCoError, match="VOC's 20 are wanted"):
+        voc_archive(found.folder, tmp_path / "c.tgz")
+
+
+def test_the_command(model, source, config, tmp_path, capsys):
+    from toco_core.train import train
+
+    write_list(source.root, "val", ["img_4"])
+    short = override(config, dataset=str(source.root), steps=1, batch_size=2, warmup_steps=0, out_dir=str(tmp_path))
+    run = train(short, progress=False).run
+    assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "val", "--method", "cam"]) == 0
+    assert "1 label maps, 1 of them new" in capsys.readouterr().out
+    assert VOCFolder(tmp_path / "out", "val").names == ("img_4",)
+    assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "nope"]) == 1
+    assert "split 'nope'" in capsys.readouterr().out
+
+
+# ---- the second stage
+
+
+@pytest.mark.parametrize("size", [(20, 30), (70, 41)])
+def test_crops_keep_image_and_mask_together(size):
+    """The image is painted from the mask, so every pixel tells what its label must be."""
+    mask = np.zeros(size, np.uint8)
+    mask[: size[0] // 2, size[1] // 3 :] = 1
+    mask[size[0] // 2 :, : size[1] // 4] = 2
+    image = np.stack([mask * 100] * 3, axis=-1)
+    flipped = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        view, label = crop_with_mask(image, mask, crop_size=36, scale_range=(0.5, 2.0), rng=rng)
+        assert view.shape == (36, 36, 3) and label.shape == (36, 36) and set(np.unique(label)) <= {0, 1, 2, 255}
+        inside = label != 255
+        wrong = np.abs(view[..., 0].astype(int) - 100 * label) > 60
+        assert (wrong & inside).mean() < 0.05 and not view[~inside].any()
+        columns = np.flatnonzero((label == 2).any(0))
+        flipped += bool(len(columns) and inside.any(0)[columns].all() and columns.mean() > 18)
+    assert 0 < flipped < 20
+
+
+def test_a_second_network_learns_the_label_maps_of_a_folder(config, tmp_path):
+    """The images are painted from their masks: after some steps the network knows more than one class."""
+    root = write_voc_folder(tmp_path / "voc", n=6)
+    painted = VOCFolder(root, "train")
+    for i in range(6):
+        colours = np.array([[40, 40, 40], [230, 30, 30], [30, 230, 30], [30, 30, 230], [40, 40, 40]], np.uint8)
+        image = colours[np.where(painted.mask(i) == 255, 4, painted.mask(i))]
+        (root / "JPEGImages" / f"img_{i}.jpg").unlink()
+        Image.fromarray(image).save(root / "JPEGImages" / f"img_{i}.png")
+    taught = VOCFolder(root, "train")
+    short = override(
+        config, batch_size=6, lr=1e-3, warmup_steps=0, scale_range=(0.9, 1.1), decoder_width=16, cam_scales=(1.0,)
+    )
+    seen = [
+        evaluate(train_segmentation(short, taught, steps=n, progress=False), taught, size=32, progress=False).seg
+        for n in (1, 40)
+    ]
+    assert seen[1].miou > seen[0].miou + 0.15
+    again = train_segmentation(short, taught, steps=1, progress=False)
+    assert weights_hash(again) == weights_hash(train_segmentation(short, taught, steps=1, progress=False))
+
+
+def test_supervised_training_needs_masks(config, tmp_path):
+    bare = open_source(write_images(tmp_path / "own", ["cat/1.png", "dog/1.png"]))
+    with pytest.raises(ToCoError, match="has masks of 0 images only"):
+        train_segmentation(config, bare, steps=1, progress=False)
+
+
+def test_sizes_of_the_tests_differ():
+    assert len(set(SIZES)) == 4

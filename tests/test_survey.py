@@ -1,0 +1,158 @@
+import cv2
+import numpy as np
+import pytest
+from coco_folder import write_coco_folder, write_images
+from PIL import Image
+from voc_folder import CLASSES, rectangle_mask, save_palette_mask, write_list, write_voc_folder
+
+from toco_core.data import VOC_CLASSES, open_source
+from toco_core.data.__main__ import main
+from toco_core.data.survey import fingerprint, how_to_get, inventory, near_pairs, survey
+from toco_core.errors import ToCoError
+
+
+def scene(height, width, seed):
+    """A picture with detail of several sizes."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        cv2.resize(rng.integers(0, 256, (n, n, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+        for n in (3, 6, 13)
+    ]
+    return np.mean(layers, axis=0).astype(np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Ten pictures that have nothing to do with each other, in two splits."""
+    root = write_voc_folder(tmp_path / "data", n=10, splits={"train": range(6), "val": range(6, 10)})
+    for i in range(10):
+        save(root, i, scene(80 + 3 * i, 110 - 4 * i, i))
+    return root
+
+
+def save(root, i, image, quality=92):
+    Image.fromarray(image).save(root / "JPEGImages" / f"img_{i}.jpg", quality=quality)
+    save_palette_mask(rectangle_mask(*image.shape[:2], 1 + i % 3), root / "SegmentationClass" / f"img_{i}.png")
+
+
+def looked_over(root):
+    return survey([open_source(root, "train"), open_source(root, "val")], progress=False)
+
+
+def test_a_sound_data_set(root):
+    found = looked_over(root)
+    assert not found.unreadable and not found.same
+    train, val = found.parts
+    assert (train.split, len(train.names), train.n_masks, val.split, len(val.names)) == ("train", 6, 6, "val", 4)
+    assert train.images_per_class.tolist() == [2, 2, 2] and train.class_names == CLASSES
+    assert train.sizes.tolist() == [[80 + 3 * i, 110 - 4 * i] for i in range(6)]
+    assert "train: 6 images, 6 masks, 0 of no class; cat 2, dog 2, sheep 2" in str(found)
+    assert "leaks between splits: 0" in str(found)
+
+
+def test_duplicates_and_leaks_are_told_apart(root):
+    save(root, 3, scene(80, 110, 0), quality=60)  # image 0 again, more compressed: within train, another label? no: 1
+    save(root, 8, cv2.resize(scene(83, 106, 1), (60, 50), interpolation=cv2.INTER_AREA))  # image 1, smaller, in val
+    found = looked_over(root)
+    assert [(p.one, p.other, p.same_labels) for p in found.duplicates] == [
+        (("train", "img_0"), ("train", "img_3"), True)
+    ]
+    assert [(p.one, p.other, p.same_labels) for p in found.leaks] == [(("train", "img_1"), ("val", "img_8"), False)]
+    assert "train/img_1 = val/img_8, with different labels" in str(found)
+    assert all(0 <= pair.bits <= 16 for pair in found.same)
+
+
+def test_equal_pixels_are_known(root):
+    data = (root / "JPEGImages" / "img_2.jpg").read_bytes()
+    (root / "JPEGImages" / "img_7.jpg").write_bytes(data)
+    save_palette_mask(rectangle_mask(86, 102, 2), root / "SegmentationClass" / "img_7.png")
+    (pair,) = looked_over(root).leaks
+    assert pair.bits == -1
+
+
+def test_broken_files_are_listed_each_by_name(root):
+    (root / "JPEGImages" / "img_2.jpg").write_bytes(b"")
+    save_palette_mask(rectangle_mask(9, 9, 1), root / "SegmentationClass" / "img_6.png")
+    found = looked_over(root)
+    assert len(found.unreadable) == 2
+    assert "img_2.jpg is empty" in found.parts[0].unreadable[0] and "img_6.png is 9 x 9" in found.parts[1].unreadable[0]
+    assert found.parts[0].names == tuple(f"img_{i}" for i in (0, 1, 3, 4, 5))
+    assert "unreadable: 2\n  " in str(found)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_fingerprint_survives_size_compression_and_brightness(seed):
+    image = scene(90 + seed, 130, seed)
+    smaller = cv2.resize(image, (71, 55), interpolation=cv2.INTER_AREA)
+    darker = (image * 0.7).astype(np.uint8)
+    _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 50])
+    prints = [fingerprint(x) for x in (image, smaller, darker, cv2.imdecode(data, cv2.IMREAD_COLOR))]
+    others = [fingerprint(x) for x in (image[:, ::-1], scene(90, 130, 100 + seed))]
+    for other in prints[1:]:
+        assert np.bitwise_count(prints[0] ^ other).sum() <= 16
+    for other in others:
+        assert np.bitwise_count(prints[0] ^ other).sum() > 50
+
+
+def test_near_pairs_equal_a_comparison_bit_by_bit():
+    rng = np.random.default_rng(0)
+    bits = rng.random((30, 128)) < 0.5
+    bits[7], bits[20] = bits[3], bits[4]
+    bits[20, [5, 99]] ^= True
+    prints = np.packbits(bits, axis=1).view(np.uint64)
+    wanted = [
+        (i, j, int((bits[i] != bits[j]).sum()))
+        for i in range(30)
+        for j in range(i + 1, 30)
+        if (bits[i] != bits[j]).sum() <= 50
+    ]
+    assert near_pairs(prints, 50) == wanted and (3, 7, 0) in wanted and (4, 20, 2) in wanted
+    assert near_pairs(prints[:0], 3) == []
+
+
+# ---- what is there, what is missing
+
+
+def test_inventory_of_voc(tmp_path):
+    root = write_voc_folder(tmp_path / "VOC2012", n=3, classes=None)
+    found = inventory(root)
+    counts = {e.what: (e.found, e.expected) for e in found.entries}
+    assert counts["JPEGImages/"] == (3, 17125) and counts["SegmentationClassAug/"] == (0, 12031)
+    assert counts["ImageSets/Segmentation/train.txt"] == (3, 1464)
+    assert counts["ImageSets/Segmentation/train_aug.txt"] == (0, 10582)
+    text = str(found)
+    assert "3 of 17125   get: VOCtrainval_11-May-2012.tar" in text and "missing   get: SBD" in text
+    assert len(found.missing) == len(found.entries)
+
+
+def test_inventory_of_other_layouts(tmp_path):
+    voc = inventory(write_voc_folder(tmp_path / "own", n=4))
+    assert not voc.missing and {e.what: e.found for e in voc.entries}["classes.txt (optional)"] == 4
+    coco = inventory(write_coco_folder(tmp_path / "coco"))
+    counts = {e.what: (e.found, e.expected) for e in coco.entries}
+    assert counts["instances_train2014.json: images"] == (5, None) and counts["val2014/"] == (3, 3)
+    (tmp_path / "coco/val2014/COCO_val2014_000000000005.jpg").unlink()
+    (missing,) = inventory(tmp_path / "coco").missing
+    assert missing.what == "val2014/" and missing.how == "images.cocodataset.org/zips/val2014.zip"
+    classes = inventory(write_images(tmp_path / "photos", ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]))
+    assert {e.what: e.found for e in classes.entries} == {
+        "images": 3, "cat/": 2, "dog/": 1, "masks/ (optional)": 0, "classes.txt (optional)": 0,
+    }  # fmt: skip
+    with pytest.raises(ToCoError, match="does not exist"):
+        inventory(tmp_path / "nowhere")
+
+
+def test_the_command(root, tmp_path, capsys):
+    assert main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "VOC, splits train, val" in told and "unreadable: 0" in told
+    assert main([str(root), "--names-only"]) == 0 and "unreadable" not in capsys.readouterr().out
+    (root / "JPEGImages" / "img_1.jpg").write_bytes(b"")
+    assert main([str(root), "--split", "val"]) == 0
+    assert main([str(root), "--split", "train"]) == 1 and "img_1.jpg is empty" in capsys.readouterr().out
+    write_list(root, "bad", ["img_77"])
+    assert main([str(root)]) == 1
+    capsys.readouterr()
+    assert main([str(tmp_path / "VOC2012")]) == 1
+    assert f"{len(VOC_CLASSES) - 1} classes: VOCtrainval" in capsys.readouterr().out
+    assert how_to_get("photos") == ""

@@ -1,0 +1,32 @@
+"""`python -m toco_core.data <data set>`: what is there, what is missing, what is broken."""
+
+import argparse
+
+from toco_core.data.source import open_source, recognise
+from toco_core.data.survey import how_to_get, inventory, survey
+from toco_core.errors import ToCoError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the inventory and, unless told otherwise, decode everything. 0 where nothing is wrong, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m toco_core.data", description=__doc__)
+    parser.add_argument("dataset", help="folder or file of a data set, or 'scenes'")
+    parser.add_argument("--split", action="append", help="only these splits (may be repeated)")
+    parser.add_argument("--names-only", action="store_true", help="decode nothing")
+    chosen = parser.parse_args(arguments)
+    try:
+        found = inventory(chosen.dataset)
+        print(found)
+        if chosen.names_only:
+            return int(bool(found.missing))
+        splits = chosen.split or recognise(chosen.dataset).splits
+        seen = survey([open_source(chosen.dataset, split) for split in splits])
+    except ToCoError as error:
+        print(f"{error}\n{how_to_get(chosen.dataset)}".strip())
+        return 1
+    print(seen)
+    return int(bool(seen.unreadable or seen.leaks))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

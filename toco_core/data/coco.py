@@ -1,0 +1,327 @@
+"""MS COCO 2014, and any data set annotated in COCO's JSON.
+
+    root/annotations/instances_<split>2014.json     images, annotations, categories (the year is not needed)
+    root/<split>2014/<file_name>                    or images/<split>2014/, images/, JPEGImages/, the root itself
+    root/<list>.txt                                 one image name a line: a split of its own (optional)
+
+Category ids, which have gaps (1..90 in COCO), become 1..K in their order, and image-level labels are the categories of
+an image's annotations. Masks are drawn when they are asked for: large objects first, so that what lies on them stays
+visible; crowds count as their category. Polygons are drawn by `pycocotools`, as COCO's own evaluation does.
+"""
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from pycocotools import mask as rle
+
+from toco_core.data.files import IMAGE_SUFFIXES, MAX_PIXELS
+from toco_core.data.split import (
+    Split,
+    first_twice,
+    holdout,
+    inside_name,
+    one_spelling,
+    read_lines,
+    with_background,
+    without_suffix,
+)
+from toco_core.errors import ToCoError
+from toco_core.labels import IGNORE
+
+LAYOUT = "a COCO folder holds annotations/instances_<split>.json and <split>/ or images/ with the images"
+VAL_PART = "val_part"
+VAL_PART_SHARE = 0.12  # of val: about 5000 of COCO's 40 thousand images
+
+
+class COCOFolder(Split):
+    """One split of a folder in COCO's layout, or of one annotation file. Opening it reads the JSON, no image.
+
+    root: the folder, or a `.json` file; the images are then looked for beside the file and beside its folder.
+    split: "train" is instances_train.json or instances_train2014.json; a file `<split>.txt` in the folder lists names
+        from any of the annotation files; "val_part" without such a file is a fixed part of val (about 12 %, chosen by a
+        hash of the name). For one file only "train", which is all of it.
+    unlabelled: keep images that have no annotation (COCO 2014 has 702 of them in train, 367 in val). Off: they are left
+        out, as published results do; `n_unlabelled` counts them.
+
+    Image i has a mask if the file has any segmentation at all. Pixels listed under "ignore" of an image (RLE, no part
+    of COCO; `export` writes them) are 255. Raises ToCoError, naming the file and the image or annotation.
+    """
+
+    label_source = "annotations"
+
+    def __init__(self, root: Path | str, split: str = "train", *, unlabelled: bool = False):
+        self.root, self.split = Path(root), split
+        path, content, listed = _annotation_file(self.root, split)
+        self.class_names, class_of = _classes(content["categories"], path)
+        self.class_source = path.name
+        wanted = None if listed is None else _listed_names(listed)
+        images = _images(content["images"], path, wanted, listed)
+        objects = _objects(content["annotations"], images, class_of, path, partial=listed is not None)
+        self.n_unlabelled = sum(not objects[number] for number in images)
+        if not unlabelled:
+            images = {number: image for number, image in images.items() if objects[number]}
+        if not images:
+            raise ToCoError(f"split {split!r} is empty: {path} names no image{'' if unlabelled else ' with a label'}")
+        if split == VAL_PART and listed is None:
+            numbers = list(images)
+            kept = holdout([images[n]["name"] for n in numbers], VAL_PART_SHARE)[1]
+            images = {numbers[i]: images[numbers[i]] for i in kept}
+        self.names = tuple(image["name"] for image in images.values())
+        self._images = _find_images([image["file_name"] for image in images.values()], path, self.root)
+        shapes = [shape for listed_shapes in objects.values() for _, shape in listed_shapes]
+        drawn = not shapes or any(shape is not None for shape in shapes)
+        self._masks = [(image, objects[number]) if drawn else None for number, image in images.items()]
+        self._json = path
+        self._image_labels = np.zeros((len(self.names), self.n_classes), np.uint8)
+        for row, number in zip(self._image_labels, images, strict=True):
+            row[[k - 1 for k, _ in objects[number]]] = 1
+
+    def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
+        """Class values of one item, drawn from its annotations; None where the file has no segmentation."""
+        if self._masks[index] is None:
+            return None
+        image, objects = self._masks[index]
+        where, (H, W) = self._mask_name(index), image["size"]
+        shapes = [(k, _drawn(shape, H, W, where)) for k, shape in objects if shape is not None]
+        mask = np.zeros((H, W), np.uint8)
+        for k, inside in sorted(shapes, key=lambda item: -int(item[1].sum())):
+            mask[inside] = k
+        if image["ignore"] is not None:
+            mask[_drawn(_compact(image["ignore"], where), H, W, where)] = IGNORE
+        return mask
+
+    def _mask_name(self, index: int) -> str:
+        return f"{self._json} (image {self.names[index]})"
+
+
+def split_names(root: Path | str) -> tuple[str, ...]:
+    """The splits that a folder in COCO's layout, or one annotation file, has."""
+    root = Path(root)
+    if root.is_file():
+        return ("train",)
+    names = set(_annotation_files(root)) | {path.stem for path in _lists(root)}
+    return tuple(sorted(names | ({VAL_PART} if "val" in names else set())))
+
+
+def is_coco_json(path: Path) -> bool:
+    """Whether a JSON file looks like COCO's, without parsing it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+    return all(f'"{key}"'.encode() in data for key in ("images", "annotations", "categories"))
+
+
+def is_coco_folder(root: Path) -> bool:
+    """Whether a folder has annotation files where COCO keeps them."""
+    return bool(_annotation_files(root))
+
+
+def _annotation_files(root: Path) -> dict[str, Path]:
+    """Split -> file. The year is left out where only one is there."""
+    files = sorted([*root.glob("annotations/instances_*.json"), *root.glob("instances_*.json")])
+    found: dict[str, Path] = {}
+    for path in files:
+        full = path.stem.removeprefix("instances_")
+        short = re.sub(r"_?20\d\d$", "", full) or full
+        years = {p.stem.removeprefix("instances_") for p in files if p.stem.startswith(f"instances_{short}")}
+        found[short if len(years) == 1 else full] = path
+    return found
+
+
+def _lists(root: Path) -> list[Path]:
+    return [path for path in sorted(root.glob("*.txt")) if path.stem not in ("classes", "README", "readme", "license")]
+
+
+def _annotation_file(root: Path, split: str) -> tuple[Path, dict, Path | None]:
+    """The JSON that holds a split, its content, and the list that chooses from it."""
+    if root.is_file():
+        if split != "train":
+            raise ToCoError(f"split {split!r} is not in {root}: one annotation file is one split, 'train'")
+        return root, _read_json(root), None
+    files = _annotation_files(root)
+    if not files:
+        raise ToCoError(f"dataset folder {root} has no annotations/instances_*.json; {LAYOUT}")
+    listed = next((path for path in _lists(root) if path.stem == split), None)
+    if listed is not None:
+        names = _listed_names(listed)
+        for path in files.values():
+            content = _read_json(path)
+            if names <= {without_suffix(Path(str(image.get("file_name", ""))).name) for image in content["images"]}:
+                return path, content, listed
+        raise ToCoError(f"{listed} names images that no one of {', '.join(p.name for p in files.values())} has")
+    if split == VAL_PART and "val" in files:
+        return files["val"], _read_json(files["val"]), None
+    if split not in files:
+        raise ToCoError(f"split {split!r} is not in {root}: there is {', '.join(split_names(root))}")
+    return files[split], _read_json(files[split]), None
+
+
+def _listed_names(path: Path) -> set[str]:
+    lines = [line for line in read_lines(path, "a list of names") if line]
+    if not lines:
+        raise ToCoError(f"{path} names no image")
+    return {without_suffix(line.split("/")[-1]) for line in lines}
+
+
+def _read_json(path: Path) -> dict[str, list]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ToCoError(f"{path} is not valid JSON: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ToCoError(f"{path} has no list {key!r}: COCO's JSON has images, annotations and categories")
+        if not all(isinstance(entry, dict) for entry in content[key]):
+            raise ToCoError(f"{path}: an entry of {key!r} is no object")
+    return content
+
+
+def _field(entry: dict, key: str, kind: type, where: str) -> Any:
+    value = entry.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ToCoError(f"{where} has {key} = {value!r:.60}: {'a text' if kind is str else 'a whole number'} is wanted")
+    return value
+
+
+def _classes(categories: list[dict], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Class names with background, and category id -> 1..K."""
+    named = sorted(
+        (_field(c, "id", int, f"{path}: a category"), _field(c, "name", str, f"{path}: category {c.get('id')}"))
+        for c in categories
+    )
+    twice = first_twice([str(number) for number, _ in named])
+    if twice is not None:
+        raise ToCoError(f"{path} has the category id {twice} more than once")
+    if named and named[0][1].strip().lower() == "background":
+        raise ToCoError(f"{path} has a category {named[0][1]!r}: background is what no annotation covers")
+    names = with_background([name for _, name in named], str(path))
+    return names, {number: k for k, (number, _) in enumerate(named, start=1)}
+
+
+def _images(entries: list[dict], path: Path, wanted: set[str] | None, listed: Path | None) -> dict[int, dict]:
+    """Image id -> name, file name and size."""
+    images: dict[int, dict] = {}
+    for entry in entries:
+        number = _field(entry, "id", int, f"{path}: an image")
+        where = f"{path}: image {number}"
+        file_name = inside_name(_field(entry, "file_name", str, where), where, "the image folder")
+        if not file_name.lower().endswith(IMAGE_SUFFIXES):
+            raise ToCoError(f"{where} has file_name = {file_name!r}: allowed are {', '.join(IMAGE_SUFFIXES)}")
+        name = without_suffix(file_name)
+        if wanted is not None and name.split("/")[-1] not in wanted:
+            continue
+        height, width = (_field(entry, side, int, where) for side in ("height", "width"))
+        if height < 1 or width < 1 or height * width > MAX_PIXELS:
+            raise ToCoError(f"{where} is {height} x {width}: allowed are 1 to {MAX_PIXELS} pixels")
+        if number in images:
+            raise ToCoError(f"{path} has the image id {number} more than once")
+        ignore = entry.get("ignore") if isinstance(entry.get("ignore"), dict) else None
+        images[number] = {"name": name, "file_name": file_name, "size": (height, width), "ignore": ignore}
+    twice = first_twice(image["name"] for image in images.values())
+    if twice is not None:
+        raise ToCoError(f"{path} names the image {twice!r} more than once")
+    if wanted is not None and len(images) != len(wanted):
+        raise ToCoError(f"{listed} names {len(wanted)} images, {len(images)} of which are in {path.name}")
+    return images
+
+
+def _objects(
+    entries: list[dict], images: dict[int, dict], class_of: dict[int, int], path: Path, *, partial: bool
+) -> dict[int, list[tuple[int, Any]]]:
+    """Image id -> (class, shape) of its annotations; a shape is compact and not checked yet, None without one.
+
+    `partial`: `images` are only some of those that the annotations belong to.
+    """
+    objects: dict[int, list[tuple[int, Any]]] = {number: [] for number in images}
+    for entry in entries:
+        number, where = entry.get("image_id"), f"{path}: annotation {entry.get('id')}"
+        if not isinstance(number, int) or number not in objects:
+            if partial:
+                continue
+            raise ToCoError(f"{where} has image_id = {number!r}, which no image has")
+        if entry.get("category_id") not in class_of:
+            raise ToCoError(f"{where} has category_id = {entry.get('category_id')!r}, which no category has")
+        shape = _compact(entry["segmentation"], where) if entry.get("segmentation") else None
+        objects[number].append((class_of[entry["category_id"]], shape))
+    return objects
+
+
+def _compact(shape: Any, where: str) -> Any:
+    """Polygons as arrays of doubles (a tenth of the memory of Python's lists); RLE as it is."""
+    if isinstance(shape, dict):
+        return shape
+    try:
+        return [array("d", polygon) for polygon in shape]
+    except TypeError:
+        raise ToCoError(f"{where}: a segmentation is a list of polygons or an RLE, not {shape!r:.60}") from None
+
+
+def _drawn(shape: Any, H: int, W: int, where: str) -> np.ndarray:
+    """H W bool of polygons or RLE."""
+    if isinstance(shape, dict):
+        return _decoded(shape, H, W, where)
+    for polygon in shape:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ToCoError(f"{where}: a polygon of {len(polygon)} numbers: 6 or more, in pairs, are wanted")
+        far = max(polygon) > 2 * max(H, W) or min(polygon) < -max(H, W)
+        if far or not all(map(math.isfinite, polygon)):
+            raise ToCoError(f"{where}: a polygon leads far out of its image of {H} x {W}")
+    return rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in shape], H, W))).astype(bool)
+
+
+def _decoded(shape: dict, H: int, W: int, where: str) -> np.ndarray:
+    """H W bool of an RLE, compressed (text) or not (list of counts). `pycocotools` would not notice a short one."""
+    if list(shape.get("size", ())) != [H, W]:
+        raise ToCoError(f"{where}: an RLE of size {shape.get('size')!r} in an image of {H} x {W}")
+    counts = shape.get("counts")
+    if isinstance(counts, str):
+        counts = _counts(counts.encode())
+    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != H * W:
+        raise ToCoError(f"{where}: the counts of an RLE do not add up to {H} x {W}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(W, H).T
+
+
+def _counts(text: bytes) -> list[int]:
+    """Run lengths of a compressed RLE: 5 bits a character, low ones first, 32 says that more follow, the sign is in the
+    last one's 16; from the fourth on each is the difference to the one before the last."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value, shift = 0, 0
+    return counts if shift == 0 else []
+
+
+def _find_images(file_names: Sequence[str], path: Path, root: Path) -> list[Path]:
+    """The files, in whichever of the usual folders holds the first of them."""
+    full = path.stem.removeprefix("instances_")
+    short = re.sub(r"_?20\d\d$", "", full)
+    bases = [root] if root.is_dir() else [path.parent, path.parent.parent]
+    below = [full, f"images/{full}", short, f"images/{short}", "images", "JPEGImages", "."]
+    folders = [base / name for base in bases for name in below]
+    folder = next((f for f in folders if (f / file_names[0]).is_file()), None)
+    if folder is None:
+        tried = ", ".join(dict.fromkeys(below[:-1]))
+        raise ToCoError(f"{file_names[0]}, named in {path.name}, is in none of the folders {tried} of {bases[0]}")
+    there = {one_spelling(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.suffix}
+    missing = [name for name in file_names if one_spelling(name) not in there]
+    if missing:
+        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise ToCoError(f"{folder / missing[0]}, named in {path.name}, does not exist{more}")
+    return [there[one_spelling(name)] for name in file_names]

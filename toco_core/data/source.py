@@ -1,0 +1,137 @@
+"""One entry point for every layout: what a data set is follows from what lies in its folder.
+
+open_source("VOCdevkit/VOC2012", "train_aug")       VOC layout       (see `voc`)
+open_source("coco", "train")                        COCO's JSON      (see `coco`)
+open_source("my_photos", "train")                   folder per class (see `tags`)
+open_source("my_photos/tags.csv", "train")          list of tags     (see `tags`)
+open_source("scenes", "train")                      the embedded data set
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from toco_core.data import coco, tags, voc
+from toco_core.data.split import BROKEN, Split, TrainVal, holdout
+from toco_core.errors import ToCoError
+
+READERS = {
+    "VOC": voc.VOCFolder,
+    "COCO": coco.COCOFolder,
+    "folder per class": tags.ClassFolders,
+    "list of tags": tags.TagList,
+}
+ALLOWED = (
+    "allowed are 'scenes'; JPEGImages/ with ImageSets/Segmentation/<split>.txt (VOC); annotations/instances_*.json or "
+    "such a file (COCO); a folder per class; tags.csv or tags.json with file names and tags"
+)
+
+
+class Layout(NamedTuple):
+    """What a data set was recognised as."""
+
+    kind: str  # a key of READERS
+    root: Path  # the folder, or the file of a COCO JSON or a list of tags
+    splits: tuple[str, ...]
+
+
+def recognise(dataset: Path | str) -> Layout:
+    """The layout of a data set. Raises ToCoError that lists what was found and what is allowed."""
+    kind, root = _kind(dataset)
+    of = {"VOC": voc, "COCO": coco}.get(kind, tags)
+    return Layout(kind, root, of.split_names(root))
+
+
+def open_source(dataset: Path | str, split: str = "train", *, broken: str = "stop", **options) -> Split:
+    """One split of a data set in any of the layouts.
+
+    broken: "stop" leaves a broken file to whoever reads it first, which raises an error; "leave out" decodes every file
+        once, now, and drops what cannot be used (see `Split.readable`).
+    options: keywords of the reader. A VOC folder without masks, or with Annotations/ to take labels from, is opened
+        with `require_masks=False` unless this says otherwise.
+
+    Raises ToCoError for what is no data set, for an unknown split, and as the reader does.
+    """
+    if broken not in BROKEN:
+        raise ToCoError(f"broken = {broken!r} is not allowed: one of {', '.join(map(repr, BROKEN))}")
+    kind, root = _kind(dataset)
+    if kind == "VOC":
+        bare = not any(folder.is_dir() for folder in root.glob("SegmentationClass*"))
+        options = {"require_masks": not (bare or (root / "Annotations").is_dir())} | options
+    try:
+        source = READERS[kind](root, split, **options)
+    except TypeError as error:
+        raise ToCoError(f"{root} ({kind}) cannot be opened with {', '.join(options)}: {error}") from error
+    return source.readable() if broken == "leave out" else source
+
+
+def split_names(dataset: Path | str) -> tuple[str, ...]:
+    """The splits of a data set, sorted."""
+    return recognise(dataset).splits
+
+
+def open_train_val(
+    dataset: Path | str,
+    *,
+    train: str = "train",
+    val: str = "val",
+    fraction: float = 0.2,
+    seed: int = 0,
+    broken: str = "stop",
+    **options,
+) -> TrainVal:
+    """Both parts that training needs; where the data set has no split `val`, that part is cut from `train` by
+    `holdout`.
+
+    `broken` and `options` as in `open_source`. Raises ToCoError as it does, and where the two have other classes.
+    """
+    whole = open_source(dataset, train, broken=broken, **options)
+    if val in split_names(dataset):
+        other = open_source(dataset, val, broken=broken, **options)
+        if other.class_names != whole.class_names:
+            raise ToCoError(
+                f"{dataset}: {train} has the classes {', '.join(whole.class_names[1:])} "
+                f"but {val} has {', '.join(other.class_names[1:])}"
+            )
+        return TrainVal(whole, other, False)
+    kept, out = holdout(whole.names, fraction, seed)
+    return TrainVal(whole.subset(kept), whole.subset(out), True)
+
+
+def _kind(dataset: Path | str) -> tuple[str, Path]:
+    if dataset == "scenes":
+        from toco_core.data.scenes import scenes_folder
+
+        return "VOC", scenes_folder()
+    root = Path(dataset)
+    if root.is_file():
+        if root.suffix.lower() in (".csv", ".tsv"):
+            return "list of tags", root
+        if root.suffix.lower() == ".json":
+            return ("COCO" if coco.is_coco_json(root) else "list of tags"), root
+        raise ToCoError(f"dataset {root} is a file that is neither .csv, .tsv nor .json; {ALLOWED}")
+    if not root.is_dir():
+        raise ToCoError(f"dataset folder {root} does not exist; {ALLOWED}")
+    if (root / "JPEGImages").is_dir() or (root / "ImageSets").is_dir():
+        return "VOC", root
+    if coco.is_coco_folder(root):
+        return "COCO", root
+    listed = tags.tag_file(root)
+    if listed is not None:
+        return "list of tags", listed
+    inside = [child for child in sorted(root.iterdir()) if child.is_dir() and (child / "JPEGImages").is_dir()]
+    if inside:
+        raise ToCoError(f"dataset {root} holds {_found(root)}; did you mean {inside[0]}?")
+    if tags.is_class_folders(root):
+        return "folder per class", root
+    raise ToCoError(f"dataset {root} holds {_found(root)}; {ALLOWED}")
+
+
+def _found(root: Path) -> str:
+    """What lies in a folder, in a few words."""
+    entries = sorted(root.iterdir())
+    folders = [p.name + "/" for p in entries if p.is_dir()]
+    files = Counter(p.suffix.lower() or p.name for p in entries if p.is_file())
+    words = [", ".join(folders[:5]) + (f" and {len(folders) - 5} more folders" if len(folders) > 5 else "")]
+    words += [f"{n} {suffix} file{'s' * (n > 1)}" for suffix, n in files.most_common(5)]
+    return ", ".join(word for word in words if word) or "nothing"

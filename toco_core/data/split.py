@@ -1,0 +1,315 @@
+"""One split of a data set, whatever its layout: names, images, masks where there are some, image-level labels.
+
+The readers (`voc`, `coco`, `tags`) fill a `Split`; loaders, training, evaluation and export ask nothing else. Opening
+looks at names only; `check` decodes every file.
+"""
+
+import copy
+import hashlib
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
+from toco_core.errors import ToCoError
+from toco_core.labels import IGNORE
+
+BACKGROUND_NAMES = ("background", "_background_", "__background__")
+BROKEN = ("stop", "leave out")
+
+
+class Report(NamedTuple):
+    """What `check` found in one split, after every file of it was decoded."""
+
+    root: Path
+    split: str
+    class_names: tuple[str, ...]  # C, background first
+    class_source: str  # where the class names come from
+    label_source: str  # where the image-level labels come from
+    n_images: int
+    n_masks: int
+    images_per_class: Int64[np.ndarray, " K"]
+    n_without_class: int  # images that show no foreground class
+    void_share: float  # of all mask pixels; nan without masks
+    smallest: tuple[int, int]  # H, W of the image with the fewest pixels
+    largest: tuple[int, int]
+    left_out: tuple[str, ...] = ()  # what is wrong with each file that was left out
+
+    def __str__(self) -> str:
+        (h, w), (H, W) = self.smallest, self.largest
+        counts = ", ".join(
+            f"{name} {n}" for name, n in zip(self.class_names[1:], self.images_per_class.tolist(), strict=True)
+        )
+        void = f", {self.void_share:.1%} of their pixels void" if self.n_masks else ""
+        left = f"\n{len(self.left_out)} left out: {'; '.join(self.left_out)}" if self.left_out else ""
+        return (
+            f"{self.root} [{self.split}]: {self.n_images} images of {h} x {w} to {H} x {W}, "
+            f"{self.n_masks} masks{void}\n"
+            f"{len(self.class_names) - 1} classes (from {self.class_source}; image labels from {self.label_source}): "
+            f"{counts}; {self.n_without_class} images without any{left}"
+        )
+
+
+class Split:
+    """Images of one split, in the order of `names`.
+
+    Attributes: `root`, `split`, `names`, `class_names` (background first), `n_classes` (K, foreground only),
+    `class_source` and `label_source` (where names and labels come from, in words), `left_out` (what is wrong with each
+    file that `readable` dropped). Item i has `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, and
+    `image_labels[i]`, K numbers in {0, 1}.
+
+    A reader sets these, `_images` (a file per item) and `_masks` (what `mask` draws from, or None), and defines `mask`,
+    `_mask_name` and, where labels are not known on opening, `_label_row`.
+    """
+
+    root: Path
+    split: str
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    class_source: str
+    label_source: str
+    left_out: tuple[str, ...] = ()
+    _images: list[Path]
+    _masks: list
+    _image_labels: UInt8[np.ndarray, "N K"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        left = f", {len(self.left_out)} left out" if self.left_out else ""
+        return (
+            f"{type(self).__name__}({str(self.root)!r}, {self.split!r}: "
+            f"{len(self)} images, {self.n_classes} classes{left})"
+        )
+
+    @property
+    def n_classes(self) -> int:
+        """K: classes without background."""
+        return len(self.class_names) - 1
+
+    @property
+    def n_masks(self) -> int:
+        """How many images have a mask."""
+        return sum(mask is not None for mask in self._masks)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """RGB image of one item."""
+        return read_image(self._images[index])
+
+    def image_path(self, index: int) -> Path:
+        """The file of one image."""
+        return self._images[index]
+
+    def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
+        """Class values of one item, 255 = ignore; None where there is no mask."""
+        raise NotImplementedError
+
+    def _mask_name(self, index: int) -> str:
+        """Where the mask of one item comes from, for messages."""
+        raise NotImplementedError
+
+    def _label_row(self, index: int) -> UInt8[np.ndarray, " K"]:
+        """Image-level labels of one item."""
+        return self._label_from_mask(index)
+
+    @property
+    def image_labels(self) -> UInt8[np.ndarray, "N K"]:
+        """Image-level labels in {0, 1}; derived on first use (which may read every mask once) and kept."""
+        if self._image_labels is None:
+            rows = map_files(self._label_row, range(len(self)), what=f"labels of {self.split}")
+            self._image_labels = np.stack(rows)
+        return self._image_labels
+
+    def subset(self, indices: Iterable[int]) -> "Split":
+        """The same split with only these items, in this order."""
+        indices = [int(i) for i in indices]
+        if not indices:
+            raise ToCoError(f"a subset of {self.root} [{self.split}] has no items: at least one is needed")
+        part = copy.copy(self)
+        part.names = tuple(self.names[i] for i in indices)
+        part._images = [self._images[i] for i in indices]
+        part._masks = [self._masks[i] for i in indices]
+        part._image_labels = None if self._image_labels is None else self._image_labels[indices]
+        return part
+
+    def readable(self, *, progress: bool = True) -> "Split":
+        """The same split without the items whose image or mask cannot be used; each is decoded once.
+
+        What is wrong with them is in `left_out`, and is told by one warning. Raises ToCoError where nothing is left.
+        """
+        outcomes = attempt_files(self._check_one, range(len(self)), what=f"checking {self.split}", progress=progress)
+        bad = tuple(str(error) for _, error in outcomes if error is not None)
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            raise ToCoError(f"{bad[0]} (none of the {len(bad)} images of {self.root} [{self.split}] can be used)")
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warnings.warn(
+            f"{self.root} [{self.split}]: {len(bad)} of {len(self)} images are left out: {'; '.join(bad[:3])}{more}",
+            stacklevel=2,
+        )
+        part = self.subset(i for i, (_, error) in enumerate(outcomes) if error is None)
+        part.left_out = (*self.left_out, *bad)
+        return part
+
+    def check(self, *, progress: bool = True) -> Report:
+        """Decode every image and mask on several threads; report, or raise ToCoError naming the first bad file.
+
+        Found here and not on opening: truncated or damaged files, masks whose size differs from the image's, mask
+        values outside the classes, labels that do not fit. The derived labels are kept, so that checking costs nothing
+        twice.
+        """
+        outcomes = attempt_files(self._check_one, range(len(self)), what=f"checking {self.split}", progress=progress)
+        found = raise_first(outcomes)
+        if self._image_labels is None and self.label_source == "masks" and None not in self._masks:
+            self._image_labels = np.stack([row for _, row, _ in found])
+        labels = self.image_labels
+        sizes = sorted((size for size, _, _ in found), key=lambda size: size[0] * size[1])
+        pixels = sum(h * w for (h, w), row, _ in found if row is not None)
+        return Report(
+            root=self.root,
+            split=self.split,
+            class_names=self.class_names,
+            class_source=self.class_source,
+            label_source=self.label_source,
+            n_images=len(self),
+            n_masks=self.n_masks,
+            images_per_class=labels.sum(axis=0, dtype=np.int64),
+            n_without_class=int((labels.sum(axis=1) == 0).sum()),
+            void_share=sum(void for _, _, void in found) / pixels if pixels else float("nan"),
+            smallest=sizes[0],
+            largest=sizes[-1],
+            left_out=self.left_out,
+        )
+
+    def _check_one(self, index: int) -> tuple[tuple[int, int], np.ndarray | None, int]:
+        """(H, W), label row, number of void pixels."""
+        height, width = self.image(index).shape[:2]
+        mask = self.mask(index)
+        if mask is None:
+            return (height, width), None, 0
+        if mask.shape != (height, width):
+            raise ToCoError(
+                f"{self._mask_name(index)} is {mask.shape[0]} x {mask.shape[1]} but its image "
+                f"{self._images[index].name} is {height} x {width}: a mask has the size of its image"
+            )
+        counts = self._count_values(mask, index)
+        return (height, width), (counts[1 : self.n_classes + 1] > 0).astype(np.uint8), int(counts[IGNORE])
+
+    def _count_values(self, mask: np.ndarray, index: int) -> np.ndarray:
+        counts = np.bincount(mask.ravel(), minlength=256)
+        wrong = [v for v in np.flatnonzero(counts).tolist() if self.n_classes < v != IGNORE]
+        if wrong:
+            raise ToCoError(
+                f"{self._mask_name(index)} holds the value{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))}: "
+                f"allowed are 0..{self.n_classes} ({self.n_classes} classes from {self.class_source}) "
+                f"and {IGNORE} = ignore"
+            )
+        return counts
+
+    def _label_from_mask(self, index: int) -> UInt8[np.ndarray, " K"]:
+        mask = self.mask(index)
+        if mask is None:
+            raise ToCoError(
+                f"{self._images[index]} has no mask to derive its image labels from: "
+                "add masks or Annotations/, or pass labels"
+            )
+        return (self._count_values(mask, index)[1 : self.n_classes + 1] > 0).astype(np.uint8)
+
+
+class TrainVal(NamedTuple):
+    """Two splits that share no name; `held_out` where the second was cut from the first one's list."""
+
+    train: Split
+    val: Split
+    held_out: bool
+
+
+def holdout(names: Sequence[str], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Cut a list of names in two: the indices that stay, and about `fraction` of them that are held out.
+
+    A name is held out where a hash of (seed, name), as a number in [0, 1), is below `fraction`. So the cut depends
+    neither on the order of the list nor on the machine, and a name keeps its side when others are added. Where one side
+    would be empty, the name nearest to the cut is moved there. Raises ToCoError for a fraction outside (0, 1) or fewer
+    than 2 names.
+    """
+    if not 0 < fraction < 1:
+        raise ToCoError(f"fraction = {fraction} to hold out must be between 0 and 1")
+    if len(names) < 2:
+        raise ToCoError(f"{len(names)} names cannot be cut in two: at least 2 are needed")
+    place = [int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2.0**64 for name in names]
+    order = sorted(range(len(names)), key=place.__getitem__)
+    n_out = min(max(sum(p < fraction for p in place), 1), len(names) - 1)
+    return sorted(order[n_out:]), sorted(order[:n_out])
+
+
+def one_spelling(name: str) -> str:
+    """One spelling for names that look alike: file systems differ in how they compose accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def inside_name(entry: Any, where: str, folder: str) -> str:
+    """`entry` as a path below a folder, with `/`. Refuses everything that could lead out of it.
+
+    `where` says in the message where the entry stands, `folder` which folder is meant.
+    """
+    if not isinstance(entry, str):
+        raise ToCoError(f"{where}: {entry!r:.80} is not a name inside {folder}")
+    parts = PurePosixPath(entry).parts
+    if not parts or entry.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", entry):
+        raise ToCoError(f"{where}: {entry!r} is not a name inside {folder}; absolute paths and '..' are refused")
+    return PurePosixPath(entry).as_posix()
+
+
+def without_suffix(name: str) -> str:
+    """A name without the suffix of an image file; other dots belong to the name."""
+    path = PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
+    """Class names with background first; refuses none, too many, and one twice."""
+    names = [name.strip() for name in names if name.strip()]
+    if not names or names[0].lower() not in BACKGROUND_NAMES:
+        names = ["background", *names]
+    names[0] = "background"
+    if not 2 <= len(names) <= IGNORE:
+        raise ToCoError(f"{source} names {len(names) - 1} classes besides background: 1..{IGNORE - 1} are allowed")
+    twice = first_twice(names)
+    if twice is not None:
+        raise ToCoError(f"{source} names the class {twice!r} more than once")
+    return tuple(names)
+
+
+def one_hot(present: Iterable[str], class_names: Sequence[str], source: Path | str) -> UInt8[np.ndarray, " K"]:
+    """Class names as K numbers in {0, 1}; an unknown one is refused."""
+    present = set(present)
+    unknown = sorted(present - set(class_names[1:]))
+    if unknown:
+        raise ToCoError(f"{source} names the class {unknown[0]!r}: known are {', '.join(class_names[1:])}")
+    return np.array([name in present for name in class_names[1:]], dtype=np.uint8)
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Lines of a UTF-8 text file, stripped, blank ones kept; `what` says in the message what it should be."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToCoError(f"{path} cannot be read as {what}: {error}") from error

@@ -1,0 +1,277 @@
+"""Look a data set over before training on it: what is there and what is missing, broken files, duplicates, leaks.
+
+`inventory` counts folders and lists, and says for VOC and COCO how many there should be and where the rest comes from.
+`survey` decodes everything once. From a shell, both: `python -m toco_core.data <folder>`.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
+from toco_core.data.source import Layout, recognise
+from toco_core.data.split import Split
+from toco_core.data.voc import AUGMENTED, VOC_CLASSES, VOCFolder
+from toco_core.errors import ToCoError
+
+GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
+NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
+VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
+SBD_HOME = "SBD, home.bharathh.info/pubs/codes/SBD, as PNG masks together with VOC's own"
+COCO_HOME = "images.cocodataset.org/zips"
+
+
+class Entry(NamedTuple):
+    """One thing that a data set holds or should hold."""
+
+    what: str
+    found: int
+    expected: int | None  # None: nobody knows
+    how: str  # where it comes from, where it is known
+
+    def __str__(self) -> str:
+        known = "" if self.expected in (None, self.found) else f" of {self.expected}"
+        get = f"   get: {self.how}" if self.how and self.expected is not None and self.found < self.expected else ""
+        return f"{self.what:44}{'missing' if not self.found else f'{self.found}{known}':>16}{get}"
+
+
+class Inventory(NamedTuple):
+    """What `inventory` found."""
+
+    layout: Layout
+    entries: tuple[Entry, ...]
+
+    @property
+    def missing(self) -> tuple[Entry, ...]:
+        """What there is less of than there should be."""
+        return tuple(e for e in self.entries if e.expected is not None and e.found < e.expected)
+
+    def __str__(self) -> str:
+        head = f"{self.layout.root}: {self.layout.kind}, splits {', '.join(self.layout.splits) or 'none'}"
+        return "\n".join([head, *map(str, self.entries)])
+
+
+class Part(NamedTuple):
+    """One split, after every file of it was decoded."""
+
+    split: str
+    names: tuple[str, ...]  # of the readable images
+    sizes: Int64[np.ndarray, "N 2"]  # H, W of each
+    class_names: tuple[str, ...]
+    images_per_class: Int64[np.ndarray, " K"]
+    n_without_class: int
+    n_masks: int
+    unreadable: tuple[str, ...]  # what is wrong with each of the others
+
+
+class Same(NamedTuple):
+    """Two pictures that show the same."""
+
+    one: tuple[str, str]  # split, name
+    other: tuple[str, str]
+    bits: int  # in which their fingerprints differ; -1 where every pixel is equal
+    same_labels: bool
+
+
+class Survey(NamedTuple):
+    """What `survey` found in one or more splits."""
+
+    parts: tuple[Part, ...]
+    same: tuple[Same, ...]
+
+    @property
+    def leaks(self) -> tuple[Same, ...]:
+        """Pairs of which one is in another split than the other: what is scored was learned from."""
+        return tuple(pair for pair in self.same if pair.one[0] != pair.other[0])
+
+    @property
+    def duplicates(self) -> tuple[Same, ...]:
+        """Pairs within one split."""
+        return tuple(pair for pair in self.same if pair.one[0] == pair.other[0])
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """What is wrong with each file that cannot be used."""
+        return tuple(message for part in self.parts for message in part.unreadable)
+
+    def __str__(self) -> str:
+        lines = []
+        for part in self.parts:
+            named = zip(part.class_names[1:], part.images_per_class.tolist(), strict=True)
+            lines.append(
+                f"{part.split}: {len(part.names)} images, {part.n_masks} masks, {part.n_without_class} of no class; "
+                + ", ".join(f"{name} {n}" for name, n in named)
+            )
+        lines.append(f"unreadable: {len(self.unreadable)}" + "".join(f"\n  {m}" for m in self.unreadable))
+        for title, pairs in (("duplicates within a split", self.duplicates), ("leaks between splits", self.leaks)):
+            lines.append(f"{title}: {len(pairs)}")
+            for pair in pairs[:10]:
+                other = "" if pair.same_labels else ", with different labels"
+                lines.append(f"  {'/'.join(pair.one)} = {'/'.join(pair.other)}{other}")
+            if len(pairs) > 10:
+                lines.append(f"  and {len(pairs) - 10} more")
+        return "\n".join(lines)
+
+
+def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) -> Survey:
+    """Decode every image and mask of some splits; find what is broken and what comes twice.
+
+    Two pictures are the same where at most `near` of the 256 bits of their fingerprints differ, see `fingerprint`;
+    another size or stronger compression changes few of them. Nothing is raised for a broken file: it is listed.
+    """
+    parts, prints, exact, origin, labels = [], [], [], [], []
+    for source in splits:
+        outcomes = attempt_files(
+            lambda i, source=source: _looked_at(source, i),
+            range(len(source)),
+            what=f"looking at {source.split}",
+            progress=progress,
+        )
+        good = [i for i, (_, error) in enumerate(outcomes) if error is None]
+        rows = source.subset(good).image_labels if good else np.zeros((0, source.n_classes), np.uint8)
+        for row, i in zip(rows, good, strict=True):
+            _, bits, digest = outcomes[i][0]
+            prints.append(bits)
+            exact.append(digest)
+            origin.append((source.split, source.names[i]))
+            labels.append(row)
+        parts.append(
+            Part(
+                split=source.split,
+                names=tuple(source.names[i] for i in good),
+                sizes=np.array([outcomes[i][0][0] for i in good], np.int64).reshape(-1, 2),
+                class_names=source.class_names,
+                images_per_class=rows.sum(0, dtype=np.int64),
+                n_without_class=int((rows.sum(1) == 0).sum()),
+                n_masks=source.subset(good).n_masks if good else 0,
+                unreadable=tuple(str(error) for _, error in outcomes if error is not None),
+            )
+        )
+    same = [
+        Same(origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j])))
+        for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), -1), near)
+    ]
+    return Survey(tuple(parts), tuple(same))
+
+
+def fingerprint(image: np.ndarray) -> UInt64[np.ndarray, " words"]:
+    """256 bits of a picture: on a grid of 16 x 17 grey means, whether each is brighter than its left neighbour.
+
+    Size, compression and brightness hardly change it; turning, mirroring and cropping do.
+    """
+    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey.astype(np.float32), (GRID + 1, GRID), interpolation=cv2.INTER_AREA)
+    return np.packbits(np.diff(small, axis=1) > 0).view(np.uint64)
+
+
+def near_pairs(prints: UInt64[np.ndarray, "N words"], near: int) -> list[tuple[int, int, int]]:
+    """(i, j, number of different bits), i < j, of all pairs of fingerprints that differ in at most `near` bits."""
+    found = []
+    for i in range(len(prints) - 1):
+        bits = np.bitwise_count(prints[i + 1 :] ^ prints[i]).sum(1, dtype=np.int64)
+        found += [(i, int(j) + i + 1, int(bits[j])) for j in np.flatnonzero(bits <= near)]
+    return found
+
+
+def _looked_at(source: Split, index: int) -> tuple[tuple[int, int], np.ndarray, bytes]:
+    size = source._check_one(index)[0]
+    image = source.image(index)
+    return size, fingerprint(image), hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+
+
+def inventory(dataset: Path | str) -> Inventory:
+    """Count what a data set holds, without decoding anything. Raises ToCoError for what is no data set."""
+    layout = recognise(dataset)
+    entries = {"VOC": _voc_entries, "COCO": _coco_entries}.get(layout.kind, _other_entries)(layout)
+    return Inventory(layout, tuple(entries))
+
+
+def _voc_entries(layout: Layout) -> list[Entry]:
+    root = layout.root
+    try:
+        official = any(VOCFolder(root, s, require_masks=False).class_source == "PASCAL VOC" for s in layout.splits[:1])
+    except ToCoError:
+        official = False
+    full = {"JPEGImages": 17125, "Annotations": 17125, "SegmentationClass": 2913, AUGMENTED: 12031}
+    lists = {"train": 1464, "val": 1449, "train_aug": 10582}
+    entries = []
+    for folder, number in full.items():
+        kinds = {"JPEGImages": IMAGE_SUFFIXES, "Annotations": (".xml",)}.get(folder, MASK_SUFFIXES)
+        found = len(index_files(root / folder, kinds))
+        if found or official:
+            how = SBD_HOME if folder == AUGMENTED else VOC_HOME
+            entries.append(Entry(f"{folder}/", found, number if official else None, how))
+    for split in dict.fromkeys([*layout.splits, *(lists if official else ())]):
+        path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        found = _count_lines(path)
+        if split in layout.splits and not path.is_file():
+            found = len(VOCFolder(root, split, require_masks=False))
+        how = f"{SBD_HOME}: without a list it follows from {AUGMENTED}/" if split == "train_aug" else VOC_HOME
+        entries.append(Entry(f"ImageSets/Segmentation/{split}.txt", found, lists.get(split) if official else None, how))
+    return entries if official else [*entries, _classes_entry(root)]
+
+
+def _coco_entries(layout: Layout) -> list[Entry]:
+    root = layout.root
+    paths = (
+        [root] if root.is_file() else sorted([*root.glob("annotations/instances_*.json"), *root.glob("instances_*")])
+    )
+    full = {"train2014": 82783, "val2014": 40504}
+    entries, official = [], any(p.stem.endswith(("train2014", "val2014")) for p in paths)
+    for path in paths:
+        year = path.stem.removeprefix("instances_")
+        try:
+            content = json.loads(path.read_bytes())
+            counts = {key: len(content[key]) for key in ("images", "annotations", "categories")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ToCoError(f"{path} is not COCO's JSON: {error}") from error
+        real = counts["categories"] == 80
+        entries.append(Entry(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
+        entries.append(Entry(f"{path.name}: annotations", counts["annotations"], None, ""))
+        entries.append(Entry(f"{path.name}: categories", counts["categories"], None, ""))
+        folders = [root / year, root / "images" / year] if root.is_dir() else []
+        there = max((len(index_files(folder, IMAGE_SUFFIXES)) for folder in folders), default=0)
+        if folders:
+            entries.append(Entry(f"{year}/", there, counts["images"], f"{COCO_HOME}/{year}.zip"))
+    if official and root.is_dir():
+        for year in sorted(set(full) - {p.stem.removeprefix("instances_") for p in paths}):
+            how = f"images.cocodataset.org/annotations/annotations_trainval2014.zip and {COCO_HOME}/{year}.zip"
+            entries.append(Entry(f"annotations/instances_{year}.json", 0, 1, how))
+    return entries
+
+
+def _other_entries(layout: Layout) -> list[Entry]:
+    folder = layout.root if layout.root.is_dir() else layout.root.parent
+    images = {n: p for n, p in index_files(folder, IMAGE_SUFFIXES).items() if not n.startswith("masks/")}
+    entries = [Entry("images", len(images), None, "")]
+    if layout.root.is_dir():
+        below = Counter(path.parent.relative_to(folder).as_posix() for path in images.values())
+        entries += [Entry(f"{name}/", n, None, "") for name, n in sorted(below.items()) if name != "."]
+    masks = len(index_files(folder / "masks", MASK_SUFFIXES))
+    return [*entries, Entry("masks/ (optional)", masks, None, ""), _classes_entry(folder)]
+
+
+def _classes_entry(folder: Path) -> Entry:
+    return Entry("classes.txt (optional)", _count_lines(folder / "classes.txt"), None, "")
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+
+
+def how_to_get(name: str) -> str:
+    """Where a published data set comes from, in one line; empty for others."""
+    if "VOC" in name.upper():
+        return f"PASCAL VOC 2012, {len(VOC_CLASSES) - 1} classes: {VOC_HOME}; {SBD_HOME}"
+    if "COCO" in name.upper():
+        return f"MS COCO 2014: {COCO_HOME}/train2014.zip, val2014.zip, annotations/annotations_trainval2014.zip"
+    return ""

@@ -1,0 +1,265 @@
+"""Your own photographs, with tags instead of masks.
+
+A folder per class, where `background` holds images of no class:
+
+    root/<class>/<image>                     or root/train/<class>/<image>, root/val/<class>/<image>
+    root/masks/<class>/<image>.png           (optional) 0 background, 1..K, 255 = ignore
+
+Or a table or JSON of file names and tags, each path inside the file's own folder:
+
+    file,tags,split,mask                     tags.csv (or .tsv); tags separated by ; or |; split and mask optional
+    a.jpg,cat;dog,train,masks/a.png
+    file,cat,dog                             or a column per class with 0 and 1
+    {"a.jpg": ["cat", "dog"]}                tags.json
+    [{"file": "a.jpg", "tags": ["cat"]}]     or with "split" and "mask", too
+
+Without splits all images are "train". The classes are those that occur, sorted, unless `classes.txt` beside names them.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, read_mask
+from toco_core.data.split import (
+    BACKGROUND_NAMES,
+    Split,
+    first_twice,
+    inside_name,
+    one_hot,
+    one_spelling,
+    read_lines,
+    with_background,
+    without_suffix,
+)
+from toco_core.errors import ToCoError
+
+TABLES = ("tags.csv", "tags.tsv", "tags.json", "labels.csv", "labels.tsv", "labels.json")
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "path", "name")
+TAG_COLUMNS = ("tags", "tag", "labels", "label", "classes", "class")
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS["testing"] = "test"
+CLASS_LAYOUT = "a folder per class holds <class>/<image>, or train/<class>/<image> and val/<class>/<image>"
+TABLE_LAYOUT = "a table has the columns file and tags (a;b), or file and a column of 0 and 1 per class"
+
+
+class Tagged(NamedTuple):
+    """One image and what is known of it."""
+
+    file: str  # below the folder
+    tags: tuple[str, ...]
+    split: str | None
+    mask: str | None
+
+
+class _TaggedImages(Split):
+    """What both layouts share."""
+
+    def _fill(self, folder: Path, entries: Sequence[Tagged], split: str, source: str) -> None:
+        """The items of a split; classes are those of all splits."""
+        self.split, self.label_source = split, source
+        known = _split_names(entries)
+        if split not in known:
+            raise ToCoError(f"split {split!r} is not in {self.root}: there is {', '.join(known)}")
+        self.class_names, self.class_source = _classes(folder, entries, source)
+        here = [entry for entry in entries if (entry.split or "train") == split]
+        self.names = tuple(without_suffix(entry.file) for entry in here)
+        twice = first_twice(self.names)
+        if twice is not None:
+            raise ToCoError(f"{self.root} has the image {twice!r} more than once in {split}")
+        self._images = [folder / entry.file for entry in here]
+        self._masks = [None if entry.mask is None else folder / entry.mask for entry in here]
+        tags = [[t for t in entry.tags if t.lower() not in BACKGROUND_NAMES] for entry in here]
+        where = [f"{self.root}: {entry.file}" for entry in here]
+        self._image_labels = np.stack([one_hot(t, self.class_names, w) for t, w in zip(tags, where, strict=True)])
+
+    def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
+        """Class values of one item, 255 = ignore; None where there is no mask."""
+        return None if self._masks[index] is None else read_mask(self._masks[index])
+
+    def _mask_name(self, index: int) -> str:
+        return str(self._masks[index])
+
+
+class ClassFolders(_TaggedImages):
+    """One split of a folder that holds a folder per class. An image has the one class that its folder names."""
+
+    def __init__(self, root: Path | str, split: str = "train"):
+        self.root = Path(root)
+        self._fill(self.root, _by_folder(self.root), split, "the folders")
+
+
+class TagList(_TaggedImages):
+    """One split of images that a CSV, TSV or JSON file tags, see the module. `root` is that file."""
+
+    def __init__(self, root: Path | str, split: str = "train"):
+        self.root = Path(root)
+        entries = _from_json(self.root) if self.root.suffix.lower() == ".json" else _from_table(self.root)
+        if not entries:
+            raise ToCoError(f"{self.root} names no image")
+        self._fill(
+            self.root.parent, [_resolved(self.root.parent, e, self.root) for e in entries], split, self.root.name
+        )
+
+
+def split_names(root: Path | str) -> tuple[str, ...]:
+    """The splits of a folder per class (a folder) or of a list of tags (a file)."""
+    root = Path(root)
+    if root.is_dir():
+        return _split_names(_by_folder(root))
+    return _split_names(_from_json(root) if root.suffix.lower() == ".json" else _from_table(root))
+
+
+def tag_file(folder: Path) -> Path | None:
+    """The list of tags in a folder."""
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def is_class_folders(root: Path) -> bool:
+    """Whether there are folders with images, directly or below train, val and so on."""
+    return any(_has_images(folder) for level in _levels(root) for folder in _folders(level))
+
+
+def _split_names(entries: Sequence[Tagged]) -> tuple[str, ...]:
+    return tuple(sorted({entry.split or "train" for entry in entries}))
+
+
+def _folders(root: Path) -> list[Path]:
+    hidden = (".", "__")
+    return [p for p in sorted(root.iterdir()) if p.is_dir() and p.name != "masks" and not p.name.startswith(hidden)]
+
+
+def _levels(root: Path) -> list[Path]:
+    """The folders that hold the folders of the classes: those named like splits, or the root itself."""
+    parts = [p for p in _folders(root) if p.name.lower() in SPLITS and not _has_images(p)]
+    return parts or [root]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
+
+
+def _by_folder(root: Path) -> list[Tagged]:
+    masks = {one_spelling(name): path for name, path in index_files(root / "masks", MASK_SUFFIXES).items()}
+    entries = []
+    for level in _levels(root):
+        split = None if level == root else SPLITS[level.name.lower()]
+        for folder in _folders(level):
+            for below, path in sorted(index_files(folder, IMAGE_SUFFIXES).items()):
+                name = (folder.relative_to(root) / below).as_posix()
+                mask = masks.get(one_spelling(name))
+                mask = None if mask is None else mask.relative_to(root).as_posix()
+                entries.append(Tagged(path.relative_to(root).as_posix(), (folder.name,), split, mask))
+    if not entries:
+        raise ToCoError(f"dataset folder {root} has no images in folders; {CLASS_LAYOUT}")
+    return entries
+
+
+def _classes(folder: Path, entries: Sequence[Tagged], source: str) -> tuple[tuple[str, ...], str]:
+    if (folder / "classes.txt").is_file():
+        path = folder / "classes.txt"
+        return with_background(read_lines(path, "a list of classes"), str(path)), "classes.txt"
+    names = sorted({tag for entry in entries for tag in entry.tags if tag.lower() not in BACKGROUND_NAMES})
+    if not names:
+        raise ToCoError(f"{source} of {folder} names no class: every image would be background")
+    return with_background(names, source), source
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToCoError(f"{path} cannot be read as a list of tags: {error}") from error
+
+
+def _from_table(path: Path) -> list[Tagged]:
+    text = _read_text(path)
+    first = text.splitlines()[0] if text.strip() else ""
+    delimiter = max(",;\t", key=first.count)
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if any(row)]
+    except csv.Error as error:
+        raise ToCoError(f"{path} cannot be read as a table: {error}") from error
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    lower = [cell.lower() for cell in header]
+    file_at = next((lower.index(c) for c in FILE_COLUMNS if c in lower), None)
+    if file_at is None:
+        raise ToCoError(
+            f"{path} has no column {FILE_COLUMNS[0]!r} but {', '.join(header) or 'nothing'}; {TABLE_LAYOUT}"
+        )
+    tags_at = next((lower.index(c) for c in TAG_COLUMNS if c in lower), None)
+    special = {lower.index(c): c for c in ("split", "mask") if c in lower}
+    entries = []
+    for number, row in enumerate(rows[1:], start=2):
+        where = f"{path} row {number}"
+        if len(row) != len(header):
+            raise ToCoError(f"{where} has {len(row)} columns, the header has {len(header)}")
+        cells = [cell.strip() for cell in row]
+        if tags_at is None:
+            chosen = [i for i in range(len(header)) if i != file_at and i not in special]
+            tags = tuple(header[i] for i in chosen if _is_one(cells[i], header[i], where))
+        else:
+            tags = tuple(tag.strip() for tag in re.split(r"[;|,]", cells[tags_at]) if tag.strip())
+        extra = {name: cells[i] or None for i, name in special.items()}
+        entries.append(_entry(cells[file_at], tags, extra, where))
+    return entries
+
+
+def _is_one(cell: str, column: str, where: str) -> bool:
+    if cell not in ("0", "1"):
+        raise ToCoError(f"{where}: {column} = {cell!r}, 0 or 1 is wanted; {TABLE_LAYOUT}")
+    return cell == "1"
+
+
+def _from_json(path: Path) -> list[Tagged]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ToCoError(f"{path} is not valid JSON: {error}") from error
+    if isinstance(content, Mapping):
+        content = [{"file": file, "tags": tags} for file, tags in content.items()]
+    if not isinstance(content, list):
+        raise ToCoError(f'{path} holds a {type(content).__name__}: {{"file": [tags]}} or a list of objects is wanted')
+    entries = []
+    for number, entry in enumerate(content):
+        where = f"{path} entry {number}"
+        if not isinstance(entry, Mapping):
+            raise ToCoError(f"{where} is {entry!r:.60}: an object with file and tags is wanted")
+        file = next((entry[c] for c in FILE_COLUMNS if c in entry), None)
+        tags = next((entry[c] for c in TAG_COLUMNS if c in entry), None)
+        tags = [tags] if isinstance(tags, str) else tags
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise ToCoError(f"{where} has the tags {tags!r:.60}: a list of texts is wanted")
+        entries.append(_entry(file, tuple(tag.strip() for tag in tags if tag.strip()), entry, where))
+    return entries
+
+
+def _entry(file: Any, tags: tuple[str, ...], extra: Mapping, where: str) -> Tagged:
+    split, mask = extra.get("split"), extra.get("mask")
+    if split is not None and not isinstance(split, str):
+        raise ToCoError(f"{where} has split = {split!r:.60}: a text is wanted")
+    file = inside_name(file, where, "the list's folder")
+    mask = None if mask is None else inside_name(mask, where, "the list's folder")
+    return Tagged(file, tags, None if split is None else SPLITS.get(split.lower(), split), mask)
+
+
+def _resolved(folder: Path, entry: Tagged, path: Path) -> Tagged:
+    """The entry with the suffix that its file has; refuses a file that is not there."""
+    if (folder / entry.file).is_file():
+        if not entry.file.lower().endswith(IMAGE_SUFFIXES):
+            raise ToCoError(f"{path} names {entry.file!r}: allowed are {', '.join(IMAGE_SUFFIXES)}")
+    else:
+        found = next((entry.file + s for s in IMAGE_SUFFIXES if (folder / (entry.file + s)).is_file()), None)
+        if found is None:
+            raise ToCoError(f"{folder / entry.file}, named in {path.name}, does not exist")
+        entry = entry._replace(file=found)
+    if entry.mask is not None and not (folder / entry.mask).is_file():
+        raise ToCoError(f"{folder / entry.mask}, a mask named in {path.name}, does not exist")
+    return entry
