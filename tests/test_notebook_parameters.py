@@ -2,7 +2,7 @@ import pytest
 
 from toco_core.config import override, photographs, tiny, voc
 from toco_core.errors import ToCoError
-from toco_core.notebook import Parameters
+from toco_core.notebook import Parameters, as_list
 
 
 def notebook(own=(), before=None, **given):
@@ -104,3 +104,21 @@ def test_an_unknown_recipe_is_refused():
 def test_a_wrong_value_is_refused(given, words):
     with pytest.raises(ToCoError, match=words):
         notebook(**given).config()
+
+
+@pytest.mark.parametrize("given", [[7, 10, 12], (7, 10, 12), "7,10,12", "7, 10, 12", ["7", 10, 12.0]])
+def test_a_list_can_be_given_in_one_word(given):
+    assert as_list("layers", given, int) == [7, 10, 12]
+
+
+def test_one_value_is_a_list_of_one():
+    assert as_list("layers", 7, int) == as_list("layers", "7", int) == [7]
+    assert as_list("variants", "+ PTC, full") == ["+ PTC", "full"]
+
+
+@pytest.mark.parametrize("given", ["7,ten", "7,,9", [7, 7], [], "", None, [7.5]])
+def test_a_wrong_list_is_refused(given):
+    with pytest.raises(ToCoError, match="'' is not allowed: a list of different str values"):
+        as_list("variants", "")
+    with pytest.raises(ToCoError, match="layers = .* is not allowed: a list of different int values is wanted"):
+        as_list("layers", given, int)

@@ -56,5 +56,20 @@ class Parameters:
         return override(RECIPES[recipe](), **values)
 
 
+def as_list(name: str, value: Any, kind: type = str) -> list:
+    """A parameter that is a list: `-y "layers: [7, 10]"` gives one, `-p layers 7,10` a text with commas, `-p layers 7`
+    a number. Raises ToCoError for an item that is not of `kind`, for one that is named twice, and for an empty list."""
+    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    try:
+        found = [kind(item) for item in items if item is not None]
+    except (TypeError, ValueError):
+        found = []
+    cut = any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
+    if not found or "" in found or cut or len(set(found)) < len(found):
+        raise ToCoError(f"{name} = {value!r} is not allowed: a list of different {kind.__name__} values is wanted")
+    return found
+
+
 def _is_section(name: str) -> bool:
     return name in ("model", "labels", "loss", "crops", "data", "schedule", "release")

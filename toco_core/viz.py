@@ -303,6 +303,7 @@ def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, 
         places = np.arange(len(class_names)) + (i - (len(differences) - 1) / 2) * height
         ax.barh(places, values, height=0.9 * height, color=RUN_COLOURS[(i + 1) % len(RUN_COLOURS)], label=name)
     ax.set_yticks(range(len(class_names)), class_names)
+    ax.set_axisbelow(True)
     ax.axvline(0, color="#222222", lw=0.8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="IoU (points)")
