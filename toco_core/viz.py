@@ -307,21 +307,6 @@ def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, 
     ax.axvline(0, color="#222222", lw=0.8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="IoU (points)")
-
-
-SIMILARITY_COLOURS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}  # diverging around 0
-
-
-def by_block(
-    ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
-) -> plt.Axes:
-    """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
-    for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
-    if layer is not None:
-        ax.axvline(layer, color="#999999", ls="--", lw=1)
-    ax.set(title=title, xlabel="block", ylabel=ylabel)
-    ax.set_xticks(range(1, len(next(iter(curves.values()))) + 1))
     ax.legend()
     return ax
 
@@ -339,6 +324,23 @@ def variant_points(ax: plt.Axes, groups: dict[str, Sequence[float]], *, referenc
         ax.axvline(np.mean(groups[reference]), color="#999999", ls="--", lw=1, zorder=0)
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set(ylim=(len(groups) - 0.5, -0.5), xlabel="mIoU (%)")
+    return ax
+
+
+SIMILARITY_COLOURS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}  # diverging around 0
+
+
+def by_block(
+    ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
+) -> plt.Axes:
+    """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
+    for name, values in curves.items():
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+    if layer is not None:
+        ax.axvline(layer, color="#999999", ls="--", lw=1)
+    ax.set(title=title, xlabel="block", ylabel=ylabel)
+    ax.set_xticks(range(1, len(next(iter(curves.values()))) + 1))
+    ax.legend()
     return ax
 
 
