@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -23,6 +24,7 @@ VOC = {
         "weights": None,
         "pretrained": True,
         "layer": 10,
+        "aux_norm": False,
         "proj_hidden": 2048,
         "proj_bottleneck": 256,
         "proj_dim": 1024,
@@ -176,6 +178,15 @@ def test_dictionaries_and_hash(name):
     assert len(config.short_hash()) == 10
 
 
+def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
+    config = voc()
+    values = config.to_dict()
+    del values["model"]["aux_norm"], values["out_dir"]
+    earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    assert config.short_hash() == earlier
+    assert override(config, aux_norm=True).short_hash() != earlier
+
+
 def test_override_changes_only_what_is_named():
     config = override(voc(), layer=9, beta_l=0.8, beta_h=0.9, steps=3, warmup_steps=1, weights="", cam_scales=[1])
     assert (config.model.layer, config.labels.beta_l, config.labels.beta_h) == (9, 0.8, 0.9)
@@ -183,6 +194,7 @@ def test_override_changes_only_what_is_named():
     assert config.labels.cam_scales == (1.0,)
     back = {
         "layer": 10,
+        "aux_norm": False,
         "beta_l": 0.25,
         "beta_h": 0.7,
         "steps": 20000,

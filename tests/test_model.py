@@ -351,6 +351,17 @@ def test_parameter_groups():
 # ---- looking inside
 
 
+def test_aux_norm():
+    plain, normed = small_model(), small_model(aux_norm=True)
+    ones, zeros = torch.ones(plain.width).double(), torch.zeros(plain.width).double()
+    tokens, found = plain.encode(images(2, 16, 40)), normed.encode(images(2, 16, 40))
+    assert_close(found.aux_patch_tokens, slow.layer_norm(tokens.aux_patch_tokens, ones, zeros))
+    assert_close(found.patch_tokens, tokens.patch_tokens)
+    long = tokens.aux_patch_tokens.clone()
+    long[0, 3] *= 25  # a token many times longer than the others is not what the maximum picks any more
+    assert_close(slow.layer_norm(long, ones, zeros)[0, 3], found.aux_patch_tokens[0, 3])
+
+
 def test_block_tokens():
     model = small_model()
     blocks = model.block_tokens(images())

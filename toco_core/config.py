@@ -27,8 +27,23 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def option(default: Any, help: str, *, at_least=None, above=None, at_most=None, below=None, one_of=None, length=None):
-    """A field with its help text and the values that it allows (bounds also hold for each item of a tuple)."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least=None,
+    above=None,
+    at_most=None,
+    below=None,
+    one_of=None,
+    length=None,
+    added_later: bool = False,
+):
+    """A field with its help text and the values that it allows (bounds also hold for each item of a tuple).
+
+    `added_later`: configs without this field name runs already. At its default it is left out of `short_hash`, so that
+    a newer version of the package finds the runs of an older one.
+    """
     allowed = {
         "at_least": at_least,
         "above": above,
@@ -38,7 +53,8 @@ def option(default: Any, help: str, *, at_least=None, above=None, at_most=None, 
         "length": length,
     }
     allowed = {name: limit for name, limit in allowed.items() if limit is not None}
-    return field(default=default, metadata={"help": " ".join(help.split()), "allowed": allowed})
+    facts = {"help": " ".join(help.split()), "allowed": allowed, "added_later": added_later}
+    return field(default=default, metadata=facts)
 
 
 class Config:
@@ -61,6 +77,14 @@ class Config:
     def to_dict(self) -> dict:
         """Plain dictionaries, lists, numbers and strings: what JSON can hold."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def without_later_defaults(self) -> dict:
+        """`to_dict` without the fields that were added later and are at their defaults."""
+        plain = self.to_dict()
+        for f in dataclasses.fields(self):
+            if f.metadata["added_later"] and getattr(self, f.name) == f.default:
+                del plain[f.name]
+        return plain
 
     @classmethod
     def from_dict(cls, values: dict):
@@ -100,6 +124,13 @@ class ModelConfig(Config):
     )
     layer: int = option(
         10, "Block that feeds the auxiliary classifier, counted from 1 as in the paper (10 of 12).", at_least=1
+    )
+    aux_norm: bool = option(
+        False,
+        """Bring the tokens of block `layer` to mean 0 and variance 1 each before the auxiliary classifier. Off: as
+        published. On: for backbones in which single tokens of the middle blocks are many times longer than the others
+        (small ViTs pretrained on ImageNet have them in the corners): the maximum over tokens would pick these.""",
+        added_later=True,
     )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1)
     proj_bottleneck: int = option(
@@ -394,6 +425,9 @@ class TrainConfig(Config):
         does not count)."""
         values = self.to_dict()
         del values["out_dir"]
+        for name, section in values.items():
+            if isinstance(section, dict):
+                values[name] = getattr(self, name).without_later_defaults()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -141,7 +141,10 @@ class ToCo(nn.Module):
                 aux = x
         n_prefix = self.encoder.num_prefix_tokens
         x = self.final_norm(x)
-        return Tokens(x[:, 0], x[:, n_prefix:], aux[:, n_prefix:], grid)
+        aux = aux[:, n_prefix:]
+        if self.config.aux_norm:
+            aux = F.layer_norm(aux, aux.shape[-1:], eps=1e-6)
+        return Tokens(x[:, 0], x[:, n_prefix:], aux, grid)
 
     def _run_blocks(self, images: Tensor):
         """Yield (block number from 1, all tokens after it, grid), block by block."""
