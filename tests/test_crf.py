@@ -270,6 +270,35 @@ def test_dense_crf_reuses_lattices():
     assert_close(dense_crf(probs, image, lattices=crf_lattices(image)), dense_crf(probs, image), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_crf_labels_are_what_the_dense_crf_makes_of_cam_and_background(scale):
+    g = torch.Generator().manual_seed(3)
+    coarse = torch.rand(3, 4, 3, 4, generator=g, dtype=torch.float64)
+    cam = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bilinear")
+    images = torch.nn.functional.interpolate(torch.rand(3, 3, 3, 5, generator=g), size=(H, W)).double()
+    image_labels = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
+    found = crf.crf_labels(
+        images, cam, image_labels, betas=(0.3, 0.6), iterations=3, scale=scale, sigma_xy=8.2, sigma_rgb=40.0
+    )
+    assert found.shape == (2, 3, H, W) and not found[:, 1].any()
+    assert not torch.equal(found[0], found[1]) and set(found[0, 2].unique().tolist()) <= {0, 1, 2, 3}
+    size = (int(H * scale), int(W * scale))
+
+    def resized(maps, size):
+        return torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear")[0]
+
+    for t, beta in enumerate((0.3, 0.6)):
+        for b, classes in ((0, [1, 3]), (2, [0, 1, 2])):
+            scores = torch.cat([torch.full((1, *size), beta).double(), resized(cam[b, classes], size)])
+            powers = scores.exp()
+            belief = dense_crf(
+                powers / powers.sum(0), resized(images[b], size), iterations=3,
+                appearance_sigma_xy=8.2 * scale, appearance_sigma_rgb=40.0,
+            )  # fmt: skip
+            winner = resized(belief, (H, W)).argmax(0)
+            assert_close(found[t, b], torch.tensor([0] + [k + 1 for k in classes])[winner])
+
+
 def test_dense_crf_refuses():
     image, probs, _ = two_regions()
     with pytest.raises(ToCoError, match="iterations = -1"):

@@ -87,6 +87,26 @@ def test_pseudo_label_equals_two_refinements_with_a_background_channel(seed):
     assert {0, 1, IGNORE} <= set(ours.unique().tolist())
 
 
+def test_refined_labels_are_what_pseudo_labels_are_made_of():
+    g = torch.Generator().manual_seed(5)
+    images, cam = torch.rand(3, 3, 18, 27, generator=g), torch.rand(3, 4, 18, 27, generator=g)
+    image_labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+    settings, betas = {"iterations": 2, "dilations": (1, 3), "scale": 0.5}, (0.7, 0.25, 0.5)
+    found = labels.refined_labels(images, cam, image_labels, betas=betas, **settings)
+    assert found.shape == (3, 3, 18, 27) and not found[:, 1].any()
+    one = dict(zip(betas, found, strict=True))
+    for low, high in ((0.25, 0.5), (0.5, 0.7), (0.25, 0.7)):
+        wanted = slow.pseudo_label(images, cam, image_labels, low, high, boxes=None, **settings)
+        same(labels.with_uncertain(low=one[low], high=one[high]), wanted)
+    assert not torch.equal(one[0.25], one[0.5]) and not torch.equal(one[0.5], one[0.7])
+    assert labels.refined_labels(images, cam, image_labels, betas=(), **settings).shape == (0, 3, 18, 27)
+
+
+def test_with_uncertain():
+    low, high = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0, 0, 1, 1]])
+    same(labels.with_uncertain(low=low, high=high), torch.tensor([[0, IGNORE, 1, 1]]))
+
+
 def test_pseudo_label_of_images_without_class():
     images, cam = torch.rand(2, 3, 16, 12), torch.rand(2, 3, 16, 12)
     none = torch.zeros(2, 3)

@@ -363,3 +363,71 @@ def test_the_explorer_tells_patches_and_percents():
     (last,) = viz.similarity_explorer(matrices, (2, 3), max_bytes=1).data
     np.testing.assert_array_equal(last.z, np.round(100 * matrices["4"]))
     assert last.visible
+
+
+# ---- labels and crops against the masks
+
+
+def test_threshold_heatmap(ax):
+    values = np.array([[0.1, 0.254, 0.3], [np.nan, 0.4, 0.5], [np.nan, np.nan, 0.6]])
+    found = viz.threshold_heatmap(ax, values, (0.1, 0.3, 0.7), "mIoU", marked={"o": (0.1, 0.5)})
+    assert found is ax and ax.get_xlabel() == "beta_h" and ax.get_ylabel() == "beta_l"
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts == {(0, 0): "10", (1, 0): "25", (2, 0): "30", (1, 1): "40", (2, 1): "50", (2, 2): "60"}  # x is beta_h
+    assert points(ax.lines[0]) == [(pytest.approx(1.5), 0)]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.1", "0.3", "0.7"]
+    fresh = plt.figure().add_subplot()
+    viz.threshold_heatmap(fresh, values - 0.5, (0.1, 0.3, 0.7), "gain", difference=True)
+    assert fresh.images[0].get_clim() == (pytest.approx(-40), pytest.approx(40))
+    assert "+10" in [text.get_text() for text in fresh.texts]
+    viz.threshold_heatmap(plt.figure().add_subplot(), np.full((2, 2), np.nan), (0.1, 0.2), "nothing", difference=True)
+
+
+def test_composition_bars(ax):
+    shares = np.array([[0.3, 0.1, 0.0], [0.1, 0.1, 0.0], [0.1, 0.2, 0.1]])
+    assert viz.composition_bars(ax, {"seed": shares, "PAR": np.zeros((3, 3))}) is ax
+    widths = [bar.get_width() for bar in ax.patches]
+    np.testing.assert_allclose(widths[:9], [75, 25, 0, 50, 50, 0, 25, 50, 25])
+    assert widths[9:] == [0] * 9
+    assert [tick.get_text() for tick in ax.get_yticklabels()][:3] == [
+        "seed: background",
+        "seed: uncertain",
+        "seed: a class",
+    ]
+    assert "40 % of all pixels" in [text.get_text() for text in ax.texts]
+
+
+def test_region_colours():
+    region = np.array([[0, 1, 2]])
+    colours = viz.region_colours(region)[0]
+    assert colours[0].tolist() == [0, 0, 0] and colours[2].tolist() == [255, 255, 255]
+    assert tuple(colours[1].tolist()) in viz.IGNORE_GREYS
+
+
+def test_crop_boxes(ax):
+    assert viz.crop_boxes(ax, image(20, 30), [(2, 11), (5, 0)], 8, [True, False], "crops") is ax
+    drawn = [p for p in ax.patches if p.get_linewidth() < 3]
+    assert [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in drawn] == [
+        (10.5, 1.5, 8, 8),
+        (-0.5, 4.5, 8, 8),
+    ]
+    assert [plt.matplotlib.colors.to_hex(p.get_edgecolor()) for p in drawn] == list(viz.FLAG_COLOURS.values())
+    assert [text.get_text() for text in ax.texts] == ["1", "2"]
+
+
+def test_logit_matrix(ax):
+    logits = np.array([[1.0, 0.5], [0.5, 1.0], [0.1, -2.0], [0.3, 0.4]])
+    assert viz.logit_matrix(ax, logits, [True, False], "logits") is ax
+    assert ax.images[0].get_clim() == (-2, 2)
+    ticks = {tick.get_text(): tick.get_color() for tick in ax.get_yticklabels()}
+    assert list(ticks) == ["global 1", "global 2", "crop 1", "crop 2"]
+    assert ticks["crop 1"] == viz.FLAG_COLOURS[True] and ticks["crop 2"] == viz.FLAG_COLOURS[False]
+    assert "-2.00" in [text.get_text() for text in ax.texts]
+    viz.logit_matrix(plt.figure().add_subplot(), np.zeros((2, 2)), [], "no crops")
+
+
+def test_crop_curves(ax):
+    scores = [SimpleNamespace(positive=0.2, positive_right=0.5), SimpleNamespace(positive=0.1, positive_right=0.75)]
+    assert viz.crop_curves(ax, [8, 16], scores, ["positive", "positive_right"], xlabel="pixels", marked=16) is ax
+    assert points(ax.lines[0]) == [(8, 20), (16, 10)] and points(ax.lines[1]) == [(8, 50), (16, 75)]
+    assert list(ax.lines[2].get_xdata()) == [16, 16]

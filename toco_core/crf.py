@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from .errors import ToCoError
-from .labels import IGNORE
+from .labels import IGNORE, upsampled_argmax
 
 PROBABILITY_EPSILON = 1e-20  # least probability whose logarithm the dense CRF takes; keeps a certain 0 finite
 NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square root, as in the common implementation
@@ -215,6 +215,43 @@ def dense_crf(
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
         belief = mean_field(_at_least_float32(probs).flatten(1).T, kernels, iterations)
     return belief.T.unflatten(1, (H, W))
+
+
+def crf_labels(
+    images: Float[Tensor, "B 3 H W"],
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Float[Tensor, "B K"],
+    *,
+    betas: Sequence[float],
+    iterations: int = 10,
+    scale: float = 1.0,
+    sigma_xy: float = 121.0,
+    sigma_rgb: float = 5.0,
+) -> Integer[Tensor, "T B H W"]:
+    """`labels.refined_labels` with the dense CRF in the place of PAR: the label of each of T background scores, 0..K.
+
+    The probabilities are the same: softmax of the labelled classes' CAMs and a constant background score. `images` in
+    [0, 1]. Image and CAM are reduced by `scale` first, `sigma_xy` (in pixels of the whole image) with them. Raises
+    ToCoError unless 0 < scale <= 1.
+    """
+    size = _scaled_size(images, scale)
+    sigmas = {"appearance_sigma_xy": sigma_xy * scale, "appearance_sigma_rgb": sigma_rgb}
+    label = torch.zeros(len(betas), len(images), *images.shape[2:], dtype=torch.long, device=cam.device)
+    for b in range(len(images)):
+        classes = torch.nonzero(image_labels[b])[:, 0]
+        if not len(classes):
+            continue
+        image, maps = (
+            F.interpolate(_at_least_float32(x)[None], size=size, mode="bilinear", align_corners=False)[0]
+            for x in (images[b], cam[b, classes])
+        )
+        lattices = crf_lattices(image, **sigmas)
+        table = F.pad(classes + 1, (1, 0))
+        for t, beta in enumerate(betas):
+            probs = torch.cat([torch.full_like(maps[:1], beta), maps]).softmax(dim=0)
+            belief = dense_crf(probs, image, iterations=iterations, lattices=lattices, **sigmas)
+            label[t, b] = table[upsampled_argmax(belief[None], tuple(images.shape[2:]))[0]]
+    return label
 
 
 def mean_field(

@@ -19,7 +19,7 @@ pixels of the CAM.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,43 +130,67 @@ def pseudo_label(
 ) -> Int[Tensor, "B H W"]:
     """The label after PAR: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1].
 
-    The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale`
-    times the image's size. Refined against the background score beta_h, what is not background is foreground; against
+    Refined against the background score beta_h (see `refined_labels`), what is not background is foreground; against
     beta_l, what is background also against beta_h is background; the rest is uncertain.
 
-    Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is not refined itself.
-    Both background scores share one affinity. The release rounds the images down to whole grey levels first; do so
-    outside to agree with it in every pixel. Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
+    The release rounds the images down to whole grey levels first; do so outside to agree with it in every pixel.
+    Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
     """
     _check_thresholds(beta_l, beta_h)
+    high, low = refined_labels(
+        images, cam, image_labels, betas=(beta_h, beta_l), iterations=iterations, dilations=dilations, scale=scale
+    )
+    label = with_uncertain(low=low, high=high)
+    if valid_box is not None:
+        label[~inside_box(valid_box, label.shape[1:])] = IGNORE
+    return label
+
+
+def refined_labels(
+    images: Float[Tensor, "B 3 H W"],
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    *,
+    betas: Sequence[float],
+    iterations: int = par.ITERATIONS,
+    dilations: tuple[int, ...] = par.DILATIONS,
+    scale: float = 0.5,
+) -> Int[Tensor, "T B H W"]:
+    """For each of T background scores the label after PAR, 0 background or 1..K; nothing is uncertain yet.
+
+    The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale`
+    times the image's size. Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is
+    not refined itself. All background scores share one affinity. Raises ToCoError unless 0 < scale <= 1.
+    """
     if not 0 < scale <= 1:
         raise ToCoError(f"scale = {scale} of PAR: above 0 and at most 1 is allowed")
     size = tuple(images.shape[2:])
     small = tuple(max(1, math.floor(length * scale)) for length in size)
     total = (1 + par.POSITION_WEIGHT) ** iterations
-    label = torch.empty(len(images), *size, dtype=torch.long, device=cam.device)
+    label = torch.zeros(len(betas), len(images), *size, dtype=torch.long, device=cam.device)
 
     # One image at a time keeps a CPU's caches warm and refines no class that only another image has.
     step = 1 if cam.device.type == "cpu" else max(1, len(images))
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         classes, present = _labelled_classes(image_labels[part])
-        if not classes.shape[1]:
-            label[part] = 0
+        if not classes.shape[1] or not len(betas):
             continue
         weights = par.affinity(_resize(images[part], small), dilations=dilations)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
-        against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in (beta_h, beta_l)]
+        against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
         refined = par.apply(weights, torch.cat(against, dim=1), iterations=iterations)
-        winners = []
-        for classes_only in refined.chunk(2, dim=1):
+        for t, classes_only in enumerate(refined.chunk(len(betas), dim=1)):
             background = total - classes_only.sum(1, keepdim=True)
-            winners.append(upsampled_argmax(torch.cat([background, classes_only], dim=1), size))
-        high, low = winners
-        label[part] = torch.where((high == 0) & (low != 0), IGNORE, _slot_to_class(high, classes))
-    if valid_box is not None:
-        label[~inside_box(valid_box, size)] = IGNORE
+            winner = upsampled_argmax(torch.cat([background, classes_only], dim=1), size)
+            label[t, part] = _slot_to_class(winner, classes)
     return label
+
+
+def with_uncertain(*, low: Int[Tensor, "*B H W"], high: Int[Tensor, "*B H W"]) -> Int[Tensor, "*B H W"]:
+    """One label of two: the class where the strict one (`high`, against beta_h) has a class, 255 where only the lenient
+    one (`low`, against beta_l) has one, 0 where neither has."""
+    return torch.where((high == 0) & (low != 0), IGNORE, high)
 
 
 def affinity_mask(label: Int[Tensor, "B h w"]) -> Int[Tensor, "B N N"]:

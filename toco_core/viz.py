@@ -425,3 +425,156 @@ def similarity_explorer(matrices: dict[str, np.ndarray], grid: tuple[int, int], 
 def is_live() -> bool:
     """Whether a JupyterLab shows this kernel's outputs, so that what reacts to the pointer is worth its bytes."""
     return "JPY_SESSION_NAME" in os.environ
+
+
+# ---- labels and crops against the masks
+
+FLAG_COLOURS = {True: "#009e73", False: "#d55e00"}  # positive crops, negative crops
+TRUTH_COLOURS = {
+    "background": "#8c8c8c",
+    "object (in the last bar: of that class)": "#0072b2",
+    "another class": "#d55e00",
+}
+CROP_CURVES = {
+    "positive_right": ("positive crops that show an object", FLAG_COLOURS[True], "-"),
+    "shows_object": ("all crops that show an object", "#666666", "--"),
+    "negative_right": ("negative crops that show none", FLAG_COLOURS[False], "-"),
+    "positive": ("crops that are positive", "#0072b2", "-"),
+    "images_with_positive": ("draws with a positive crop", FLAG_COLOURS[True], ":"),
+    "images_with_negative": ("draws with a negative crop", FLAG_COLOURS[False], ":"),
+}
+
+
+def threshold_heatmap(
+    ax: plt.Axes,
+    values: np.ndarray,
+    betas: Sequence[float],
+    title: str,
+    *,
+    marked: dict[str, tuple[float, float]] | None = None,
+    highest: float | None = None,
+    difference: bool = False,
+) -> plt.Axes:
+    """A score of all pairs of thresholds, [beta_l, beta_h], written in percent; NaN stays white.
+
+    The colours go from 0 to `highest`, so that two heatmaps can be compared; by default to the highest value.
+
+    `marked`: marker -> (beta_l, beta_h), put between the cells where it is none of `betas`. `difference` colours around
+    0.
+    """
+    values = 100 * np.asarray(values, float)
+    most = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.0
+    limits = (
+        {"vmin": -most, "vmax": most, "cmap": "RdBu"}
+        if difference
+        else {"vmin": 0, "vmax": most if highest is None else 100 * highest, "cmap": "viridis"}
+    )
+    picture = ax.imshow(values, origin="lower", **limits)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = picture.cmap(picture.norm(value))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            text = f"{value:+.0f}" if difference else f"{value:.0f}"
+            ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "#222222")
+    places = range(len(betas))
+    for marker, (l, h) in (marked or {}).items():
+        x, y = (np.interp(beta, betas, places) for beta in (h, l))
+        ax.plot(x, y, marker, ms=17, mfc="none", mec="#d62728", mew=1.6)
+    ax.set_xticks(places, [f"{beta:g}" for beta in betas])
+    ax.set_yticks(places, [f"{beta:g}" for beta in betas])
+    ax.set(title=title, xlabel="beta_h", ylabel="beta_l")
+    ax.grid(False)
+    return ax
+
+
+def composition_bars(ax: plt.Axes, compositions: dict[str, np.ndarray]) -> plt.Axes:
+    """What the mask shows where a label says background, is uncertain, or names a class: one group of three bars per
+    name, out of `LabelCounts.composition()`."""
+    kinds = ("background", "uncertain", "a class")
+    places, names = [], []
+    for g, (name, shares) in enumerate(compositions.items()):
+        for row, kind in enumerate(kinds):
+            place, total = 3.6 * g + row, shares[row].sum()
+            places.append(place)
+            names.append(f"{name}: {kind}")
+            left = 0.0
+            for column, colour in enumerate(TRUTH_COLOURS.values()):
+                width = 100 * shares[row, column] / total if total else 0.0
+                ax.barh(place, width, left=left, color=colour, height=0.8)
+                if width >= 6:
+                    ax.text(
+                        left + width / 2, place, f"{width:.0f}", ha="center", va="center", color="white", fontsize=8
+                    )
+                left += width
+            ax.text(101, place, f"{100 * total:.0f} % of all pixels", va="center", fontsize=8, color="#666666")
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlim=(0, 100), xlabel="share of the pixels that are labelled so (%)", title="What the mask shows there")
+    patches = [Patch(color=colour, label=name) for name, colour in TRUTH_COLOURS.items()]
+    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
+    return ax
+
+
+def region_colours(region: np.ndarray) -> np.ndarray:
+    """RGB of a region mask: background black, uncertain hatched grey, foreground white."""
+    region = np.asarray(region)
+    colours = label_colours(np.where(region == 1, IGNORE, 0))
+    return np.where((region == 2)[..., None], 255, colours).astype(np.uint8)
+
+
+def crop_boxes(
+    ax: plt.Axes,
+    picture: np.ndarray,
+    corners: Sequence[tuple[int, int]],
+    size: int,
+    is_positive: Sequence[bool],
+    title: str = "",
+) -> plt.Axes:
+    """Numbered crops on a picture, positive ones green, negative ones orange and dashed; `corners` are (top, left)."""
+    show(ax, picture, title)
+    for number, ((top, left), positive) in enumerate(zip(corners, is_positive, strict=True), 1):
+        colour, style = FLAG_COLOURS[bool(positive)], "-" if positive else "--"
+        place = (left - 0.5, top - 0.5)
+        ax.add_patch(plt.Rectangle(place, size, size, fill=False, ec="white", lw=3.2))
+        ax.add_patch(plt.Rectangle(place, size, size, fill=False, ec=colour, lw=1.8, ls=style))
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
+        ax.text(left + 1, top + 1, number, color="white", fontsize=7, va="top", ha="left", bbox=box)
+    return ax
+
+
+def logit_matrix(ax: plt.Axes, logits: np.ndarray, is_positive: Sequence[bool], title: str) -> plt.Axes:
+    """What CTC contrasts: a row per view (two global ones, then the crops), a column per global view of the teacher."""
+    logits = np.asarray(logits)
+    most = max(float(np.abs(logits).max()), 1e-12)
+    ax.imshow(logits, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    for (i, j), value in np.ndenumerate(logits):
+        light = abs(value) < 0.6 * most
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="#222222" if light else "white")
+    names = ["global 1", "global 2", *(f"crop {n + 1}" for n in range(len(logits) - 2))]
+    ax.set_yticks(range(len(logits)), names)
+    for tick, positive in zip(ax.get_yticklabels(), [True, True, *is_positive], strict=True):
+        tick.set_color(FLAG_COLOURS[bool(positive)])
+    ax.set_xticks(range(logits.shape[1]), [f"teacher,\nglobal {n + 1}" for n in range(logits.shape[1])])
+    ax.set_title(title)
+    ax.grid(False)
+    return ax
+
+
+def crop_curves(
+    ax: plt.Axes,
+    values: Sequence[float],
+    scores: Sequence,
+    which: Sequence[str],
+    *,
+    xlabel: str,
+    marked: float | None = None,
+) -> plt.Axes:
+    """Some of `CropScores`, in percent, while one setting moves; `marked` is the value in use."""
+    for name in which:
+        label, colour, style = CROP_CURVES[name]
+        ax.plot(values, [100 * getattr(s, name) for s in scores], style, color=colour, label=label, marker="o", ms=3)
+    if marked is not None:
+        ax.axvline(marked, color="#999999", lw=1, ls="--")
+    ax.set(xlabel=xlabel, ylabel="share (%)", ylim=(-3, 103))
+    return ax
