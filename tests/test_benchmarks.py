@@ -199,3 +199,13 @@ def test_what_is_not_a_number_does_not_pass_as_agreement(folder):
 def test_records_name_the_machine(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert {"cpu", "threads", "torch"} <= set(record["machine"])
+
+
+def test_without_a_gpu_nothing_is_measured(folder, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "write_record", lambda *_: pytest.fail("a record of nothing"))
+    with pytest.raises(SystemExit, match="no GPU here .*: nothing was measured"):
+        gpu.main()
