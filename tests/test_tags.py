@@ -7,6 +7,7 @@ from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, write_voc_folder
 
 from toco_core.data import ClassFolders, TagList, VOCFolder, open_source, open_train_val, recognise, split_names
+from toco_core.data.tags import write_tag_list
 from toco_core.errors import ToCoError
 
 FILES = ["a.jpg", "sub/b.png", "Straße 猫.jpg", "d.bmp"]
@@ -149,6 +150,23 @@ def test_a_file_that_is_no_text(photos):
     (photos / "tags.csv").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ToCoError, match="tags.csv cannot be read as a list of tags"):
         TagList(photos / "tags.csv")
+
+
+def test_a_data_set_written_as_tags_says_the_same(tmp_path):
+    voc = write_voc_folder(tmp_path / "voc", splits={"train": range(4), "val": range(4, 6)})
+    splits = {name: VOCFolder(voc, name) for name in ("train", "val")}
+    path = write_tag_list(tmp_path / "tags", splits, masks=["val"])
+    for name, source in splits.items():
+        copy = open_source(tmp_path / "tags", name)
+        assert copy.root == path and copy.class_names == source.class_names
+        np.testing.assert_array_equal(copy.image_labels, source.image_labels)
+        for i in range(len(source)):
+            np.testing.assert_array_equal(copy.image(i), source.image(i))
+            if name == "val":
+                np.testing.assert_array_equal(copy.mask(i), source.mask(i))
+        assert copy.n_masks == (2 if name == "val" else 0)
+    with pytest.raises(ToCoError, match="is not empty"):
+        write_tag_list(tmp_path / "tags", splits)
 
 
 # ---- which layout is it?

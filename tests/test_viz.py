@@ -137,6 +137,21 @@ def test_score_curves(ax):
     assert ax.get_ylim()[0] == 0
 
 
+def test_contact_sheet():
+    images = [np.full((6 + i, 9, 3), 40 * i, np.uint8) for i in range(5)]
+    figure = viz.contact_sheet(images, [f"picture {i}" for i in range(5)], columns=3)
+    assert [len(ax.images) for ax in figure.axes] == [1, 1, 1, 1, 1, 0]
+    assert [ax.texts[0].get_text() for ax in figure.axes if ax.texts] == [f"picture {i}" for i in range(5)]
+    np.testing.assert_array_equal(figure.axes[3].images[0].get_array(), images[3])
+
+
+def test_label_histogram(ax):
+    viz.label_histogram(ax, {"train": [4, 0], "val": [1, 2]}, ["background", "cat", "dog"])
+    assert [bar.get_width() for bar in ax.patches] == [4, 0, 1, 2]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train", "val"]
+
+
 def test_without_masks_the_image_level_score_is_drawn(ax):
     records = [{"step": r["step"], "map": r["map"], "aux_map": r["aux_map"]} for r in RECORDS if "map" in r]
     (line,) = viz.score_curves(ax, records).lines

@@ -113,6 +113,36 @@ def class_legend(figure: plt.Figure, class_names: Sequence[str], labels: Sequenc
     return figure
 
 
+def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 8, width: float = 1.2):
+    """Small pictures side by side, each with its caption below; returns the figure."""
+    columns = max(1, min(columns, len(images)))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + 0.15) * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+        ax.imshow(image)
+        ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
+    figure.tight_layout(pad=0.5)
+    return figure
+
+
+def label_histogram(ax: plt.Axes, counts: dict[str, Sequence[int]], class_names: Sequence[str]) -> plt.Axes:
+    """How many images of each split show each class. `counts`: split -> K numbers; `class_names` with background."""
+    colours, height = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), 0.8 / max(len(counts), 1)
+    places = np.arange(len(class_names) - 1)
+    for i, (split, numbers) in enumerate(counts.items()):
+        bars = ax.barh(
+            places + (i - (len(counts) - 1) / 2) * height, numbers, height, label=split, color=colours[i % 4]
+        )
+        ax.bar_label(bars, padding=2, fontsize=7)
+    ax.set(title="Images per class", xlabel="images", yticks=places, yticklabels=class_names[1:])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend()
+    return ax
+
+
 def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     """Every term of the loss, unweighted, against the step; terms that have not begun are left out."""
     lines = [r for r in records if "total" in r]

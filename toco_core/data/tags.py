@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, read_mask
 from toco_core.data.split import (
@@ -263,3 +264,29 @@ def _resolved(folder: Path, entry: Tagged, path: Path) -> Tagged:
     if entry.mask is not None and not (folder / entry.mask).is_file():
         raise ToCoError(f"{folder / entry.mask}, a mask named in {path.name}, does not exist")
     return entry
+
+
+def write_tag_list(folder: Path, splits: Mapping[str, Split], *, masks: Sequence[str] = ()) -> Path:
+    """Write splits of any data set as photographs with a list of tags; returns the list, `folder`/tags.csv.
+
+    masks: names of the splits whose masks are written, too, to `folder`/masks. Images are stored as PNG, unchanged.
+    Raises ToCoError for a folder that exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ToCoError(f"{folder} is not empty: a list of tags is written to a new folder")
+    rows = [["file", "tags", "split", "mask"]]
+    for split, source in splits.items():
+        for i, name in enumerate(source.names):
+            tags = [source.class_names[k + 1] for k in np.flatnonzero(source.image_labels[i])]
+            file, mask = f"{split}/{name}.png", f"masks/{split}/{name}.png" if split in masks else ""
+            for path, pixels in ((file, source.image(i)), (mask, source.mask(i) if mask else None)):
+                if pixels is not None:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(folder / path)
+            rows.append([file, ";".join(tags), split, mask])
+    names = next(iter(splits.values())).class_names
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    with open(folder / "tags.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    return folder / "tags.csv"
