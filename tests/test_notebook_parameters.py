@@ -1,8 +1,11 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from toco_core.config import override, photographs, tiny, voc
 from toco_core.errors import ToCoError
-from toco_core.notebook import Parameters, as_list
+from toco_core.notebook import Parameters, as_list, questions
 
 
 def notebook(own=(), before=None, **given):
@@ -122,3 +125,20 @@ def test_a_wrong_list_is_refused(given):
         as_list("variants", "")
     with pytest.raises(ToCoError, match="layers = .* is not allowed: a list of different int values is wanted"):
         as_list("layers", given, int)
+
+
+def test_questions_are_read_from_the_first_cells(tmp_path):
+    def write(name, *sources):
+        cells = [{"cell_type": "markdown", "source": source} for source in sources]
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+
+    write("b", ["# Title\n", "\n", "**Question.** What is *it*?\n", "\n", "**Cost.** Nothing."])
+    write("a", "# Other\n\n**Question.** Why?")
+    write("c", "# No question", "**Question.** Not in the first cell?")
+    write("d")
+    assert list(questions(tmp_path).items()) == [("a", "Why?"), ("b", "What is *it*?")]
+
+
+def test_every_notebook_asks_a_question():
+    folder = Path(__file__).resolve().parents[1] / "notebooks"
+    assert sorted(questions(folder)) == sorted(path.stem for path in folder.glob("*.ipynb"))

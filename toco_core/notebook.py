@@ -8,6 +8,9 @@ that this cell does not have. So a notebook begins with
     config = parameters.config()           # behind it
 """
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from .config import RECIPES, TrainConfig, did_you_mean, field_sections, override
@@ -68,6 +71,18 @@ def as_list(name: str, value: Any, kind: type = str) -> list:
     cut = any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
     if not found or "" in found or cut or len(set(found)) < len(found):
         raise ToCoError(f"{name} = {value!r} is not allowed: a list of different {kind.__name__} values is wanted")
+    return found
+
+
+def questions(folder: Path | str) -> dict[str, str]:
+    """Name -> the paragraph behind **Question.** in the first cell of every notebook of a folder, in order of names."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        opening = "".join(cells[0]["source"]) if cells else ""
+        asked = re.search(r"\*\*Question\.?\*\*\s*(.+)", opening)
+        if asked:
+            found[path.stem] = asked[1].strip()
     return found
 
 

@@ -608,3 +608,128 @@ def crop_curves(
         ax.axvline(marked, color="#999999", lw=1, ls="--")
     ax.set(xlabel=xlabel, ylabel="share (%)", ylim=(-3, 103))
     return ax
+
+
+# ---- one checkpoint under every protocol (see `assess`)
+
+KIND_NAMES = {
+    "cam": "final CAM",
+    "aux_cam": "auxiliary CAM",
+    "pseudo_label": "pseudo label (PAR)",
+    "seg": "segmentation",
+    "seg_ms": "segmentation, scales + flip",
+    "seg_crf": "segmentation, scales + flip + CRF",
+}
+KIND_COLOURS = {
+    "cam": "#d55e00",
+    "aux_cam": "#56b4e9",
+    "pseudo_label": "#6a3d9a",
+    "seg": "#009e73",
+    "seg_ms": "#7fce9b",
+    "seg_crf": "#b8860b",
+}
+
+
+def protocol_table(summary: dict[str, dict], class_names: Sequence[str]) -> str:
+    """IoU per class and the means of every kind in `Assessment.summary`, in percent, one column per kind."""
+
+    def line(name: str, values) -> str:
+        return f"{name:16}" + "".join(f"{'-' if v is None else f'{v:.1f}':>14}" for v in values)
+
+    rows = [line(name, [s["classes"][name]["iou"] for s in summary.values()]) for name in class_names]
+    means = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy", "decided pixels": "decided"}
+    rows += [line(name, [s[score] for s in summary.values()]) for name, score in means.items()]
+    return "\n".join([f"{'IoU (%)':16}" + "".join(f"{kind:>14}" for kind in summary), *rows])
+
+
+def iou_bars(ax: plt.Axes, summary: dict[str, dict], class_names: Sequence[str]) -> plt.Axes:
+    """IoU of every class, one bar per kind of label; lines mark the means."""
+    height = 0.84 / len(summary)
+    for i, (kind, scores) in enumerate(summary.items()):
+        values = [scores["classes"][name]["iou"] or 0.0 for name in class_names]
+        places = np.arange(len(class_names)) + (i - (len(summary) - 1) / 2) * height
+        ax.barh(places, values, height, color=KIND_COLOURS[kind], label=f"{KIND_NAMES[kind]}: mean {scores['miou']}")
+        ax.axvline(scores["miou"], color=KIND_COLOURS[kind], lw=1, ls=":")
+    ax.set_yticks(range(len(class_names)), class_names)
+    ax.set(title="IoU per class", xlabel="IoU (%)", xlim=(0, None), ylim=(len(class_names) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    ax.set_axisbelow(True)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def confusion_matrix(ax: plt.Axes, counts: np.ndarray, class_names: Sequence[str], *, title: str = "") -> plt.Axes:
+    """Where the pixels of every class went, in percent of the class: rows the mask's class, columns the label's.
+
+    A last column more than classes are open pixels, left out where there are none.
+    """
+    counts = np.asarray(counts, float)
+    columns = list(class_names)
+    if counts.shape[1] > len(columns):
+        columns, counts = (columns, counts[:, :-1]) if not counts[:, -1].any() else ([*columns, "open"], counts)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(share) if len(columns) <= 24 else ():
+        colour = "white" if value > 55 else "#222222"
+        ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    ax.set_xticks(range(len(columns)), columns, rotation=90)
+    ax.set_yticks(range(len(class_names)), class_names)
+    ax.set(title=title, xlabel="label", ylabel="ground truth")
+    ax.grid(False)
+    return ax
+
+
+def threshold_curves(ax: plt.Axes, curves: dict[str, tuple], *, chosen: dict[str, float]) -> plt.Axes:
+    """mIoU in percent against the CAM's threshold. `curves`: name -> (betas, mIoU in [0, 1]); `chosen`: threshold that
+    is marked by a line, under its name."""
+    for i, (name, (betas, miou)) in enumerate(curves.items()):
+        ax.plot(betas, 100 * np.asarray(miou), "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=name)
+    for style, (name, beta) in zip((":", "--", "-."), chosen.items(), strict=False):
+        ax.axvline(beta, color="#888888", ls=style, lw=1.2, label=f"{name}: {beta:g}")
+    ax.set(title="Threshold of the CAM", xlabel="threshold: CAM at most this is background", ylabel="mIoU (%)")
+    ax.set(xlim=(0, 1), ylim=(0, None))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def poster(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    class_names: Sequence[str],
+    shown: Sequence[int],
+    *,
+    cams: Sequence[int] = (),
+    width: float = 1.75,
+) -> plt.Figure:
+    """Pictures in rows that keep their shapes, with titles above, and below them the colours of CAM and classes.
+
+    `shown` are the classes to name; `cams` the columns that show a CAM, which get one bar from 0 to 1 for all.
+    """
+    n, gap, below = len(titles), 0.06, 0.75
+    heights = [width * row[0].shape[0] / row[0].shape[1] for row in rows]
+    size = n * width + (n - 1) * gap, sum(heights) + (len(rows) - 1) * gap + 0.5 + below
+    figure = plt.figure(figsize=size)
+    top = size[1] - 0.5
+    for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        for c, picture in enumerate(row):
+            place = [c * (width + gap) / size[0], (top - height) / size[1], width / size[0], height / size[1]]
+            ax = show(figure.add_axes(place), picture)
+            ax.set_aspect("auto")
+            if r == 0:
+                ax.set_title(titles[c], fontsize=10, linespacing=1.15)
+        top -= height + gap
+    if len(cams):
+        left = min(cams) * (width + gap) / size[0]
+        bar = figure.add_axes([left, 0.42 / size[1], (len(cams) * (width + gap) - gap) / size[0], 0.14 / size[1]])
+        bar.imshow(np.linspace(0, 1, 256)[None], cmap="inferno", aspect="auto", extent=(0, 1, 0, 1))
+        bar.set(yticks=[], xlabel="class activation (the same scale everywhere)")
+        bar.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        bar.grid(False)
+    palette = voc_palette() / 255
+    ground, lines = (np.array(grey) / 255 for grey in IGNORE_GREYS)
+    patches = [Patch(facecolor=palette[i], edgecolor="#999999", lw=0.5, label=class_names[i]) for i in shown]
+    patches.append(Patch(facecolor=ground, edgecolor=lines, hatch="////", linewidth=0, label="uncertain / void"))
+    left = (max(cams) + 1) * (width + gap) / size[0] if len(cams) else 0.0
+    place = {"loc": "upper center", "bbox_to_anchor": ((left + 1) / 2, 0.62 / size[1])}
+    figure.legend(handles=patches, ncol=min(len(patches), 5), fontsize=9, **place)
+    return figure
