@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -58,8 +60,11 @@ def test_a_token_cam_by_hand():
     assert found.std() > 0.1
 
 
-def test_the_networks_own_maps(model):
+@pytest.mark.parametrize("aux_norm", [False, True])
+def test_the_networks_own_maps(model, aux_norm):
     """Its tokens under its classifiers are its CAMs, at one scale: block `layer` feeds the auxiliary one."""
+    model = copy.deepcopy(model)
+    model.config = dataclasses.replace(model.config, aux_norm=aux_norm)
     images = torch.randn(2, 3, 16, 40, generator=torch.Generator().manual_seed(3))
     cams = multi_scale_cam(model, images, scales=(1.0,), flip=False)
     tokens, own = tokens_by_block(model, images), own_classifiers(model)

@@ -141,10 +141,7 @@ class ToCo(nn.Module):
                 aux = x
         n_prefix = self.encoder.num_prefix_tokens
         x = self.final_norm(x)
-        aux = aux[:, n_prefix:]
-        if self.config.aux_norm:
-            aux = F.layer_norm(aux, aux.shape[-1:], eps=1e-6)
-        return Tokens(x[:, 0], x[:, n_prefix:], aux, grid)
+        return Tokens(x[:, 0], x[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
     def _run_blocks(self, images: Tensor):
         """Yield (block number from 1, all tokens after it, grid), block by block."""
@@ -195,6 +192,11 @@ class ToCo(nn.Module):
         behind the pooling; it is the same norm.)"""
         norm = self.encoder.norm
         return self.encoder.fc_norm(x) if isinstance(norm, nn.Identity) else norm(x)
+
+    def aux_norm(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What the auxiliary classifier sees of block `layer`'s tokens: they themselves, or without mean and variance
+        where `config.aux_norm`."""
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.config.aux_norm else x
 
     # ---- heads
 

@@ -49,10 +49,12 @@ def similarity_map(patch_tokens: Float[Tensor, "N D"], patch_index: int) -> Floa
 
 
 def tokens_by_block(model: ToCo, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B N D"]]:
-    """Patch tokens after each block, over normalised images; the last block's as the classifier sees them, after the
-    final norm."""
+    """Patch tokens after each block, over normalised images, as the two classifiers see them: those of `layer` after
+    `aux_norm`, the last block's after the final norm."""
     tokens = model.block_tokens(images)
-    return [*tokens[:-1], model.final_norm(tokens[-1])]
+    last = model.final_norm(tokens[-1])
+    tokens[model.layer - 1] = model.aux_norm(tokens[model.layer - 1])
+    return [*tokens[:-1], last]
 
 
 @torch.no_grad()
