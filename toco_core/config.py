@@ -437,8 +437,8 @@ def voc(dataset: str = "VOCdevkit/VOC2012") -> TrainConfig:
 
 
 def coco(dataset: str = "MSCOCO") -> TrainConfig:
-    """The release's hyper-parameters for MS COCO 2014 (in VOC layout), with its three stages:
-    classification only, then segmentation taught by the auxiliary CAM, then everything."""
+    """The release's hyper-parameters for MS COCO 2014, with its three stages: classification only, then
+    segmentation taught by the auxiliary CAM, then everything. `dataset` holds annotations/ and train2014/, val2014/."""
     return TrainConfig(
         labels=LabelConfig(beta_h=0.65, beta=0.45),
         loss=LossConfig(
