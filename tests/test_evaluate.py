@@ -328,6 +328,7 @@ def test_a_mask_value_beyond_the_classes_is_refused(model, source):
 
 
 def test_batches_hold_neighbours_of_equal_shape():
+    """None crosses a multiple of the batch size, so that processes that share a list make the same batches."""
     shapes = [(8, 8)] * 5 + [(8, 16)] + [(8, 8)] * 2 + [(16, 8)] * 2
     items = [
         EvalItem(str(i), torch.zeros(1, 3, *shape, dtype=torch.uint8), None, torch.zeros(1, K))
@@ -335,7 +336,7 @@ def test_batches_hold_neighbours_of_equal_shape():
     ]
     batches = list(evaluation._batches(iter(items), 3))
     assert [[item.name for item in batch] for batch in batches] == [
-        ["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"], ["8", "9"],
+        ["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"], ["8"], ["9"],
     ]  # fmt: skip
     assert list(evaluation._batches(iter([]), 3)) == []
 

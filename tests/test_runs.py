@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -258,3 +259,69 @@ def test_a_truncated_checkpoint_is_refused(run):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ToCoError, match="cannot be read as a checkpoint"):
         run.load()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": {}, "optimizer": {}}, state("7"), state(-1)])
+def test_a_file_that_is_no_checkpoint_is_refused(run, content):
+    if isinstance(content, dict) and content.get("step") == "7":
+        content["step"] = "seven"
+    torch.save(content, run.folder / "checkpoint.pt")
+    with pytest.raises(ToCoError, match=r"checkpoint\.pt is no checkpoint of this package: it(s step is| has no)"):
+        run.load()
+
+
+def test_the_best_and_the_kept_checkpoints_stay(run):
+    run.save(state(1), keep=True)
+    run.save(state(2), best=True)
+    run.save(state(3), keep=True)
+    run.save(state(4))
+    assert [run.load(which)["step"] for which in ("last", "best", "1", "3")] == [4, 2, 1, 3]
+    assert run.load("2") is None and run.kept_steps() == [1, 3] and run.saved == 4
+    assert_close(run.load("best")["model"]["weight"], torch.full((3, 2), 2.0))
+    with pytest.raises(ToCoError, match="checkpoint 'latest': last, best or the number of a kept step is allowed"):
+        run.load("latest")
+    assert not list(run.folder.glob("*.part"))
+    run.begin(tiny())
+    assert not list(run.folder.glob("*.pt"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are set in a child process")
+def test_a_full_disk_is_told_and_leaves_the_old_checkpoint(run):
+    """The system refuses to write more than 40 kB, as a full disk does."""
+    import resource
+    import signal
+
+    run.save(state(1))
+    large = state(2) | {"more": torch.zeros(100_000)}
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        try:
+            run.save(large)
+        except BaseException as error:  # noqa: BLE001
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1000).decode() == f"ToCoError: out_dir: cannot write to {run.folder}: File too large"
+    assert run.load()["step"] == 1 and [path.name for path in run.folder.iterdir()] == ["checkpoint.pt"]
+
+
+def test_whatever_cannot_be_written_is_told(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.save(state(1))
+    monkeypatch.setattr(runs.os, "fsync", full)
+    words = "out_dir: cannot write to .*No space left on device"
+    for write in (lambda: run.save(state(2)), lambda: run.finish({}), lambda: run.keep_records_before(1)):
+        with pytest.raises(ToCoError, match=words):
+            write()
+    assert run.load()["step"] == 1 and not run.finished
+
+
+def test_a_damaged_log_is_told(run):
+    (run.folder / "metrics.jsonl").write_text('{"step": 0}\nno json\n{"step": 1}\n')
+    with pytest.raises(ToCoError, match=r"metrics\.jsonl cannot be read as the log of a run"):
+        run.records()

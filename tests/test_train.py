@@ -319,10 +319,13 @@ def test_what_a_run_tells_and_leaves(whole):
     scores = {name: value for name, value in told[-1].items() if name != "step"}
     assert trained.run.metrics() == scores | {"steps": 4, "protocol": f"val: {trained.validation.protocol}"}
     assert sorted(path.name for path in trained.run.folder.iterdir()) == [
-        "checkpoint.pt", "config.json", "manifest.json", "metrics.json", "metrics.jsonl",
+        "best.pt", "checkpoint.pt", "config.json", "manifest.json", "metrics.json", "metrics.jsonl",
     ]  # fmt: skip
     written = json.loads((trained.run.folder / "manifest.json").read_text())
     assert written["data"] == {"train": 24, "val": 3, "classes": list(scenes.CLASS_NAMES)}
+    assert (written["processes"], written["device"], written["precision"]) == (1, "cpu", "fp32")
+    other = trained.data._replace(val=trained.data.val.subset([1, 0, 2]))
+    assert written["data_sha256"] == training.data_digest(trained.data) != training.data_digest(other)
     assert not trained.model.training
     assert (len(trained.data.train), len(trained.data.val)) == (24, 3)
 
@@ -343,7 +346,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, whole, st
 
 
 def test_a_finished_run_is_loaded_and_not_repeated(config, whole, monkeypatch):
-    monkeypatch.setattr(training, "step_losses", None)
+    monkeypatch.setattr(training, "step_losses", pytest.fail)
     told = []
     config = override(config, out_dir=str(whole[0].run.folder.parent))
     loaded = train(config, on_record=told.append, progress=False)
@@ -419,7 +422,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(config, mon
     batches = list(training_batches(open_data(config.data).train, crop_size=32, batch_size=2, seed=0, stop_step=3))
     monkeypatch.setattr(losses, "ptc_loss", ptc_loss)
     names = ", ".join(batches[2].names)
-    with pytest.raises(ToCoError, match=f"the loss is nan on step 2: .*'ptc': nan.*images {names}$"):
+    with pytest.raises(ToCoError, match=f"the loss is nan on step 2: .*'ptc': nan.*images {names}; "):
         train(config, progress=False)
     state = Run.of(config).load()
     assert state["step"] == 2 and all(torch.isfinite(value).all() for value in state["model"].values())
@@ -443,7 +446,7 @@ def test_what_cannot_work_is_refused_before_training(config, wrong, words):
 
 def test_an_out_dir_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(training, "step_losses", None)
+    monkeypatch.setattr(training, "step_losses", pytest.fail)
     with pytest.raises(ToCoError, match="out_dir: cannot write to .*file/runs"):
         train(override(config, out_dir=str(tmp_path / "file" / "runs")), progress=False)
 

@@ -17,6 +17,7 @@ import json
 import math
 import numbers
 import os
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -588,7 +589,7 @@ def _converted(f, value):
 def _scalar(name, kind, value):
     if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+    if kind is float and _is_finite(value):
         return float(value)
     if kind is str and isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
@@ -598,6 +599,12 @@ def _scalar(name, kind, value):
         kind, f"a {kind.__name__}"
     )
     raise ToCoError(f"{name} = {value!r} is not allowed: {wanted} is wanted")
+
+
+def _is_finite(value) -> bool:
+    """Whether it is a number that a float can hold; a whole number may be too large for one."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
 
 
 def _check_bounds(f, value):

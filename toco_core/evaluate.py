@@ -22,6 +22,7 @@ from .config import TrainConfig, did_you_mean
 from .crf import dense_crf
 from .data import EvalItem, evaluation_items, to_unit
 from .data.augment import resize
+from .distributed import ALONE, Share
 from .errors import ToCoError
 from .labels import IGNORE, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
@@ -122,6 +123,7 @@ def evaluate(
     on_batch: Callable | None = None,
     progress: bool = True,
     what: str = "evaluating",
+    share: Share = ALONE,
 ) -> Evaluation:
     """Score a model on a split, one batch of images in memory at a time. Nothing is written.
 
@@ -139,6 +141,8 @@ def evaluate(
         autocast: a function that returns the context to compute in; None: full precision.
         on_batch: called with each batch's items, its images in [0, 1], CAMs and image-level labels: what is measured on
             labels made from the CAMs needs no second pass.
+        share: of several processes. Each sees its part of the images (`on_batch`, too), whole batches at a time; every
+            one returns the scores of all, in counts equal to those of one process.
     """
     crf_options = checked_crf(crf)
     if seg_size == AS_CAM:
@@ -147,11 +151,14 @@ def evaluate(
     device, K = model.classifier.weight.device, model.n_classes
     cam, aux_cam, seg = CAMCounts(K), CAMCounts(K), ConfusionMatrix(K + 1)
     logits, aux_logits, labels, n_masks = [], [], [], 0
+    mine = share.chunks(len(source), batch_size)
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(source), desc=what, unit="image", disable=not progress, leave=False) as bar:
-            for items in _batches(evaluation_items(source, size=size, workers=workers, native=native), batch_size):
+        with tqdm(total=len(mine), desc=what, unit="image", disable=not progress, leave=False) as bar:
+            part = source if share.n == 1 else source.subset(mine) if mine else ()
+            found = evaluation_items(part, size=size, workers=workers, native=native) if mine else iter(())
+            for items in _batches(found, batch_size):
                 unit = to_unit(torch.cat([i.image for i in items]).to(device))
                 images = model.normalise(unit)
                 image_labels = torch.cat([i.image_labels for i in items]).to(device)
@@ -186,6 +193,10 @@ def evaluate(
                 bar.update(len(items))
     finally:
         model.train(was_training)
+    if share.n > 1:
+        _merge([cam.counts, aux_cam.counts, seg.counts], share)
+        logits, aux_logits, labels = _in_order([logits, aux_logits, labels], mine, share)
+        n_masks = sum(share.gathered(n_masks))
     truth = torch.cat(labels)
     protocol = (
         f"{len(source)} images at {_named(size)}, CAM scales {_listed(scales)}{' + flip' if flip else ''}, "
@@ -204,6 +215,19 @@ def evaluate(
         protocol,
         n_masks,
     )
+
+
+def _merge(counts: Sequence[np.ndarray], share: Share) -> None:
+    """Adds up what all processes counted, in place."""
+    for own, *others in zip(counts, *share.gathered(list(counts)), strict=True):
+        own[...] = sum(others)
+
+
+def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> list[list[Tensor]]:
+    """Each process's rows of its images as those of all images, in the order of the list."""
+    parts = share.gathered([[torch.cat(row) for row in rows] if mine else None, mine])
+    order = torch.tensor([i for _, numbers in parts for i in numbers]).argsort()
+    return [[torch.cat([own[k] for own, _ in parts if own])[order]] for k in range(len(rows))]
 
 
 def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -368,10 +392,10 @@ def _listed(scales: Sequence[float]) -> str:
 
 
 def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalItem]]:
-    """Neighbours of equal shape together, at most `batch_size` of them."""
+    """Neighbours of equal shape together, none across a multiple of `batch_size` (where processes divide the list)."""
     batch: list[EvalItem] = []
-    for item in items:
-        if batch and (len(batch) == batch_size or batch[0].image.shape != item.image.shape):
+    for number, item in enumerate(items):
+        if batch and (number % batch_size == 0 or batch[0].image.shape != item.image.shape):
             yield batch
             batch = []
         batch.append(item)

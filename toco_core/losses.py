@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from .distributed import ALONE, Share
 from .errors import ToCoError
 from .labels import IGNORE
 
@@ -34,7 +35,11 @@ def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor
 
 
 def ptc_loss(
-    patch_map: Float[Tensor, "B D h w"], label: Integer[Tensor, "B h w"], *, keep_constant: bool = False
+    patch_map: Float[Tensor, "B D h w"],
+    label: Integer[Tensor, "B h w"],
+    *,
+    keep_constant: bool = False,
+    share: Share = ALONE,
 ) -> Float[Tensor, ""]:
     """Patch token contrast (PTC): tokens of one class shall be alike, tokens of different classes shall not.
 
@@ -50,6 +55,9 @@ def ptc_loss(
 
     A half without any pair is 0. The release leaves the constant 1/2 of the same-class half there, with the same
     gradient; `keep_constant` brings it back.
+
+    Where processes share a batch (`share`), pairs are counted over all of it, and the mean of the processes' results,
+    and of their gradients, is that of the whole batch.
     """
     if label.shape[-2:] != patch_map.shape[-2:]:
         raise ToCoError(
@@ -59,7 +67,7 @@ def ptc_loss(
         tokens = _at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
         tokens = F.normalize(tokens, dim=2, eps=COSINE_EPSILON)
         label = label.flatten(1).long()
-        same_pairs, different_pairs = _count_pairs(label)
+        same_pairs, different_pairs = share.total(torch.stack(_count_pairs(label)))
 
         valid = label != IGNORE
         tokens = tokens * valid[..., None]  # an ignored token has similarity 0 with everything, hence no gradient
@@ -67,7 +75,7 @@ def ptc_loss(
         different_weight = 0.5 / (different_pairs.to(tokens.dtype) + PAIR_EPSILON)
         similarity = _WeightedSimilarity.apply(tokens, label, same_weight, different_weight)
         constant = torch.full_like(similarity, 0.5) if keep_constant else 0.5 * (same_pairs > 0)
-        return constant + similarity
+        return constant + share.n * similarity
 
 
 def ctc_loss(
@@ -113,13 +121,20 @@ def ctc_loss(
 
 
 def segmentation_loss(
-    logits: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"], *, nan_when_empty: bool = False
+    logits: Float[Tensor, "B C H W"],
+    label: Integer[Tensor, "B H W"],
+    *,
+    nan_when_empty: bool = False,
+    share: Share = ALONE,
 ) -> Float[Tensor, ""]:
     """Cross-entropy in balance: half the mean over the background's pixels, half the mean over those of 1..K.
 
     255 is ignored. A half without pixels is 0 and has gradient 0, so a label without a valid pixel costs 0. In the
     release it is NaN, and NaN times weight 0 is NaN: one such batch in the warm-up ends the training. `nan_when_empty`
     does the same.
+
+    Where processes share a batch (`share`), pixels are counted over all of it, and the mean of the processes' results
+    is that of the whole batch.
     """
     if label.shape[-2:] != logits.shape[-2:]:
         raise ToCoError(
@@ -131,8 +146,9 @@ def segmentation_loss(
         background = label == 0
         foreground = (label != 0) & (label != IGNORE)
         at_least = 0 if nan_when_empty else 1
-        halves = [(cost * part).sum() / part.sum().clamp(min=at_least) for part in (background, foreground)]
-        return 0.5 * (halves[0] + halves[1])
+        counts = share.total(torch.stack([background.sum(), foreground.sum()])).clamp(min=at_least)
+        halves = [(cost * part).sum() / n for part, n in zip((background, foreground), counts, strict=True)]
+        return share.n * 0.5 * (halves[0] + halves[1])
 
 
 class _WeightedSimilarity(torch.autograd.Function):

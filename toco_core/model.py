@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
+from .tensor_files import load_tensors
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
@@ -495,11 +496,7 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ToCoError(f"{what} = {str(path)!r} is not a file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:
         raise ToCoError(
             f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): "

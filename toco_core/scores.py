@@ -143,7 +143,10 @@ def read_scores(run: Run) -> RunScores | None:
         return None
     if set(values) != set(RunScores._fields):
         raise ToCoError(f"{run.folder}/scores.json is of another version: delete it, and the run is scored again")
-    iou = {name: [math.nan if v is None else v for v in row] for name, row in values["iou"].items()}
+    try:
+        iou = {name: [math.nan if v is None else float(v) for v in row] for name, row in values["iou"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ToCoError(f"{run.folder}/scores.json holds no scores per class: {error}") from error
     return RunScores(**values | {"iou": iou})
 
 

@@ -7,29 +7,33 @@ encoder sees every picture once: main image, second global view, local views, th
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from . import crops, labels, losses
+from . import crops, distributed, labels, losses
 from .cam import CAMs, multi_scale_cam
 from .config import DataConfig, TrainConfig, lr_at
 from .crf import dense_energy_loss
 from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from .data.augment import IMAGE_COLOUR
+from .distributed import ALONE, Share
 from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
 from .memory import keep_freed_memory
-from .model import ToCo
-from .runs import Run
+from .model import ToCo, refuse_wrong_keys
+from .runs import Run, file_digest
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -66,6 +70,7 @@ def step_losses(
     generator: torch.Generator | None = None,
     boxes: crops.CropBoxes | None = None,
     autocast: Callable = contextlib.nullcontext,
+    share: Share = ALONE,
 ) -> StepResult:
     """All losses of one step, with their graph; changes nothing.
 
@@ -74,6 +79,7 @@ def step_losses(
         generator: CPU generator that draws where local views are cut.
         boxes: where to cut them instead.
         autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
+        share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
     """
     if not any(weights[name] > 0 for name in TERMS):
         raise ToCoError(f"all weights of the loss are 0 on step {step}: one of {', '.join(TERMS)} must be above 0")
@@ -104,7 +110,7 @@ def step_losses(
             pixel_box_on_tokens=release.pixel_box_on_tokens,
             **thresholds,
         )
-        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label, keep_constant=release.ptc_constant)
+        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label, keep_constant=release.ptc_constant, share=share)
 
     if weights["ctc"] > 0:
         region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
@@ -146,7 +152,7 @@ def step_losses(
         )
         if weights["seg"] > 0:
             terms["seg"] = losses.segmentation_loss(
-                seg_logits, pseudo_label, nan_when_empty=release.nan_segmentation_loss
+                seg_logits, pseudo_label, nan_when_empty=release.nan_segmentation_loss, share=share
             )
         if weights["energy"] > 0:
             terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box)
@@ -190,6 +196,10 @@ def train(
     on_record: Callable[[dict], None] | None = None,
     resume: bool = True,
     progress: bool = True,
+    save_every: int = 0,
+    save_minutes: float = 10.0,
+    keep_every: int = 0,
+    skip_nonfinite: int = 0,
 ) -> Trained:
     """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
 
@@ -198,9 +208,20 @@ def train(
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
         resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
             repeated. False: start anew.
+        save_every, save_minutes: checkpoints between those of the validations, after so many steps and after so much
+            time; 0: none.
+        keep_every: steps whose checkpoints are kept for good, multiples of this number; 0: none. The last one and that
+            of the best validation (final CAM; image labels where there are no masks) are always kept.
+        skip_nonfinite: so many steps may be left out because their loss or its gradient is not finite.
 
-    Raises ToCoError for what cannot work, before the first step where it can be known.
+    Everything random in a step follows from (seed, step): where a run is interrupted, and how often, moves no bit.
+    Among several processes (see `distributed`) each computes its part of every batch, and the first one writes.
+
+    Raises ToCoError for what cannot work, before the first step where it can be known. A loss or a gradient that is not
+    finite ends the run before it reaches the weights; `failures.load_failure` brings that step back.
     """
+    share = distributed.current()
+    part = share.part(config.schedule.batch_size)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
@@ -215,34 +236,44 @@ def train(
     autocast = autocast_of(config, device)
     keep_freed_memory()
 
-    run, state = Run.of(config), None
-    if resume:
-        state = run.load()
-    start = 0
+    run = Run.of(config)
+    state = share.from_first(run.load() if resume and share.first else None)
+    start, best, skipped, saved_at = 0, -1.0, 0, time.monotonic()
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    else:
+        load_model_state(model, state["model"], run, data)
+        load_optimizer_state(optimizer, state["optimizer"], run)
+        start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
+    elif share.first:
         run.begin(
-            config, data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)}
+            config,
+            data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
+            data_sha256=data_digest(data),
+            weights_sha256=file_digest(config.model.weights) if config.model.weights else None,
+            processes=share.n,
+            device=str(device),
+            precision=resolve_precision(config.precision, device),
         )
-    run.keep_records_before(start)
+    if share.first:
+        run.keep_records_before(start)
+    progress = progress and share.first
+    compute = distributed.shared_step(step_losses, model, share)
 
     def validate() -> Evaluation:
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
-        return evaluate_as(config, model, data.val, progress=bar_below, what="validating")
+        return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
 
     def note(record: dict) -> None:
-        run.log(record)
-        if on_record:
+        if share.first:
+            run.log(record)
+        if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device):
+    with attention_of(model, config, device), _says_how_to_go_on(run):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
             batch_size=schedule.batch_size,
+            part=part,
             seed=config.seed,
             start_step=start,
             stop_step=schedule.steps,
@@ -275,39 +306,153 @@ def train(
             batch = to_device(loaded, model, device)
             if config.release.average_before_teacher:
                 model.update_ema(schedule.momentum)
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            result = step_losses(
-                model, batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast
+            generator = crop_generator(config, step, part.start)
+            optimizer.zero_grad(set_to_none=True)
+            result = compute(
+                batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast, share=share
             )
-            if not torch.isfinite(result.total):  # before it reaches the weights and the next checkpoint
-                raise ToCoError(
-                    f"the loss is {float(result.total.detach())} on step {step}: {_numbers(result.terms)}; "
-                    f"images {', '.join(loaded.names)}"
-                )
+            fault = not_finite("loss", result.total, share)
+            if not fault:
+                result.total.backward()
+                fault = not_finite("gradient's length", gradient_length(model), share)
+            if fault:  # it must not reach the weights, nor the next checkpoint
+                skipped += 1
+                if skipped > skip_nonfinite:
+                    raise _failed(fault, run, model, share.gathered(loaded), result, config, step, share)
+                if progress:
+                    bar.write(f"step {step} is left out: {fault}", file=sys.stdout)
             if not config.release.average_before_teacher:
                 model.update_ema(schedule.momentum)
-            optimizer.zero_grad(set_to_none=True)
-            result.total.backward()
-            optimizer.step()
+            if not fault:
+                optimizer.step()
 
             done = step + 1
             if step % config.log_interval == 0 or done == schedule.steps:
-                record = {"step": step, "total": float(result.total.detach()), **_numbers(result.terms)}
-                note(record)
+                record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
+                note(record | ({"skipped": skipped} if skipped else {}))
                 bar.set_postfix(loss=f"{record['total']:.3f}")
-            if done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0):
+            validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
+            is_best, keeps = False, bool(keep_every) and done % keep_every == 0
+            if validates:
                 bar.set_description("validating")
                 validation = validate()
                 bar.set_description("training")
-                note({"step": step} | _final_numbers(validation, config))
-                run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
-    model.eval()
-    if validation is None:  # a finished run was loaded
-        validation = validate()
-    run.finish(
-        _final_numbers(validation, config) | {"steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
-    )
+                scores = _final_numbers(validation, config)
+                note({"step": step} | scores)
+                is_best = scores.get("cam_miou", scores["map"]) > best
+                best = max(best, scores.get("cam_miou", scores["map"]))
+            due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
+            if share.first and (validates or keeps or due):
+                numbers = {"step": done, "best": best, "skipped": skipped}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
+                run.save(state | numbers, best=is_best, keep=keeps)
+                saved_at = time.monotonic()
+        model.eval()
+        if validation is None:  # a finished run was loaded
+            validation = validate()
+        if share.first:
+            run.finish(
+                _final_numbers(validation, config)
+                | {"steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
+                | ({"skipped": skipped} if skipped else {})
+            )
     return Trained(model, run, data, validation)
+
+
+def data_digest(data: TrainVal) -> str:
+    """Changes with any name, any image-level label, or their order, in either split."""
+    digest = hashlib.sha256()
+    for split in data[:2]:
+        digest.update(json.dumps([list(split.names), np.asarray(split.image_labels).tolist()]).encode())
+    return digest.hexdigest()
+
+
+def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
+    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
+    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
+    too."""
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed + first)
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
+    return generator
+
+
+def not_finite(what: str, value: Tensor, share: Share = ALONE) -> str:
+    """ "the loss is nan", or "" where the mean over the processes is finite."""
+    value = share.mean(value.detach())
+    return "" if torch.isfinite(value) else f"the {what} is {float(value)}"
+
+
+def gradient_length(model: ToCo) -> Tensor:
+    """Euclidean length of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """Raises ToCoError that says what differs, where a checkpoint is of other classes or of another model."""
+    wanted, name = model.state_dict(), "classifier.weight"
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ToCoError(f"{run.folder}: the checkpoint holds no tensors by name")
+    if name in found and found[name].ndim == 2 and len(found[name]) != len(wanted[name]):
+        raise ToCoError(
+            f"{run.folder}: the checkpoint is of a model for {len(found[name])} classes, but {data.train.root} has "
+            f"{len(wanted[name])}: it needs the data set that it was trained on"
+        )
+    refuse_wrong_keys(f"{run.folder}: the checkpoint is of another model", found, wanted)
+    model.load_state_dict(found)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run) -> None:
+    """The same for the optimizer's averages."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for number, values in found["state"].items():
+            if any(values[name].shape != shapes[number] for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"the averages of parameter {number} have another shape")
+        optimizer.load_state_dict(found)
+    except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
+        raise ToCoError(f"{run.folder}: the checkpoint's optimizer does not fit: {error}") from error
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(run: Run) -> Iterator[None]:
+    """Whatever stops the training: the message ends with what is left of it."""
+
+    def left() -> str:
+        if run.saved is None:
+            return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
+        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"training was stopped; {left()}") from None
+    except ToCoError as error:
+        raise ToCoError(f"{error}; {left()}") from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ToCoError(f"out of memory, a smaller batch_size or crop_size is needed ({reason}); {left()}") from error
+
+
+def _failed(fault, run, model, parts: list[Batch], result, config, step, share: Share) -> ToCoError:
+    """Saves the step that failed, over all processes, and tells of it."""
+    names = [name for part in parts for name in part.names]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name != "names"}
+    terms = _numbers(result.terms, share)
+    message = f"{fault} on step {step}: {terms}; images {', '.join(names)}"
+    if share.first:
+        run.save_failure(
+            {
+                "step": step,
+                "message": message,
+                "config": config.to_dict(),
+                "model": model.state_dict(),
+                "batch": tensors,
+                "names": names,
+            }
+        )
+    return ToCoError(f"{message}; failures.load_failure({str(run.folder)!r}) brings it back")
 
 
 class Opened(NamedTuple):
@@ -327,11 +472,17 @@ def trained_run(config: TrainConfig, *, data: TrainVal | None = None, progress: 
     return open_run(run.folder, data=data, device=config.device)
 
 
-def open_run(folder: Path | str, *, data: TrainVal | None = None, device: str = "auto") -> Opened:
-    """The newest checkpoint in a run's folder. Raises ToCoError where there is none, or it is of another layout."""
+def open_run(
+    folder: Path | str, *, data: TrainVal | None = None, device: str = "auto", checkpoint: str = "last"
+) -> Opened:
+    """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
+    there is none, or it is of other classes or of another layout."""
     run = Run(folder)
-    config, state = run.config(), run.load()
+    config, state = run.config(), run.load(checkpoint)
     if state is None:
+        if checkpoint != "last" and run.load() is not None:
+            kept = ", ".join(map(str, run.kept_steps())) or "no steps"
+            raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
     data = data or open_data(config.data)
     model = ToCo(
@@ -339,12 +490,7 @@ def open_run(folder: Path | str, *, data: TrainVal | None = None, device: str = 
         data.train.n_classes,
         dropped_border=config.release.dropped_border,
     )
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise ToCoError(
-            f"{run.folder}: the checkpoint is of another model: {str(error).splitlines()[1].strip()}"
-        ) from error
+    load_model_state(model, state["model"], run, data)
     return Opened(model.to(resolve_device(device)).eval(), config, run, data)
 
 
@@ -356,6 +502,7 @@ def evaluate_as(
     on_batch: Callable | None = None,
     progress: bool = True,
     what: str = "evaluating",
+    share: Share = ALONE,
 ) -> Evaluation:
     """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
     device = model.classifier.weight.device
@@ -372,6 +519,7 @@ def evaluate_as(
             progress=progress,
             workers=config.data.workers,
             what=what,
+            share=share,
         )
 
 
@@ -479,8 +627,10 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
     return model.plain_attention() if plain else contextlib.nullcontext()
 
 
-def _numbers(terms: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in terms.items()}
+def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:
+    """Means over the processes, as plain numbers."""
+    values = share.mean(torch.stack([value.detach().double() for value in terms.values()]))
+    return dict(zip(terms, values.tolist(), strict=True))
 
 
 def _final_numbers(validation: Evaluation, config: TrainConfig) -> dict:

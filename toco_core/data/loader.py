@@ -63,6 +63,7 @@ def training_batches(
     crop_size: int | tuple[int, int],
     batch_size: int,
     seed: int,
+    part: slice | None = None,
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
@@ -76,6 +77,7 @@ def training_batches(
     The images come in a fresh random order per pass (see `sample_order`); a batch goes on into the next pass, so that
     each is full also where the split is smaller than the batch.
 
+    part: which images of every batch to load, where several processes share it; None: all.
     workers: processes that load; 0 loads here. start_method: "fork", "spawn" or "forkserver", None: Python's default.
     cache: decode every image once, before the first step, and keep it (H W 3 bytes each, once for all workers).
     view_options: keywords of `training_views` besides image, crop size and rng.
@@ -91,7 +93,7 @@ def training_batches(
     dataset = _TrainingSamples(source, seed, options, ImageCache(source) if cache else None)
     loader = DataLoader(
         dataset,
-        batch_sampler=_StepSampler(len(source), batch_size, seed, start_step, stop_step),
+        batch_sampler=_StepSampler(len(source), batch_size, seed, start_step, stop_step, part or slice(None)),
         collate_fn=_collate,
         pin_memory=pin_memory,
         **_worker_options(workers, start_method),
@@ -163,14 +165,15 @@ class _Failure(NamedTuple):
 class _StepSampler:
     """For each step, the (position in the endless stream, index of the image) of its samples."""
 
-    def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int | None):
+    def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int | None, part: slice):
         self.n, self.batch_size, self.seed, self.start, self.stop = n, batch_size, seed, start, stop
+        self.part = part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, None
         for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
             batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]:
                 if position // self.n != epoch:
                     epoch = position // self.n
                     order = sample_order(self.n, self.seed, epoch)

@@ -10,7 +10,6 @@ Image-level labels are derived from the masks (or the annotations), so that noth
 uses only these labels; masks otherwise serve to score.
 """
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, map_files, read_mask
+from toco_core.data.npy import read_npy_labels
 from toco_core.data.split import (
     Report,
     Split,
@@ -261,7 +261,7 @@ def _given_labels(
     """Label rows in the order of `names` from a mapping or from an .npy file."""
     source = "labels" if isinstance(labels, Mapping) else str(labels)
     if not isinstance(labels, Mapping):
-        labels = _read_npy_labels(Path(labels))
+        labels = read_npy_labels(Path(labels))
     if isinstance(labels, np.ndarray):
         if len(labels) != len(names):
             raise ToCoError(f"{source} has {len(labels)} rows for {len(names)} images")
@@ -282,40 +282,3 @@ def _given_labels(
             )
         rows.append(row.astype(np.uint8))
     return rows
-
-
-def _read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
-    """An N K array, or the pickled mapping name -> row that this field passes around, read without running its code."""
-    try:
-        with path.open("rb") as file:
-            if np.lib.format.read_magic(file) == (1, 0):
-                _, _, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                _, _, dtype = np.lib.format.read_array_header_2_0(file)
-            content = _ArrayUnpickler(file).load() if dtype.hasobject else np.load(path, allow_pickle=False)
-        if dtype.hasobject and isinstance(content, np.ndarray) and content.ndim == 0:
-            content = content.item()  # the field's way of saving a mapping
-    except ToCoError:
-        raise
-    except OSError as error:
-        raise ToCoError(f"labels {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle raises almost any type
-        raise ToCoError(f"labels {path} is not a NumPy file of image labels: {error}") from error
-    if not isinstance(content, Mapping) and not (isinstance(content, np.ndarray) and content.ndim == 2):
-        raise ToCoError(f"labels {path} holds a {type(content).__name__}: a mapping name -> labels or N K is needed")
-    return content
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds mappings, strings, numbers and arrays, and refuses every other name: a label file runs no code."""
-
-    ALLOWED = {
-        (module, name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
-    } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise ToCoError(f"refused: it would load {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)

@@ -1,0 +1,183 @@
+"""Two processes with half of every batch against one with the whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from killed_training import SMALL
+from small_config import small_recipe
+from torch.testing import assert_close
+from voc_folder import write_voc_folder
+
+from toco_core import distributed, launch, losses
+from toco_core.config import override, tiny
+from toco_core.data import open_train_val
+from toco_core.distributed import ALONE, Share
+from toco_core.errors import ToCoError
+from toco_core.evaluate import evaluate
+from toco_core.model import ToCo
+from toco_core.runs import Run
+from toco_core.train import StepInput, crop_generator, step_losses, train
+
+K, B = 3, 4
+ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
+
+
+def config_of(data, out_dir):
+    """Sizes of validation images differ; one step alone, three with everything."""
+    config = override(small_recipe(), **SMALL, dataset=str(data), out_dir=str(out_dir))
+    return override(config, steps=4, batch_size=B, eval_interval=2)
+
+
+def model_of(config):
+    """In float64 and far from its start, as in test_train.py."""
+    torch.manual_seed(0)
+    model = ToCo(config.model, K).double()
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    return model
+
+
+def batch_of(model):
+    """Four images of 32 x 48 that differ in how much of them is real: so do the numbers of pairs and of pixels."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(3, B, 3, 5, 6, generator=generator, dtype=torch.float64)
+    views = [model.normalise(F.interpolate(part, size=(32, 48), mode="bicubic").clamp(0, 1)) for part in coarse]
+    image_labels = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    boxes = torch.tensor([[0, 32, 0, 48], [3, 30, 6, 41], [8, 17, 9, 30], [0, 32, 20, 48]])
+    return StepInput(*views, image_labels, boxes)
+
+
+def one_step(config, share):
+    """Terms of the whole batch and gradients after one step's backward pass."""
+    model, part = model_of(config), share.part(B)
+    batch = StepInput(*(value[part] for value in batch_of(model)))
+    compute = distributed.shared_step(step_losses, model, share)
+    result = compute(batch, config, ALL, step=20, generator=crop_generator(config, 20, part.start), share=share)
+    result.total.backward()
+    terms = {"total": result.total, **result.terms}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: share.mean(value.detach()) for name, value in terms.items()}, gradients
+
+
+def both_scores(data, share):
+    """The evaluation at a square and at native size."""
+    config = config_of(data, "unused")
+    torch.manual_seed(3)
+    model, source = ToCo(config.model, K), open_train_val(data, val="train").val
+    return [
+        evaluate(model, source, size=size, scales=(1.0,), batch_size=2, progress=False, share=share)
+        for size in (32, None)
+    ]
+
+
+def in_one_of_two(rank, meeting, data, out_dir):
+    torch.set_num_threads(1)
+    with distributed.joined("cpu", init_method=meeting, rank=rank, world_size=2) as share:
+        assert share == Share(rank, 2) and distributed.current() == share
+        step = one_step(config_of(data, out_dir), share)
+        scores = both_scores(data, share)
+        train(config_of(data, out_dir), progress=False)
+        torch.save({"step": step, "counts": counts(scores)}, f"{out_dir}/{rank}.pt")
+
+
+def counts(scores):
+    """Everything that is counted or ranked, as plain values, and in which words."""
+    numbers = [
+        [torch.from_numpy(part).clone() for part in (s.cam.counts, s.aux_cam.counts, s.seg.iou)]
+        + [s.n_masks, s.n_images, s.classes.mean_average_precision, s.aux_classes.f1]
+        for s in scores
+    ]
+    return {"numbers": numbers, "protocols": [s.protocol for s in scores]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found: their files, the folder of images and the config of their run."""
+    folder = tmp_path_factory.mktemp("two")
+    data = write_voc_folder(folder / "data", n=7)
+    arguments = ((folder / "store").as_uri(), str(data), str(folder))
+    torch.multiprocessing.start_processes(in_one_of_two, arguments, nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)], data, config_of(data, folder)
+
+
+def test_losses_and_gradients_are_those_of_one_process(two):
+    found, _, config = two
+    terms, gradients = one_step(config, ALONE)
+    for process in found:
+        assert_close(process["step"][0], terms, rtol=1e-6, atol=1e-9)
+        assert process["step"][1].keys() == gradients.keys()
+        for name, wanted in gradients.items():
+            scale = float(wanted.abs().max())
+            assert_close(process["step"][1][name], wanted, rtol=1e-5, atol=1e-6 * scale, msg=name)
+    assert all(value != 0 for value in terms.values())
+
+
+def test_the_halves_of_the_batch_differ_in_pairs_and_pixels():
+    """So that a mean of means would be another number."""
+    labels = torch.tensor([[[0, 1, 1]], [[0, 255, 255]]])
+    tokens = torch.randn(2, 5, 1, 3, generator=torch.Generator().manual_seed(0))
+    halves = [losses.ptc_loss(tokens[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    assert abs(losses.ptc_loss(tokens, labels) - sum(halves) / 2) > 1e-3
+
+
+def test_validation_is_that_of_one_process(two):
+    found, data, _ = two
+    wanted = counts(both_scores(data, ALONE))
+    for process in found:
+        assert_close(process["counts"]["numbers"], wanted["numbers"], rtol=0, atol=0, equal_nan=True)
+        assert process["counts"]["protocols"] == wanted["protocols"]
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(two, tmp_path):
+    _, data, config = two
+    shared, alone = Run.of(config), train(override(config, out_dir=str(tmp_path)), progress=False).run
+    assert shared.finished and shared.folder.name == alone.folder.name
+    assert shared.manifest()["processes"] == 2 and alone.manifest()["processes"] == 1
+    one, two_ = ([r for r in run.records() if "total" in r] for run in (alone, shared))
+    for name in ("total", "cls", "aux_cls", "ptc", "ctc"):  # float32: a label near a threshold may move
+        assert_close(two_[0][name], one[0][name], rtol=1e-4, atol=1e-5)
+    assert [r["step"] for r in shared.records()] == [r["step"] for r in alone.records()]
+
+
+def test_shares():
+    assert [Share(rank, 3).part(6) for rank in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    with pytest.raises(ToCoError, match="batch_size = 8 cannot be shared equally by 3 processes"):
+        Share(0, 3).part(8)
+    assert [Share(rank, 2).chunks(7, 2) for rank in range(2)] == [[0, 1, 4, 5], [2, 3, 6]]
+    assert Share(2, 3).chunks(3, 2) == [] and ALONE.chunks(3, 2) == [0, 1, 2]
+    assert distributed.current() == ALONE and ALONE.gathered(5) == [5] and ALONE.from_first("a") == "a"
+
+
+def test_fields_of_the_command_line():
+    config = launch.with_fields(tiny(), ["layer=9", "cam_scales=(1.0, 0.5)", "dataset=my data", "out_dir=x=y"])
+    assert (config.model.layer, config.labels.cam_scales) == (9, (1.0, 0.5))
+    assert (config.data.dataset, config.out_dir) == ("my data", "x=y")
+    with pytest.raises(ToCoError, match="'layer' is not allowed: NAME=VALUE is wanted"):
+        launch.with_fields(tiny(), ["layer"])
+    with pytest.raises(SystemExit, match="error: there is no parameter 'layr': did you mean layer"):
+        launch.main(["tiny", "layr=9"])
+
+
+def test_the_command_line_trains(tmp_path, capsys):
+    data = write_voc_folder(tmp_path / "data", n=4)
+    config = override(config_of(data, tmp_path / "runs"), steps=1, warmup_steps=0)
+    changed = {**SMALL, "dataset": str(data), "out_dir": str(tmp_path / "runs"), "steps": 1, "warmup_steps": 0,
+               "batch_size": B, "eval_interval": 2}  # fmt: skip
+    base, ours = tiny().to_dict(), config.to_dict()
+    for section, values in ours.items():
+        if isinstance(values, dict):
+            changed |= {name: value for name, value in values.items() if base[section][name] != value}
+    launch.main(["tiny", *(f"{name}={value!r}" for name, value in changed.items())])
+    assert str(Run.of(config).folder) in capsys.readouterr().out and Run.of(config).finished
+
+
+def test_a_notebook_starts_processes(two, tmp_path):
+    """The run above is there already: its processes find it finished, and a failing one is told by its message."""
+    _, _, config = two
+    told = []
+    opened = launch.train_on(config, processes=2, on_record=told.append)
+    assert opened.run.folder == Run.of(config).folder and told == opened.run.records()
+    with pytest.raises(ToCoError, match="batch_size = 4 cannot be shared equally by 3 processes"):
+        launch.train_on(config, processes=3)
+    with pytest.raises(ToCoError, match="dataset folder /nowhere does not exist"):
+        launch.train_on(override(config, dataset="/nowhere", out_dir=str(tmp_path)), processes=2)

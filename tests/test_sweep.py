@@ -1,0 +1,95 @@
+"""A grid of notebooks, executed by real processes: results, failures, and going on."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+import sweep  # noqa: E402
+
+from toco_core.config import override, tiny  # noqa: E402
+from toco_core.errors import ToCoError  # noqa: E402
+
+CELLS = [
+    "layer: int = 10  # block\nseed: int = 0\ndivisor: int = 1  # own parameter\nsteps: int = None",
+    "print(layer / divisor)",
+]
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    cells[0].metadata["tags"] = ["parameters"]
+    content = nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}}
+    )
+    nbformat.write(content, tmp_path / "small.ipynb")
+    return tmp_path / "small.ipynb"
+
+
+def rows(folder):
+    with open(folder / "results.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_lists_what_failed_and_goes_on(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.1)
+    out = tmp_path / "out"
+    command = [str(notebook), "--grid", "divisor=1,0", "--set", "layer=7", "--out", str(out), "--jobs", "2"]
+    assert sweep.main(command) == 1
+    good, bad = rows(out)
+    assert (good["layer"], good["divisor"], good["state"], good["error"]) == ("7", "1", "done", "")
+    assert (bad["state"], bad["cell"]) == ("failed", "2") and bad["error"] == "ZeroDivisionError: division by zero"
+    text = capsys.readouterr().out
+    assert "1 done, 1 failed" in text and "cell 2 (print(layer / divisor)): ZeroDivisionError" in text
+    (done,) = [path for path in out.glob("divisor=1*.ipynb")]
+    written = nbformat.read(done, 4)
+    assert written.cells[-1].outputs[0]["text"] == "7.0\n"
+
+    before = done.stat().st_mtime_ns
+    points = sweep.points_of(notebook, out, {"divisor": [1, 0]}, {"layer": 7})
+    started = []
+    monkeypatch.setattr(sweep, "_written", lambda point: started.append(point.name) or (_ for _ in ()).throw(KeyError))
+    with pytest.raises(KeyError):
+        sweep.run_sweep(points, jobs=1)
+    assert started == [points[1].name] and done.stat().st_mtime_ns == before
+
+
+def test_points(notebook, tmp_path):
+    points = sweep.points_of(notebook, tmp_path, {"layer": [9, 10], "seed": [0, 1]}, {"steps": 50})
+    assert [p.parameters for p in points][1] == {"steps": 50, "layer": 9, "seed": 1}
+    assert points[3].config == override(tiny(), layer=10, seed=1, steps=50)
+    assert len({p.name for p in points}) == 4 and points[0].name.startswith("layer=9-seed=0-")
+    assert sweep.points_of(notebook, tmp_path, {"layer": [9]}, {"seed": 0})[0].config == override(tiny(), layer=9)
+    with pytest.raises(ToCoError, match=r"small\.ipynb has no parameter 'layr': did you mean layer"):
+        sweep.points_of(notebook, tmp_path, {"layr": [9]}, {})
+    with pytest.raises(ToCoError, match="layer = 13 is not allowed|layer"):
+        sweep.points_of(notebook, tmp_path, {"layer": [0]}, {})
+
+
+def test_a_point_comes_back(notebook, tmp_path):
+    (point,) = sweep.points_of(notebook, tmp_path / "out", {"divisor": [2]}, {})
+    assert point.record == {"state": "waiting"}
+    assert sweep.read_point(sweep._written(point)) == point
+    point.note(state="done", seconds=1.5, numbers={"cam_miou": 30.0})
+    sweep.write_results(point.folder / "results.csv", [point], [point.record])
+    assert rows(point.folder) == [
+        {"divisor": "2", "state": "done", "run": "", "seconds": "1.5", "cam_miou": "30.0", "cell": "", "error": ""}
+    ]
+    assert json.loads((point.folder / f"{point.name}.json").read_text())["state"] == "done"
+
+
+def test_wrong_options_are_refused(notebook, capsys):
+    for command, words in (
+        (["nowhere.ipynb"], "notebook nowhere.ipynb is not a file"),
+        ([str(notebook), "--grid", "layer"], "'layer' is not allowed: NAME=VALUE is wanted"),
+        ([str(notebook), "--set", "stepps=3"], "has no parameter 'stepps'"),
+    ):
+        with pytest.raises(SystemExit):
+            sweep.main(command)
+        assert words in capsys.readouterr().err
