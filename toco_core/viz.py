@@ -730,6 +730,6 @@ def poster(
     patches = [Patch(facecolor=palette[i], edgecolor="#999999", lw=0.5, label=class_names[i]) for i in shown]
     patches.append(Patch(facecolor=ground, edgecolor=lines, hatch="////", linewidth=0, label="uncertain / void"))
     left = (max(cams) + 1) * (width + gap) / size[0] if len(cams) else 0.0
-    place = {"loc": "upper center", "bbox_to_anchor": ((left + 1) / 2, 0.62 / size[1])}
-    figure.legend(handles=patches, ncol=min(len(patches), 5), fontsize=9, **place)
+    place = {"loc": "upper left", "bbox_to_anchor": (left + 0.1 / size[0], 0.64 / size[1]), "columnspacing": 1.0}
+    figure.legend(handles=patches, ncol=min(len(patches), 4), fontsize=9, **place)
     return figure
