@@ -107,7 +107,9 @@ def test_wheel_and_sdist_hold_every_module_and_the_weights(tmp_path):
     shutil.copytree(ROOT / "toco_core", tmp_path / "toco_core", ignore=ignore)
     package = tmp_path / "toco_core"
     wanted = {p.relative_to(tmp_path).as_posix() for p in package.rglob("*.py")}
-    wanted |= {p.relative_to(tmp_path).as_posix() for p in package.glob("weights/*.safetensors")}
+    for pattern in ("weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
+        wanted |= {p.relative_to(tmp_path).as_posix() for p in package.glob(pattern)}
+    assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css"}
     wanted.add(stand_in_weights(package))
 
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"

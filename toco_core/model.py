@@ -50,6 +50,17 @@ class Tokens(NamedTuple):
         return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
 
 
+class Inside(NamedTuple):
+    """The patch tokens after every block, to look at."""
+
+    blocks: list[Float[Tensor, "B N D"]]
+    """As each block leaves them."""
+    normed: list[Float[Tensor, "B N D"]]
+    """The same through the final norm, as the classifier would see them were the block the last one."""
+    tokens: Tokens
+    """What `encode` gives."""
+
+
 class Output(NamedTuple):
     """Heads applied to the tokens of a batch. C = K + 1, background first."""
 
@@ -265,6 +276,17 @@ class ToCo(nn.Module):
         classifier."""
         n_prefix = self.encoder.num_prefix_tokens
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
+
+    @torch.no_grad()
+    def inside(self, images: Float[Tensor, "B 3 H W"]) -> "Inside":
+        """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode`."""
+        n_prefix = self.encoder.num_prefix_tokens
+        blocks, normed = [], []
+        for _, x, grid in self._run_blocks(images):
+            last = self._final_norm(x)
+            blocks.append(x[:, n_prefix:])
+            normed.append(last[:, n_prefix:])
+        return Inside(blocks, normed, Tokens(last[:, 0], normed[-1], blocks[self.layer - 1], grid))
 
     @torch.no_grad()
     def attention(

@@ -1,0 +1,23 @@
+"""An explorer that looks into one image at a time: set the image once, then every question is answered at once.
+
+`Session` is the explorer without a browser, `Explorer` the same with controls, for JupyterLab and voila.
+"""
+
+from toco_core.widgets.explorer import Explorer
+from toco_core.widgets.pictures import Pictures, open_pictures
+from toco_core.widgets.session import Session
+from toco_core.widgets.settings import Settings
+from toco_core.widgets.subjects import Subject, Subjects, finished_runs, of_run, open_subject
+
+__all__ = [
+    "Explorer",
+    "Pictures",
+    "Session",
+    "Settings",
+    "Subject",
+    "Subjects",
+    "finished_runs",
+    "of_run",
+    "open_pictures",
+    "open_subject",
+]

@@ -1,0 +1,563 @@
+"""The explorer in the browser: controls around a `Session`, which does everything that can be done without one.
+
+Every control changes the session and redraws what depends on it; what goes wrong is told in the widget, which goes on
+working. Setting a control's value from Python does the same as moving it.
+"""
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as w
+import matplotlib as mpl
+import numpy as np
+
+from toco_core.errors import ToCoError
+from toco_core.widgets import draw, report
+from toco_core.widgets.canvas import Canvas, Filmstrip
+from toco_core.widgets.scoring import SplitScores, SplitScoring
+from toco_core.widgets.session import Session, written
+from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN
+from toco_core.widgets.subjects import DECODER
+
+PER_PAGE = 10  # thumbnails
+NARROW, WIDE = 400, 448  # width of the picture with and without a second one, CSS pixels
+SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+SMALL = 224  # width of the maps of tokens
+
+
+class Explorer(w.VBox):
+    """`Explorer(session)`, shown as the last line of a cell: live in JupyterLab and voila, a still picture elsewhere.
+
+    `others` are notebook parameters that the session does not know (dataset, model): they go into the papermill line.
+    """
+
+    def __init__(self, session: Session, *, others: dict[str, Any] | None = None, folder: str = "explored"):
+        super().__init__()
+        self.session, self.others, self.folder = session, dict(others or {}), folder
+        self.scoring: SplitScoring | None = None
+        self.split: SplitScores | None = None
+        self.order = list(range(len(session.pictures)))
+        self.page, self.problem = 0, ""
+        self._busy = 0  # callbacks under way: the scoring thread gives way to them
+        self._filling = False  # controls are being set to what the session says
+        self._thumbnails: dict[int, str] = {}
+        self._threads: list[threading.Thread] = []
+        self._make_controls()
+        self._arrange()
+        self._listen()
+        self._fill_controls()
+        self._fill_film()
+        self.redraw()
+
+    # ---- for Python
+
+    def set(self, **values: Any) -> None:
+        """Change settings as the controls do. Raises ToCoError for a wrong one."""
+        self.session.set(**values)
+        self._fill_controls()
+        self.redraw()
+
+    def go(self, image: int | str) -> None:
+        """Another image, by number or name. Raises ToCoError where it cannot be read."""
+        self.session.go(image)
+        self._went()
+
+    def settle(self, timeout: float = 60.0) -> None:
+        """Wait for what runs in the background."""
+        until = time.monotonic() + timeout
+        for thread in [*self._threads, *([self.scoring.thread] if self.scoring else [])]:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def figure(self):
+        """What is shown, as a matplotlib figure."""
+        return report.figure(self.session)
+
+    def parameters_line(self) -> str:
+        """The papermill command that shows this again."""
+        return self.session.papermill_line(**self.others)
+
+    def __repr__(self) -> str:
+        return self.session.describe()
+
+    def _repr_mimebundle_(self, **kwargs):
+        bundle = super()._repr_mimebundle_(**kwargs) or {}
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return {**data, "text/plain": repr(self), "image/png": base64.b64encode(self._png()).decode()}, metadata
+
+    def _png(self) -> bytes:
+        file = io.BytesIO()
+        self.figure().savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
+        return file.getvalue()
+
+    # ---- controls
+
+    def _make_controls(self) -> None:
+        session, full = self.session, {"layout": w.Layout(width="auto"), "style": {"description_width": "92px"}}
+        slider = {**full, "continuous_update": True}
+        self.search = w.Text(placeholder="name or class", description="search", continuous_update=False, **full)
+        self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **full)
+        self.film = Filmstrip()
+        self.back, self.forth = (_button(word, tip) for word, tip in (("‹", "previous page"), ("›", "next page")))
+        self.position = w.HTML()
+        self.model = w.Dropdown(options=session.subjects.names, description="model", **full)
+        self.compare = w.ToggleButton(description="compare", tooltip="two pictures side by side")
+        self.side = w.ToggleButtons(options=[("A", 0), ("B", 1)], style={"button_width": "34px"})
+        self.linked = w.Checkbox(value=True, description="controls move both", indent=False)
+        self.canvases = [Canvas(), Canvas()]
+        self.legends = [w.HTML(), w.HTML()]
+        self.notes, self.numbers = w.HTML(), w.HTML()
+
+        unit = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **slider}
+        self.controls: dict[str, w.Widget] = {
+            "show": w.Dropdown(options=SHOWN, description="show", **full),
+            "cam": w.Dropdown(options=CAMS, description="CAM", **full),
+            "block": w.IntSlider(min=1, max=12, description="block", **slider),
+            "strength": w.FloatSlider(description="overlay", **unit),
+            "contours": w.Checkbox(description="contours", indent=False),
+            "outline": w.Checkbox(description="outline of ground truth", indent=False),
+            "beta_l": w.FloatSlider(description="beta_l", **unit),
+            "beta_h": w.FloatSlider(description="beta_h", **unit),
+            "beta": w.FloatSlider(description="beta (score)", **unit),
+            "par_iterations": w.IntSlider(min=0, max=30, description="PAR iterations", **slider),
+            "par_dilations": w.Text(description="PAR dilations", continuous_update=False, **full),
+            "crf": w.Checkbox(description="segmentation through the dense CRF", indent=False),
+            "cam_scales": w.SelectMultiple(options=SCALES, rows=4, description="scales", **full),
+            "flip": w.Checkbox(description="also mirrored", indent=False),
+            "head": w.IntSlider(min=0, max=12, description="head (0: mean)", **slider),
+            "crop_size": w.IntSlider(min=8, max=224, description="crop size", **slider),
+            "n_crops": w.IntSlider(min=1, max=16, description="crops", **slider),
+            "crop_seed": w.IntSlider(min=0, max=20, description="seed", **slider),
+        }
+        self.class_choice = w.ToggleButtons(options=[*CLASS_CHOICES, "chosen"], style={"button_width": "76px"})
+        self.class_names = w.SelectMultiple(rows=5, description="classes", **full)
+        self.click_means = w.ToggleButtons(
+            options=["compares a patch", "places a crop"], description="click", style={"button_width": "125px"}
+        )
+        self.sample, self.clear = _button("sample crops", "draw crops as in training"), _button("clear", "no crops")
+        self.crop_table = w.HTML()
+        self.maps = [Canvas(width=SMALL, label="cosine similarity to the framed patch"), Canvas(width=SMALL)]
+        self.maps[1].label = "attention of the class token"
+        self.curve, self.map_titles = w.HTML(), [w.HTML(), w.HTML()]
+        self.score, self.stop = _button("score the split", "all images"), _button("stop", "stop scoring")
+        self.progress = w.IntProgress(layout=w.Layout(width="160px", visibility="hidden"))
+        self.split_numbers = w.HTML()
+        self.copy = _button("copy as parameters", "the papermill line")
+        self.line = w.Textarea(rows=3, layout=w.Layout(width="auto"))
+        self.save_name = w.Text(description="folder", value=self.folder, **full)
+        self.save_png, self.save_svg = _button("figure PNG", "save"), _button("figure SVG", "save")
+        self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), w.HTML()
+
+    def _arrange(self) -> None:
+        c, wrap = self.controls, w.Layout(flex_flow="row wrap", align_items="center")
+        spread = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="14px")
+        choose = w.HBox([self.model, self.compare, self.side, self.linked], layout=wrap)
+        find = w.HBox([self.back, self.forth, self.position, self.search, self.sort], layout=wrap)
+        self.panes = [w.VBox([canvas, legend]) for canvas, legend in zip(self.canvases, self.legends, strict=True)]
+        both = w.HBox([c["contours"], c["outline"]], layout=wrap)
+        look = [c["show"], c["cam"], c["block"], c["strength"], both, self.class_choice, self.class_names]
+        labels = [c["beta_l"], c["beta_h"], c["beta"], c["par_iterations"], c["par_dilations"], c["crf"]]
+        inputs = [c["cam_scales"], c["flip"]]
+        crop_buttons = w.HBox([self.sample, self.clear], layout=wrap)
+        crops = [self.click_means, c["crop_size"], c["n_crops"], c["crop_seed"], crop_buttons, self.crop_table]
+        saves = w.HBox([self.save_png, self.save_svg, self.save_label], layout=wrap)
+        keep = [self.copy, self.line, self.save_name, saves, self.saved]
+        names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep}
+        self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
+        self.tabs.layout = w.Layout(width="430px", max_width="100%")
+        split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
+        self.right = w.VBox([self.tabs, self.numbers, split, self.split_numbers], layout=w.Layout(max_width="100%"))
+        self.stage = w.HBox([*self.panes, self.right], layout=spread)
+        tokens = [w.VBox([self.map_titles[0], self.maps[0]]), w.VBox([w.HTML(), self.curve])]
+        tokens.append(w.VBox([self.map_titles[1], self.maps[1], c["head"]]))
+        self.lower = w.HBox(tokens, layout=spread)
+        self.children = [choose, find, self.film, self.notes, self.stage, self.lower]
+        self.add_class("toco-explorer")
+
+    def _listen(self) -> None:
+        for name, control in self.controls.items():
+            control.observe(lambda change, name=name: self._change(name, change["new"]), "value")
+        for widget, action in (
+            (self.model, self._use),
+            (self.compare, self._compare),
+            (self.side, self._choose_side),
+            (self.linked, self._link),
+            (self.search, self._find),
+            (self.sort, self._find),
+            (self.class_choice, self._choose_classes),
+            (self.class_names, self._name_classes),
+        ):
+            widget.observe(lambda change, action=action: self._do(lambda: action(change["new"])), "value")
+        for button, action in (
+            (self.back, lambda: self._turn_page(-1)),
+            (self.forth, lambda: self._turn_page(1)),
+            (self.sample, self._sample),
+            (self.clear, self._clear),
+            (self.score, self._start_scoring),
+            (self.stop, self._stop_scoring),
+            (self.copy, self._copy),
+            (self.save_png, lambda: self._save("png")),
+            (self.save_svg, lambda: self._save("svg")),
+            (self.save_label, self._save_label),
+        ):
+            button.on_click(lambda _, action=action: self._do(action))
+        self.film.observe(lambda change: self._do(lambda: self._go(change["new"][0])), "wanted")
+        for i, canvas in enumerate([*self.canvases, *self.maps]):
+            side = i if i < 2 else 0
+            canvas.observe(lambda change, side=side: self._do(lambda: self._click(change["new"])), "click")
+            canvas.observe(lambda change, side=side: self._do(lambda: self._step(side, change["new"])), "step")
+            canvas.observe(lambda change: self._do(lambda: self._turn(change["new"][0])), "turn")
+        for i, canvas in enumerate(self.canvases):
+            canvas.observe(lambda change, i=i: self._hover(i, change["new"]), "pointer")
+
+    # ---- what the controls do
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """Run an action of the reader's; what goes wrong is told in the widget."""
+        if self._filling:
+            return
+        self._busy += 1
+        try:
+            self.problem = ""
+            action()
+        except ToCoError as error:
+            self.problem = str(error)
+            self._fill_controls()
+        except Exception as error:  # noqa: BLE001  a traceback in a log that nobody reads helps nobody
+            self.problem = f"{type(error).__name__}: {error}"
+        finally:
+            self._busy -= 1
+        self._show_notes()
+
+    def _change(self, name: str, value: Any) -> None:
+        def action() -> None:
+            self.session.set(**{name: value})
+            if name in ("beta_l", "beta_h"):
+                self._fill_controls()  # one may have pushed the other
+            self.redraw(tokens=name in ("block", "head"))
+
+        self._do(action)
+
+    def _use(self, name: str) -> None:
+        self.session.use(name, side=self.session.active)
+        self._fill_controls()
+        self.redraw()
+
+    def _compare(self, on: bool) -> None:
+        self.session.compare(on)
+        self._fill_controls()
+        self.redraw()
+
+    def _choose_side(self, side: int) -> None:
+        self.session.active = side if side < len(self.session.sides) else 0
+        self._fill_controls()
+        self.redraw(tokens=False)
+
+    def _link(self, on: bool) -> None:
+        self.session.linked = on
+
+    def _choose_classes(self, choice: str) -> None:
+        if choice == "chosen":
+            self._name_classes(self.class_names.value)
+        else:
+            self._change_classes(choice)
+
+    def _name_classes(self, names: tuple[str, ...]) -> None:
+        self._change_classes(",".join(names) if names else "labelled")
+
+    def _change_classes(self, classes: str) -> None:
+        self.session.set(classes=classes)
+        self._fill_controls()
+        self.redraw(tokens=False)
+
+    def _find(self, _: Any) -> None:
+        found = self.session.pictures.find(self.search.value)
+        if not found:
+            raise ToCoError(f"no image's name or class holds {self.search.value!r}")
+        if self.sort.value == "worst first":
+            if not self.split or not self.split.iou:
+                raise ToCoError("worst first needs scores: press `score the split` first")
+            iou = self.split.iou
+            found.sort(key=lambda i: iou.get(i, np.inf) if not np.isnan(iou.get(i, np.inf)) else np.inf)
+        self.order, self.page = found, 0
+        self._fill_film()
+
+    def _turn_page(self, by: int) -> None:
+        self.page = min(max(self.page + by, 0), max(0, (len(self.order) - 1) // PER_PAGE))
+        self._fill_film()
+
+    def _turn(self, by: int) -> None:
+        """Next or previous image of the order shown; unreadable ones are passed over."""
+        at = self.order.index(self.session.index) if self.session.index in self.order else -1
+        for distance in range(1, len(self.order) + 1):
+            index = self.order[(at + by * distance) % len(self.order)]
+            try:
+                return self._go(index)
+            except ToCoError as error:
+                self.problem = str(error)
+
+    def _go(self, index: int) -> None:
+        self.session.go(index)
+        self._went()
+
+    def _went(self) -> None:
+        if self.session.index in self.order:
+            self.page = self.order.index(self.session.index) // PER_PAGE
+        self._fill_controls()
+        self._fill_film()
+        self.redraw()
+
+    def _click(self, value: list) -> None:
+        y, x, _ = value
+        if self.click_means.value == "places a crop":
+            self.session.place_crop(y, x)
+            self.redraw(tokens=False)
+        else:
+            self.session.click(y, x)
+            self.redraw()
+
+    def _step(self, side: int, value: list) -> None:
+        rows, columns, _ = value
+        h, w_ = self.session.analysis(min(side, len(self.session.sides) - 1)).grid
+        y, x = self.session.place or (0.5, 0.5)
+        row, column = int(y * h) + rows, int(x * w_) + columns
+        self.session.click((min(max(row, 0), h - 1) + 0.5) / h, (min(max(column, 0), w_ - 1) + 0.5) / w_)
+        self.redraw()
+
+    def _hover(self, side: int, place: list) -> None:
+        if side < len(self.session.sides):
+            words = self.session.read_out(side, *place) if place else self._hint()
+            self.canvases[side].words = words
+
+    def _sample(self) -> None:
+        self.session.sample_crops()
+        self.redraw(tokens=False)
+
+    def _clear(self) -> None:
+        self.session.clear_crops()
+        self.redraw(tokens=False)
+
+    def _copy(self) -> None:
+        self.line.value = self.parameters_line()
+        self.film.clipboard = [self.line.value, self.film.clipboard[1] + 1]
+
+    def _save(self, kind: str) -> None:
+        path = f"{self.save_name.value or '.'}/{self._file_name()}.{kind}"
+        with mpl.rc_context({"svg.hashsalt": "toco"}):
+            options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
+            self.saved.value = f"saved {written(path, lambda p: self.figure().savefig(p, **options))}"
+
+    def _save_label(self) -> None:
+        path = f"{self.save_name.value or '.'}/{self._file_name()}-label.png"
+        self.saved.value = f"saved {self.session.save_label(path, side=self.session.active)}"
+
+    def _file_name(self) -> str:
+        name = self.session.picture.name.replace("/", "_")
+        return f"{name}-{self.session.sides[self.session.active].settings.show.replace(' ', '_')}"
+
+    # ---- scoring the split
+
+    def _start_scoring(self) -> None:
+        if self.scoring and self.scoring.running:
+            raise ToCoError("the split is being scored already: stop it first")
+        session, side = self.session, self.session.active
+        what = f"{session.sides[side].settings.show} of {session.sides[side].subject}"
+        self.progress.max, self.progress.layout.visibility = len(session.pictures), "visible"
+
+        def tell(found: SplitScores) -> None:
+            self.split = found
+            self.progress.value = found.done
+            names, problem = session.joint(side).names, self.scoring.error
+            title = f"{found.done} of {found.total} images: {what}"
+            skipped = f"{len(found.skipped)} skipped, first: {found.skipped[0]}" if found.skipped else ""
+            notes = [word for word in (f"scoring stopped: {problem}" if problem else "", skipped) if word]
+            self.split_numbers.value = report.numbers_html(found.numbers, names, title) + report.notes_html(notes)
+
+        self.scoring = SplitScoring(
+            session.subject(side),
+            session.pictures,
+            session.sides[side].settings,
+            session.joint(side),
+            tell,
+            give_way=self._give_way,
+        ).start()
+
+    def _stop_scoring(self) -> None:
+        if self.scoring:
+            self.scoring.stop()
+
+    def _give_way(self) -> None:
+        while self._busy and not (self.scoring and not self.scoring.running):
+            time.sleep(0.002)
+
+    # ---- what is seen
+
+    def redraw(self, *, tokens: bool = True) -> None:
+        """Draw the sides, and what is known about patches where that has changed."""
+        session = self.session
+        if self._crf_is_pending():
+            return
+        self._seen = [session.view(i) for i in range(len(session.sides))]
+        for i, view in enumerate(self._seen):
+            with self.canvases[i].hold_sync():
+                self.canvases[i].picture = draw.encoded(view.picture)
+                self.canvases[i].width = NARROW if len(session.sides) == 2 else WIDE
+                self.canvases[i].label = f"{session.picture.name}: {session.sides[i].settings.show}"
+            self.legends[i].value = self._legend(i, view)
+        names = session.joint(session.active).names
+        settings, view = session.sides[session.active].settings, self._seen[session.active]
+        what = "CAM label" if settings.show in ("image", "CAM") else settings.show
+        title = f"this image: {what}" + (f" at beta {settings.beta:g}" if what == "CAM label" else "")
+        self.numbers.value = report.numbers_html(view.numbers, names, title)
+        crops, _ = session.crops(session.active)
+        threshold = session.subject(session.active).config.crops.positive_threshold
+        self.crop_table.value = report.crops_html(crops, threshold)
+        if tokens:
+            self._draw_tokens()
+        self._show_notes()
+
+    def _draw_tokens(self) -> None:
+        session = self.session
+        side, settings = session.active, session.sides[session.active].settings
+        found = session.tokens(side)
+        size = draw.shown_size(session.picture.image.shape[:2], 2 * SMALL)
+        self.maps[0].picture = draw.encoded(draw.similarity_picture(found.similarity, size, found.patch))
+        head = min(settings.head, len(found.attention))
+        picture, top = draw.attention_picture(found.attention, size, head=head)
+        self.maps[1].picture = draw.encoded(picture)
+        self.map_titles[0].value = (
+            f'<div class="toco-heading">similarity to the framed patch, block {settings.block}</div>'
+            f"{draw.colour_bar('similarity')}"
+        )
+        which = f"head {head} of {len(found.attention)}" if head else f"mean of {len(found.attention)} heads"
+        self.map_titles[1].value = (
+            f'<div class="toco-heading">class token looks at, block {settings.block}</div>'
+            f'<span class="toco-scale">{which}; up to {top:.1f} times an even spread</span>'
+        )
+        curves = {self._side_name(i): session.tokens(i).by_block for i in range(len(session.sides))}
+        layer = session.subject(side).model.layer
+        self.curve.value = (
+            '<div class="toco-heading">the framed patch: mean similarity to all others</div>'
+            + draw.curve_svg(curves, block=settings.block, layer=layer)
+        )
+
+    def _legend(self, i: int, view) -> str:
+        session, settings = self.session, self.session.sides[i].settings
+        head = f'<div class="toco-heading">{self._side_name(i)}</div>' if len(session.sides) == 2 else ""
+        if settings.show == "CAM":
+            return head + draw.colour_bar("CAM")
+        if view.label is None or settings.show == "image":
+            return head
+        names, places = session.joint(i).names, np.unique(view.label).tolist()
+        return head + draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)
+
+    def _side_name(self, i: int) -> str:
+        return f"{'AB'[i]}: {self.session.sides[i].subject}" if len(self.session.sides) == 2 else "all other patches"
+
+    def _show_notes(self) -> None:
+        notes = [self.problem] if self.problem else []
+        for view in getattr(self, "_seen", []):
+            notes += view.notes
+        value = report.notes_html(list(dict.fromkeys(notes)))
+        if self.notes.value != value:
+            self.notes.value = value
+
+    def _hint(self) -> str:
+        return "point: values · click or arrow keys: choose a patch · n, p: next, previous image"
+
+    def _crf_is_pending(self) -> bool:
+        """The dense CRF takes seconds: it runs beside, and what it has found is drawn when it is there."""
+        session = self.session
+        for i, side in enumerate(session.sides):
+            if not (side.settings.show == "segmentation" and side.settings.crf and DECODER in session.subject(i).has):
+                continue
+            analysis = session.analysis(i)
+            if analysis.has_crf():
+                continue
+            self.problem = "the dense CRF is being computed ..."
+            self._show_notes()
+
+            def work(analysis=analysis) -> None:
+                self._give_way()
+                analysis.segmentation(with_crf=True)
+                self.problem = ""
+                self.redraw(tokens=False)
+
+            if not any(t.is_alive() for t in self._threads):
+                self._threads = [threading.Thread(target=work, name="dense CRF", daemon=True)]
+                self._threads[0].start()
+            return True
+        return False
+
+    # ---- controls follow the session
+
+    def _fill_controls(self) -> None:
+        session = self.session
+        side = session.sides[session.active]
+        subject = session.subject(session.active)
+        self._filling = True
+        try:
+            two = len(session.sides) == 2
+            self.compare.value, self.side.value, self.model.value = two, session.active, side.subject
+            for widget in (self.side, self.linked):
+                widget.layout.display = None if two else "none"
+            self.panes[1].layout.display = None if two else "none"
+            self.controls["block"].max = subject.model.depth
+            self.controls["head"].max = subject.model.encoder.blocks[0].attn.num_heads
+            self.controls["crop_size"].max = min(session.analysis(session.active).images.shape[-2:])
+            for name, control in self.controls.items():
+                value = getattr(side.settings, name)
+                if name == "par_dilations":
+                    value = ", ".join(map(str, value))
+                if name == "cam_scales":
+                    control.options = sorted({*control.options, *value})
+                control.value = value
+            names = session.joint(session.active).names[1:]
+            self.class_names.options = names
+            classes = side.settings.classes
+            if classes in CLASS_CHOICES:
+                self.class_choice.value = classes
+                chosen, _ = session.classes(session.active)
+                joint = session.joint(session.active)
+                self.class_names.value = tuple(joint.names[joint.of_model[k]] for k in chosen)
+            else:
+                self.class_choice.value = "chosen"
+                wanted = [name.strip() for name in classes.split(",")]
+                self.class_names.value = tuple(name for name in names if name in wanted)
+            for i in range(len(session.sides)):
+                self.canvases[i].words = self._hint()
+        finally:
+            self._filling = False
+
+    def _fill_film(self) -> None:
+        shown = self.order[self.page * PER_PAGE : (self.page + 1) * PER_PAGE]
+        iou = self.split.iou if self.split else {}
+        with self.film.hold_sync():
+            self.film.items = [
+                {
+                    "index": i,
+                    "title": self.session.pictures.names[i],
+                    "source": self._thumbnail(i),
+                    "mark": f"{100 * iou[i]:.0f}" if i in iou and not np.isnan(iou[i]) else "",
+                }
+                for i in shown
+            ]
+            self.film.chosen = self.session.index
+        pages = (len(self.order) - 1) // PER_PAGE + 1
+        self.position.value = (
+            f"<b>{self.session.picture.name}</b>&ensp;page {self.page + 1} of {pages}, {len(self.order)} images&ensp;"
+        )
+
+    def _thumbnail(self, index: int) -> str:
+        if index not in self._thumbnails:
+            picture = self.session.pictures.thumbnail(index)
+            data = "" if picture is None else base64.b64encode(draw.encoded(picture)).decode()
+            self._thumbnails[index] = data and f"data:image/jpeg;base64,{data}"
+        return self._thumbnails[index]
+
+
+def _button(word: str, tip: str) -> w.Button:
+    return w.Button(description=word, tooltip=tip, layout=w.Layout(width="auto"))

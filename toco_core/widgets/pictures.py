@@ -1,0 +1,141 @@
+"""The images to look at: a split of a VOC-layout folder, or any folder of photographs.
+
+Nothing here gives up because of one file: what is wrong with an image is told when it is asked for, and the others stay
+at hand.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from toco_core.data import VOCFolder, read_image, split_names
+from toco_core.data.files import IMAGE_SUFFIXES, index_files
+from toco_core.errors import ToCoError
+
+LONGEST_SIDE = 1024  # pixels; larger photographs are reduced, so that every answer stays quick
+THUMBNAIL_SIDE = 72
+
+
+class Picture(NamedTuple):
+    """One image. Class numbers are those of the data set, 1..K."""
+
+    name: str
+    image: np.ndarray  # uint8 H W 3
+    mask: np.ndarray | None  # uint8 H W, 255 = ignore
+    labels: tuple[int, ...] | None  # classes that it is known to show; None: not known
+    notes: tuple[str, ...]  # what a reader should know about it
+
+
+class Pictures:
+    """Images by number. `names`, `class_names` (background first; empty where the folder knows no classes), `title`."""
+
+    def __init__(self, names: Sequence[str], files: Sequence[Path], *, title: str, source: VOCFolder | None = None):
+        if not names:
+            raise ToCoError(f"{title} holds no image: {' '.join(IMAGE_SUFFIXES)} are read")
+        self.names, self.title = tuple(names), title
+        self.class_names: tuple[str, ...] = () if source is None else source.class_names
+        self._files, self._source = list(files), source
+        self._labels: dict[int, tuple[int, ...] | None] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, index: int) -> Picture:
+        """Image, mask and labels. Raises ToCoError where the image cannot be read; a bad mask is only noted."""
+        image, mask, notes = read_image(self._files[index]), None, []
+        name = self.names[index]
+        if self._source is not None:
+            try:
+                mask = self._checked_mask(index, image.shape[:2])
+            except ToCoError as error:
+                notes.append(f"no ground truth: {_file_only(error)}")
+        labels = self.labels(index)
+        if mask is None and not notes and self._source is not None:
+            notes.append(f"{name} has no mask: no numbers against ground truth")
+        scale = LONGEST_SIDE / max(image.shape[:2])
+        if scale < 1:
+            size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+            notes.append(f"{image.shape[0]} x {image.shape[1]} is shown and scored at {size[1]} x {size[0]}")
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+        return Picture(name, image, mask, labels, tuple(notes))
+
+    def labels(self, index: int) -> tuple[int, ...] | None:
+        """Class numbers of the image-level label, or None where nothing tells them; read once."""
+        if index not in self._labels:
+            try:
+                row = None if self._source is None else self._source.subset([index]).image_labels[0]
+            except ToCoError:
+                row = None
+            self._labels[index] = None if row is None else tuple(int(k) + 1 for k in np.flatnonzero(row))
+        return self._labels[index]
+
+    def thumbnail(self, index: int) -> np.ndarray | None:
+        """uint8 RGB, `THUMBNAIL_SIDE` square, cut from the middle; None where the file cannot be read."""
+        try:
+            image = read_image(self._files[index])
+        except ToCoError:
+            return None
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        square = np.ascontiguousarray(image[top : top + side, left : left + side])
+        return cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
+
+    def find(self, text: str) -> list[int]:
+        """Numbers of the images whose name or one of whose classes holds each word of `text`; "" finds all."""
+        words = text.lower().split()
+        found = []
+        for index, name in enumerate(self.names):
+            if all(word in name.lower() for word in words):
+                found.append(index)
+            elif self.class_names:
+                known = " ".join(self.class_names[k].lower() for k in self.labels(index) or ())
+                if all(word in name.lower() or word in known for word in words):
+                    found.append(index)
+        return found
+
+    def index_of(self, name: str) -> int:
+        """The number of a name, or of a number written as text. Raises ToCoError where there is none."""
+        if name in self.names:
+            return self.names.index(name)
+        if str(name).isdigit() and int(name) < len(self):
+            return int(name)
+        raise ToCoError(f"image = {name!r} is not in {self.title}: give a name or a number 0..{len(self) - 1}")
+
+    def _checked_mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
+        mask = self._source.mask(index)
+        if mask is not None and mask.shape != tuple(size):
+            raise ToCoError(f"its mask is {mask.shape[0]} x {mask.shape[1]}, the image {size[0]} x {size[1]}")
+        return mask
+
+
+def open_pictures(dataset: str | Path, split: str = "val") -> Pictures:
+    """The embedded data set (`scenes`), a split of a VOC-layout folder, or all images in any other folder.
+
+    A VOC-layout folder without a list `split` shows the split that it has. Raises ToCoError for a folder that is not
+    there or without images.
+    """
+    if dataset == "scenes":
+        from toco_core.data.scenes import scenes_folder
+
+        dataset = scenes_folder()
+    root = Path(dataset)
+    if not root.is_dir():
+        raise ToCoError(f"dataset = {str(dataset)!r} is not a folder: give `scenes` or a folder of images")
+    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
+        splits = split_names(root)
+        if split not in splits and splits:
+            split = splits[0]
+        source = VOCFolder(root, split, require_masks=False)
+        return Pictures(source.names, source._images, title=f"{root.name} [{split}]", source=source)
+    files = index_files(root, IMAGE_SUFFIXES)
+    names = sorted(files)
+    return Pictures(names, [files[name] for name in names], title=root.name)
+
+
+def _file_only(error: ToCoError) -> str:
+    """The message without the folders of this machine."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in str(error).split(" "))

@@ -1,0 +1,194 @@
+"""Numbers against ground truth, of one image and of a whole split in a thread of its own.
+
+Data set and model may know different classes. They are brought together by name in one list, the data set's first; a
+class that only one of them knows can be missed or wrong, but never right.
+"""
+
+import atexit
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from toco_core.errors import ToCoError
+from toco_core.labels import IGNORE
+from toco_core.metrics import ConfusionMatrix, Scores
+from toco_core.widgets.analysis import Analysis
+from toco_core.widgets.pictures import Pictures
+from toco_core.widgets.settings import Settings
+from toco_core.widgets.subjects import Subject
+
+
+class Joint(NamedTuple):
+    """The classes of data set and model in one list."""
+
+    names: tuple[str, ...]  # background first
+    of_model: np.ndarray  # uint8 256: class of the model -> place in `names`; 255 stays
+    missing: frozenset[int]  # places of the data set's classes that the model lacks
+
+
+class Numbers(NamedTuple):
+    """Scores of one label map, or of many. `coverage`: share of the valid pixels that have a label at all; only they
+    are scored."""
+
+    scores: Scores
+    coverage: float
+    n_images: int = 1
+
+
+def joint_classes(data: Sequence[str], model: Sequence[str]) -> Joint:
+    """Match classes by name. Where one side only counts its classes ("class 1" ...) and both have equally many, they
+    are taken to be the same in order."""
+    data, model = tuple(data) or tuple(model), tuple(model)
+    counted = [all(name == f"class {k}" for k, name in enumerate(names[1:], 1)) for names in (data, model)]
+    if len(data) == len(model) and any(counted):
+        model = data
+    names = data + tuple(name for name in model if name not in data)
+    if len(names) > IGNORE:
+        raise ToCoError(f"data set and model have {len(names)} classes together: at most {IGNORE} are allowed")
+    of_model = np.zeros(256, np.uint8)
+    of_model[: len(model)] = [names.index(name) for name in model]
+    of_model[IGNORE] = IGNORE
+    return Joint(names, of_model, frozenset(k for k, name in enumerate(data) if name not in model))
+
+
+def count(label: np.ndarray, mask: np.ndarray, n_classes: int) -> tuple[ConfusionMatrix, int, int]:
+    """The confusion matrix over pixels that have a label, their number, and that of the valid pixels."""
+    matrix = ConfusionMatrix(n_classes)
+    undecided = label == IGNORE
+    valid = mask != IGNORE
+    matrix.update(np.where(undecided, IGNORE, mask).astype(np.uint8), np.where(undecided, 0, label).astype(np.uint8))
+    return matrix, int((valid & ~undecided).sum()), int(valid.sum())
+
+
+def numbers(label: np.ndarray, mask: np.ndarray, n_classes: int) -> Numbers:
+    """Scores of a label map (uint8, 255 = undecided) against a mask; raises ToCoError for values beyond the classes."""
+    matrix, decided, valid = count(label, mask, n_classes)
+    return Numbers(matrix.scores(), decided / valid if valid else float("nan"))
+
+
+def chosen_classes(
+    analysis: Analysis, settings: Settings, labels: Sequence[int] | None, joint: Joint
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The model's classes that the settings ask for, and notes about those that cannot be had.
+
+    `labels` are the data set's classes of the image, None where they are not known: then the predicted ones are taken.
+    """
+    notes = []
+    to_model = {int(place): k for k, place in enumerate(joint.of_model[: analysis.subject.model.n_classes + 1]) if k}
+    model_name = analysis.subject.name
+    if not analysis.subject.class_names[1:]:
+        return (), (f"{model_name} has no trained classifier: its tokens and its attention can be seen, CAMs cannot",)
+    if settings.classes == "all":
+        return tuple(sorted(to_model.values())), ()
+    if settings.classes == "predicted":
+        return analysis.predicted, () if analysis.predicted else (f"{model_name} sees none of its classes here",)
+    if settings.classes == "labelled":
+        if labels is None:
+            words = ", ".join(joint.names[joint.of_model[k]] for k in analysis.predicted) or "none"
+            return analysis.predicted, (f"this image has no labels: the predicted classes are shown ({words})",)
+        wanted = list(labels)
+    else:
+        known = {name: place for place, name in enumerate(joint.names)}
+        named = [name.strip() for name in settings.classes.split(",") if name.strip()]
+        unknown = [name for name in named if not known.get(name)]
+        if unknown:
+            notes.append(f"there is no class {', '.join(unknown)}: known are {', '.join(joint.names[1:])}")
+        wanted = [known[name] for name in named if known.get(name)]
+    lacking = [joint.names[place] for place in wanted if place not in to_model]
+    if lacking:
+        notes.append(f"{model_name} does not know {', '.join(lacking)}: left out")
+    return tuple(sorted(to_model[place] for place in wanted if place in to_model)), tuple(notes)
+
+
+class SplitScores(NamedTuple):
+    """What a run through the split has found so far."""
+
+    numbers: Numbers | None
+    iou: dict[int, float]  # image -> its mean IoU
+    skipped: tuple[str, ...]  # images without mask, or that cannot be read
+    done: int
+    total: int
+
+
+class SplitScoring:
+    """Scores every image of the split with some settings, in a thread. `stop()` ends it; what it found stays.
+
+    `give_way()` is called between pieces of work and may wait: whoever moves a slider comes first.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        pictures: Pictures,
+        settings: Settings,
+        joint: Joint,
+        on_progress: Callable[[SplitScores], None],
+        *,
+        give_way: Callable[[], None] = lambda: None,
+    ):
+        self.result = SplitScores(None, {}, (), 0, len(pictures))
+        self.error: Exception | None = None
+        self._task = (subject, pictures, settings, joint)
+        self._on_progress, self._give_way = on_progress, give_way
+        self._stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="scoring the split", daemon=True)
+
+    def start(self) -> "SplitScoring":
+        atexit.register(self._end)  # a pass through the encoder must not outlive the interpreter
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End after the image at hand; returns at once."""
+        self._stopped.set()
+
+    def _end(self) -> None:
+        self.stop()
+        self.thread.join()
+
+    @property
+    def running(self) -> bool:
+        return self.thread.is_alive()
+
+    def _run(self) -> None:
+        subject, pictures, settings, joint = self._task
+        total, decided, valid, iou, skipped = ConfusionMatrix(len(joint.names)), 0, 0, {}, []
+        told = time.monotonic()
+        try:
+            for index in range(len(pictures)):
+                if self._stopped.is_set():
+                    break
+                self._give_way()
+                try:
+                    matrix, some, all_ = self._one(subject, pictures, settings, joint, index)
+                except ToCoError as error:
+                    skipped.append(f"{pictures.names[index]}: {error}")
+                    matrix = None
+                if matrix is not None:
+                    total.merge(matrix)
+                    decided, valid = decided + some, valid + all_
+                    iou[index] = matrix.scores().miou
+                found = Numbers(total.scores(), decided / valid if valid else float("nan"), len(iou)) if iou else None
+                self.result = SplitScores(found, dict(iou), tuple(skipped), index + 1, len(pictures))
+                if time.monotonic() - told > 0.2:
+                    told = time.monotonic()
+                    self._on_progress(self.result)
+        except Exception as error:  # noqa: BLE001  a thread's error is shown by whoever started it
+            self.error = error
+        finally:
+            self._stopped.set()
+            atexit.unregister(self._end)
+            self._on_progress(self.result)
+
+    def _one(self, subject, pictures, settings, joint, index):
+        picture = pictures.picture(index)
+        if picture.mask is None:
+            raise ToCoError("no mask")
+        analysis = Analysis(subject, picture.image)
+        self._give_way()
+        classes, _ = chosen_classes(analysis, settings, picture.labels, joint)
+        label = joint.of_model[analysis.label(settings, classes)]
+        return count(label, picture.mask, len(joint.names))

@@ -1,0 +1,313 @@
+"""What the explorer knows and can do, without a browser: images, models, one or two sides, and what each shows.
+
+    session = Session(pictures, subjects)
+    session.go("val_00003")
+    session.set(show="seed label", beta_h=0.5)
+    view = session.view(0)            # a picture, a label, its numbers, and notes in words
+
+A wrong value raises ToCoError and leaves everything as it was.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from toco_core.data.scenes import voc_palette
+from toco_core.errors import ToCoError
+from toco_core.widgets import draw
+from toco_core.widgets.analysis import Analysis, Crop
+from toco_core.widgets.pictures import Picture, Pictures
+from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, joint_classes, numbers
+from toco_core.widgets.settings import LABELS, Settings, changed, papermill_line, settings_of
+from toco_core.widgets.subjects import Subject, Subjects
+
+KEPT = 16  # images whose passes are kept
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two pictures: which model, and which settings."""
+
+    subject: str
+    settings: Settings
+
+
+class View(NamedTuple):
+    """What one side shows."""
+
+    picture: np.ndarray  # uint8 RGB
+    label: np.ndarray | None  # uint8 H W at native size, in the numbers of `Session.joint`
+    numbers: Numbers | None  # of the label against ground truth
+    notes: tuple[str, ...]  # what cannot be shown, and why
+
+
+class TokenView(NamedTuple):
+    """One patch compared with all others, and where the class token looks."""
+
+    similarity: np.ndarray  # h w
+    by_block: np.ndarray  # mean over the other patches, one number per block
+    attention: np.ndarray  # heads h w, in multiples of an even spread
+    patch: int
+
+
+class Session:
+    """See the module. `sides` holds one side, or two while comparing; `active` is the one that `set` changes."""
+
+    def __init__(self, pictures: Pictures, subjects: Subjects, *, first: str | None = None):
+        self.pictures, self.subjects = pictures, subjects
+        name = first or subjects.names[0]
+        subject = subjects.get(name)
+        self.sides: list[Side] = [Side(name, settings_of(subject.config, subject.model.depth))]
+        self.active, self.linked = 0, True
+        self.index, self.picture = -1, None
+        self.place: tuple[float, float] | None = None  # of the patch that was clicked, fractions of the image
+        self.centres: list[tuple[float, float]] = []  # of local views
+        self._analyses: OrderedDict[tuple[str, int], Analysis] = OrderedDict()
+        self._decoded: OrderedDict[int, Picture] = OrderedDict()
+        self._shown: tuple | None = None
+        self._go_to_first_readable()
+
+    # ---- changes
+
+    def go(self, index: int | str) -> None:
+        """Another image, by number or name. Raises ToCoError, and stays, where it cannot be read."""
+        index = self.pictures.index_of(index) if isinstance(index, str) else index % len(self.pictures)
+        if index not in self._decoded:
+            self._decoded[index] = self.pictures.picture(index)
+            if len(self._decoded) > KEPT:
+                self._decoded.popitem(last=False)
+        self.index, self.picture, self.centres = index, self._decoded[index], []
+
+    def set(self, **values: Any) -> None:
+        """Change settings of the active side; while `linked`, of both, each from its own values."""
+        targets = range(len(self.sides)) if self.linked else [self.active]
+        sides = list(self.sides)
+        for i in targets:
+            settings = changed(sides[i].settings, **values)
+            depth = self.subjects.get(sides[i].subject).model.depth
+            if settings.block > depth:
+                raise ToCoError(f"block = {settings.block} is not allowed: {sides[i].subject} has blocks 1..{depth}")
+            sides[i] = replace(sides[i], settings=settings)
+        self.sides = sides
+
+    def use(self, name: str, *, side: int | None = None) -> None:
+        """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
+        side = self.active if side is None else side
+        subject = self.subjects.get(name)
+        settings = self.sides[side].settings
+        if settings.block > subject.model.depth:
+            settings = replace(settings, block=subject.model.depth)
+        self.sides[side] = Side(name, settings)
+
+    def compare(self, on: bool) -> None:
+        """Two sides, the second one a copy at first; or one."""
+        if on and len(self.sides) == 1:
+            self.sides.append(self.sides[0])
+        elif not on:
+            del self.sides[1:]
+            self.active = 0
+
+    def click(self, y: float, x: float) -> None:
+        """Choose the patch at a place, in fractions of the image."""
+        if not (0 <= y <= 1 and 0 <= x <= 1):
+            raise ToCoError(f"place ({y:g}, {x:g}) is outside the image: 0 to 1 is allowed")
+        self.place = (float(y), float(x))
+
+    def place_crop(self, y: float, x: float) -> None:
+        """Add a local view around a place."""
+        self.centres = [*self.centres, (float(y), float(x))]
+
+    def sample_crops(self) -> None:
+        """Local views drawn as in training, instead of those that are there."""
+        side = self.sides[self.active]
+        classes, _ = self.classes(self.active)
+        self.centres = self.analysis(self.active).sampled(side.settings, classes)
+
+    def clear_crops(self) -> None:
+        self.centres = []
+
+    # ---- what is seen
+
+    def subject(self, side: int) -> Subject:
+        return self.subjects.get(self.sides[side].subject)
+
+    def joint(self, side: int) -> Joint:
+        """The classes of data set and model together."""
+        return joint_classes(self.pictures.class_names, self.subject(side).class_names)
+
+    def analysis(self, side: int) -> Analysis:
+        """Image and model of a side; the passes of the last `KEPT` are kept."""
+        key = (self.sides[side].subject, self.index)
+        if key not in self._analyses:
+            self._analyses[key] = Analysis(self.subject(side), self.picture.image)
+            if len(self._analyses) > KEPT:
+                self._analyses.popitem(last=False)
+        self._analyses.move_to_end(key)
+        return self._analyses[key]
+
+    def classes(self, side: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The model's classes that are shown, and notes about those that cannot be."""
+        return chosen_classes(self.analysis(side), self.sides[side].settings, self.picture.labels, self.joint(side))
+
+    def label(self, side: int) -> np.ndarray:
+        """The label map of a side, uint8 at native size, in the numbers of `joint`."""
+        settings = self.sides[side].settings
+        if settings.show == "ground truth":
+            if self.picture.mask is None:
+                raise ToCoError(f"{self.picture.name} has no ground truth")
+            return self.picture.mask
+        classes, _ = self.classes(side)
+        return self.joint(side).of_model[self.analysis(side).label(settings, classes)]
+
+    def view(self, side: int) -> View:
+        """Picture, label and numbers of a side. What cannot be had is left out and noted; nothing is raised for it."""
+        settings, notes = self.sides[side].settings, list(self.picture.notes)
+        base, ground = self._base()
+        size = base.shape[:2]
+        picture, label, found = base, None, None
+        try:
+            classes, more = self.classes(side)
+            notes += more
+            label = self.label(side)
+            if settings.show == "CAM":
+                value = draw.resized(self.analysis(side).strongest(settings, classes).value, size, smooth=True)
+                picture = draw.cam_picture(ground, value, strength=settings.strength)
+                if settings.contours:
+                    picture = draw.with_levels(picture, value, (settings.beta_l, settings.beta_h))
+            elif settings.show in LABELS:
+                shown = draw.resized(label, size)
+                picture = draw.label_picture(base, shown, strength=settings.strength)
+                picture = draw.with_regions(picture, shown) if settings.contours else picture
+            if self.picture.mask is not None and settings.show != "ground truth":
+                found = numbers(label, self.picture.mask, len(self.joint(side).names))
+        except ToCoError as error:
+            notes.append(str(error))
+        if settings.outline and self.picture.mask is not None:
+            picture = draw.with_regions(picture, draw.resized(self.picture.mask, size))
+        crops, more = self.crops(side)
+        notes += more
+        if crops:
+            picture = draw.with_crops(picture, crops)
+        if self.place is not None:
+            analysis = self.analysis(side)
+            picture = draw.with_patch(picture, analysis.grid, analysis.patch_at(*self.place))
+        return View(picture, label, found, tuple(dict.fromkeys(notes)))
+
+    def crops(self, side: int) -> tuple[list[Crop], tuple[str, ...]]:
+        """The local views as a side's model judges them, or why it cannot."""
+        if not self.centres:
+            return [], ()
+        try:
+            classes, _ = self.classes(side)
+            return self.analysis(side).crops(self.sides[side].settings, classes, self.centres), ()
+        except ToCoError as error:
+            return [], (str(error),)
+
+    def tokens(self, side: int) -> TokenView:
+        """The clicked patch (the middle of the image where none was) among the others, and attention."""
+        analysis, settings = self.analysis(side), self.sides[side].settings
+        patch = analysis.patch_at(*(self.place or (0.5, 0.5)))
+        return TokenView(
+            analysis.similarity(settings.block, patch),
+            analysis.similarity_by_block(patch),
+            analysis.attention(settings.block),
+            patch,
+        )
+
+    def read_out(self, side: int, y: float, x: float) -> str:
+        """In words: what is at a place, in fractions of the image."""
+        H, W = self.picture.image.shape[:2]
+        row, column = min(int(y * H), H - 1), min(int(x * W), W - 1)
+        settings, joint = self.sides[side].settings, self.joint(side)
+        words = [f"row {row}, column {column}"]
+        try:
+            analysis = self.analysis(side)
+            classes, _ = self.classes(side)
+            for k in classes[:6]:
+                cam = analysis.cam(settings, k)
+                h, w = cam.shape
+                value = float(cam[min(int(y * h), h - 1), min(int(x * w), w - 1)])
+                words.append(f"{joint.names[joint.of_model[k]]} {value:.2f}")
+            if settings.show in LABELS:
+                words.append(f"{settings.show}: {self.class_word(side, int(self.label(side)[row, column]))}")
+        except ToCoError:
+            pass
+        if self.picture.mask is not None:
+            words.append(f"truth: {self.class_word(side, int(self.picture.mask[row, column]))}")
+        return " · ".join(words)
+
+    def class_word(self, side: int, place: int) -> str:
+        names = self.joint(side).names
+        return names[place] if place < len(names) else "uncertain" if place == 255 else f"value {place}"
+
+    # ---- taking something along
+
+    def parameters(self) -> dict[str, Any]:
+        """The notebook's parameters that lead here: only what differs from where a session of this model begins."""
+        found: dict[str, Any] = {"image": self.picture.name}
+        start = settings_of(self.subject(0).config, self.subject(0).model.depth)
+        first = self.sides[0]
+        for name, value in first.settings.to_dict().items():
+            if value != start.to_dict()[name]:
+                found[name] = tuple(value) if isinstance(value, list) else value
+        if self.place is not None:
+            found["patch"] = tuple(round(p, 3) for p in self.place)
+        if len(self.sides) == 2:
+            found["compare"] = self.subject(1).spec or self.sides[1].subject
+        return found
+
+    def papermill_line(self, notebook: str = "notebooks/explore.ipynb", **others: Any) -> str:
+        """The command that shows this again; `others` are parameters that the session does not know (dataset, ...)."""
+        return papermill_line(notebook, {**others, **self.parameters()})
+
+    def save_label(self, path: str | Path, *, side: int = 0) -> Path:
+        """Write the label of a side as a PNG with VOC's palette. Raises ToCoError where there is none."""
+        image = Image.fromarray(self.label(side), mode="P")
+        image.putpalette(voc_palette().tobytes())
+        return written(path, image.save)
+
+    def describe(self) -> str:
+        """The state and its numbers in lines that are the same on every machine."""
+        lines = [f"{self.picture.name} of {self.pictures.title}"]
+        for i, side in enumerate(self.sides):
+            s, joint = side.settings, self.joint(i)
+            classes, _ = self.classes(i)
+            shown = ", ".join(joint.names[joint.of_model[k]] for k in classes) or "no class"
+            lines.append(f"{side.subject}: {s.show} ({s.cam} CAM of {shown}), beta_l {s.beta_l:g}, beta_h {s.beta_h:g}")
+            found = self.view(i).numbers
+            if found is not None:
+                lines.append(f"  mIoU {100 * found.scores.miou:.0f} %, labelled pixels {100 * found.coverage:.0f} %")
+        return "\n".join(lines)
+
+    # ---- within
+
+    def _base(self) -> tuple[np.ndarray, np.ndarray]:
+        """The image at the size at which it is shown, and the same with less colour; kept for the image at hand."""
+        if self._shown is None or self._shown[0] is not self.picture:
+            base = draw.enlarged(self.picture.image, draw.shown_size(self.picture.image.shape[:2]))
+            self._shown = (self.picture, base, draw.ground(base))
+        return self._shown[1:]
+
+    def _go_to_first_readable(self) -> None:
+        problem = None
+        for index in range(len(self.pictures)):
+            try:
+                return self.go(index)
+            except ToCoError as error:
+                problem = error
+        raise ToCoError(f"no image of {self.pictures.title} can be read: {problem}")
+
+
+def written(path: str | Path, save) -> Path:
+    """Call `save(path)` after its folder was made; returns the path. Raises ToCoError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+    except (OSError, ValueError) as error:
+        raise ToCoError(f"{path} cannot be written: {error}") from error
+    return path

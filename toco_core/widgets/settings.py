@@ -1,0 +1,102 @@
+"""What is shown of an image, as one frozen record that refuses impossible values, and as a line for papermill."""
+
+import shlex
+from dataclasses import dataclass, fields
+from typing import Any
+
+from toco_core.config import Config, LabelConfig, TrainConfig, did_you_mean, option
+from toco_core.errors import ToCoError
+
+SHOWN = ("image", "CAM", "CAM label", "seed label", "pseudo label", "segmentation", "ground truth")
+LABELS = SHOWN[2:]  # what can be scored against ground truth, or is it
+CAMS = ("final", "auxiliary", "block")
+CLASS_CHOICES = ("labelled", "predicted", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Config):
+    """What is shown of an image, and by which numbers. Fields of the same name as in `LabelConfig` mean the same."""
+
+    show: str = option("CAM", "What is laid over the image.", one_of=SHOWN)
+    cam: str = option(
+        "final",
+        """Which CAM is shown and becomes labels: final, auxiliary, or `block`: the final norm and classifier on the
+        tokens of block `block`, as if that block were the last.""",
+        one_of=CAMS,
+    )
+    block: int = option(12, "Block of the block CAM, of token similarity and of attention, from 1.", at_least=1)
+    classes: str = option(
+        "labelled", "Classes of CAM and labels: labelled, predicted, all, or names separated by commas."
+    )
+    strength: float = option(0.65, "Overlay: 0 shows the image only, 1 the overlay only.", at_least=0, at_most=1)
+    contours: bool = option(False, "Lines where the CAM crosses the two thresholds, or around each region of a label.")
+    outline: bool = option(False, "A white line around the ground truth.")
+    beta: float = option(0.5, "Threshold of the CAM label, with which a CAM is scored.", at_least=0, at_most=1)
+    beta_l: float = option(0.25, "CAM at most this: background.", at_least=0, at_most=1)
+    beta_h: float = option(0.7, "CAM at least this: foreground; uncertain between the two.", at_least=0, at_most=1)
+    par_iterations: int = option(10, "Iterations of PAR.", at_least=0, at_most=50)
+    par_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "Distances of PAR's neighbours.", at_least=1)
+    par_scale: float = option(0.5, "PAR refines at this fraction of the size.", above=0, at_most=1)
+    cam_scales: tuple[float, ...] = option((1.0,), "Image scales over which CAM is summed.", above=0)
+    flip: bool = option(True, "CAM also of the mirrored image.")
+    crf: bool = option(False, "Segmentation through the dense CRF.")
+    head: int = option(0, "Attention head, from 1; 0: the mean of all.", at_least=0)
+    crop_size: int = option(32, "Side of a local view in pixels of the model's image.", at_least=8)
+    n_crops: int = option(4, "Local views to sample.", at_least=0, at_most=32)
+    crop_seed: int = option(0, "Seed of the sampled views.", at_least=0)
+
+    def check(self):
+        if self.beta_l >= self.beta_h:
+            raise ToCoError(f"beta_l = {self.beta_l:g} must be below beta_h = {self.beta_h:g}")
+        if not self.classes.strip():
+            raise ToCoError(f"classes = '' is not allowed: {', '.join(CLASS_CHOICES)}, or names separated by commas")
+
+
+def settings_of(config: TrainConfig, depth: int) -> Settings:
+    """What a model was trained with, as settings to begin with."""
+    shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig)}
+    crops = {"crop_size": config.crops.local_size, "n_crops": config.crops.n_local or 4}
+    return Settings(**shared, **crops, block=depth)
+
+
+def changed(settings: Settings, **values: Any) -> Settings:
+    """A copy with some fields changed; texts of numbers separated by commas become tuples.
+
+    A threshold that is moved past the other one pushes it along. Raises ToCoError for unknown names and wrong values.
+    """
+    known = {f.name: f for f in fields(Settings)}
+    now = {name: getattr(settings, name) for name in known}
+    for name, value in values.items():
+        if name not in known:
+            raise ToCoError(f"there is no setting {name!r}{did_you_mean(name, known)}")
+        wants_several = isinstance(now[name], tuple) and not isinstance(value, (tuple, list))
+        now[name] = _numbers(name, str(value)) if wants_several else value
+    if "beta_l" in values and "beta_h" not in values and now["beta_l"] >= now["beta_h"]:
+        now["beta_h"] = min(1.0, round(now["beta_l"] + 0.01, 2))
+        now["beta_l"] = min(now["beta_l"], 0.99)
+    if "beta_h" in values and "beta_l" not in values and now["beta_l"] >= now["beta_h"]:
+        now["beta_l"] = max(0.0, round(now["beta_h"] - 0.01, 2))
+        now["beta_h"] = max(now["beta_h"], 0.01)
+    return Settings(**now)
+
+
+def papermill_line(notebook: str, parameters: dict[str, Any]) -> str:
+    """The command that runs the notebook with these parameters; values are quoted for a Unix shell."""
+    words = ["papermill", notebook, "out.ipynb"]
+    for name, value in parameters.items():
+        words += ["-p", name, shlex.quote(_text(value))]
+    return " ".join(words)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) + ("," if len(value) == 1 else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(name: str, text: str) -> tuple:
+    try:
+        values = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ToCoError(f"{name} = {text!r} is not allowed: numbers separated by commas") from None
+    return tuple(int(v) if name == "par_dilations" and v == int(v) else v for v in values)

@@ -1,0 +1,116 @@
+"""The models to look into, and what each of them can be asked.
+
+A subject is a finished run, a checkpoint of the published release, or a plain pretrained backbone. The last has no
+trained classifier: its tokens and its attention can be seen, CAMs cannot.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toco_core.config import ModelConfig, TrainConfig, override, photographs, tiny, voc
+from toco_core.data import VOC_CLASSES
+from toco_core.errors import ToCoError
+from toco_core.model import SHIPPED, ToCo
+from toco_core.runs import Run
+from toco_core.train import Opened, open_run
+
+CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode. `has` tells which of its heads were trained; `class_names` has background first."""
+
+    name: str
+    model: ToCo
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    has: frozenset[str]
+    spec: str = ""  # what `open_subject` was given; the parameter of the notebook
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False)  # one pass at a time
+
+
+def of_run(opened: Opened, *, spec: str = "") -> Subject:
+    """A run; a head whose loss had weight 0 counts as not there."""
+    loss = opened.config.loss
+    has = {CLASSIFIER: loss.cls, AUXILIARY: loss.aux_cls, DECODER: loss.seg, PROJECTION: loss.ctc}
+    trained = frozenset(head for head, weight in has.items() if weight > 0)
+    return Subject(opened.run.folder.name, opened.model, opened.config, opened.data.train.class_names, trained, spec)
+
+
+def of_release(path: str | Path) -> Subject:
+    """A checkpoint in the published release's layout, looked at as the release evaluates; VOC's classes where there
+    are 20."""
+    model = ToCo.from_release(path).eval()
+    config = override(voc(), layer=model.layer, dropped_border=True)
+    names = VOC_CLASSES if model.n_classes == 20 else _numbered(model.n_classes)
+    every = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))
+    return Subject(Path(path).name, model, config, names, every, str(path))
+
+
+def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None = None) -> Subject:
+    """A pretrained backbone as it is: tokens and attention, no trained head."""
+    recipe = tiny() if backbone in SHIPPED else photographs()
+    config = override(recipe, backbone=backbone, weights=weights)
+    model = ToCo(ModelConfig(backbone=backbone, weights=weights, layer=1), n_classes=1).eval()
+    layer = min(layer or config.model.layer, model.depth)
+    model.layer = layer
+    config = override(config, layer=layer)
+    return Subject(f"{backbone} (pretrained)", model, config, ("background",), frozenset(), backbone)
+
+
+def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
+    """A run's folder, a checkpoint file of the release, or the name of a backbone.
+
+    Raises ToCoError where `spec` is none of them, with what is allowed.
+    """
+    path = Path(spec)
+    if (path / "config.json").is_file():
+        return of_run(open_run(path), spec=str(spec))
+    if path.is_dir():
+        raise ToCoError(f"model = {str(spec)!r} is a folder without config.json: not the folder of a run")
+    if path.is_file():
+        return of_release(path)
+    if path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1:
+        raise ToCoError(f"model = {str(spec)!r} is not there: give a run's folder, a checkpoint file, or a backbone")
+    return of_backbone(str(spec), weights=weights)
+
+
+def finished_runs(folder: str | Path) -> list[Path]:
+    """The folders of finished runs in a folder, by name."""
+    folder = Path(folder)
+    found = [path for path in folder.iterdir() if (path / "config.json").is_file()] if folder.is_dir() else []
+    return sorted(path for path in found if Run(path).finished and (path / "checkpoint.pt").is_file())
+
+
+class Subjects:
+    """Models by name, opened when they are first asked for."""
+
+    def __init__(self):
+        self._makers: dict[str, Callable[[], Subject]] = {}
+        self._open: dict[str, Subject] = {}
+
+    def add(self, subject: Subject | str, maker: Callable[[], Subject] | None = None) -> str:
+        """An open model, or a name and how to open it; returns the name. What has the name already stays."""
+        name = subject if isinstance(subject, str) else subject.name
+        if name not in self._makers:
+            self._makers[name] = maker or (lambda: subject)
+        return name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._makers)
+
+    def get(self, name: str) -> Subject:
+        """Raises ToCoError for an unknown name, and what `open_subject` raises."""
+        if name not in self._makers:
+            raise ToCoError(f"model = {name!r} is not known here: known are {', '.join(self.names)}")
+        if name not in self._open:
+            self._open[name] = self._makers[name]()
+        return self._open[name]
+
+
+def _numbered(n_classes: int) -> tuple[str, ...]:
+    return ("background", *(f"class {k}" for k in range(1, n_classes + 1)))
