@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ def start_lab(folder):
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
         "IPYTHONDIR": str(folder / "ipython"),
     }
     words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
@@ -116,6 +118,15 @@ def changed(page, what, before):
     return page.evaluate(what)
 
 
+STOP_WATCH = """(() => {  // from the key press to the loaded picture, in ms
+    let began = null
+    window.tocoDelays = []
+    document.addEventListener('keydown', () => { began = performance.now() }, true)
+    document.querySelector('.toco-canvas img').addEventListener('load', () => {
+        if (began !== null) window.tocoDelays.push(performance.now() - began)
+        began = null
+    })
+})()"""
 PICTURE = "document.querySelector('.toco-canvas img')?.src"
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
 CURVE = "document.querySelector('.toco-explorer svg')?.outerHTML"
@@ -145,10 +156,15 @@ def test_a_person_explores(page):
     page.get_by_role("tab", name="labels").click()
     slider = page.locator(".widget-slider:has-text('beta_h') .noUi-handle")
     slider.focus()
-    for _ in range(8):
+    page.evaluate(STOP_WATCH)
+    moved = first
+    for _ in range(12):
         page.keyboard.press("ArrowRight")
-    moved = changed(page, PICTURE, first)
+        moved = changed(page, PICTURE, moved)
     numbers = changed(page, NUMBERS, numbers)
+    delays = page.evaluate("window.tocoDelays")
+    print(f"\nkey press to picture: median {statistics.median(delays):.0f} ms of {len(delays)} (target 60 ms)")
+    assert len(delays) >= 10
     shoot(page, "slider")
 
     curve, picture = page.evaluate(CURVE), page.locator(".toco-canvas img").first

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from toco_core.config import field_sections
+from toco_core.widgets.settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -104,6 +105,8 @@ def test_every_parameter_is_used_later(path):
                 used.add(node.value)  # picked by name, as in `globals()["layer"]`
             elif isinstance(node, ast.Attribute) and ast.unparse(node) == "parameters.config":
                 used |= {"recipe", *field_sections()}  # reads every field of the config, see toco_core.notebook
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "Settings.help":
+                used |= set(Settings.help())  # picks every setting of the explorer by name
     assert [name for name in assigned_names(notebook.cells[at].source) if name not in used] == []
 
 

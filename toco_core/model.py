@@ -151,9 +151,12 @@ class ToCo(nn.Module):
         for number, x, grid in self._run_blocks(images):
             if number == self.layer:
                 aux = x
+        return self._tokens(self.final_norm(x), aux, grid)
+
+    def _tokens(self, last: Tensor, aux: Tensor, grid: tuple[int, int]) -> Tokens:
+        """From all tokens after the final norm, and all after block `layer`."""
         n_prefix = self.encoder.num_prefix_tokens
-        x = self.final_norm(x)
-        return Tokens(x[:, 0], x[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
+        return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
     def _run_blocks(self, images: Tensor):
         """Yield (block number from 1, all tokens after it, grid), block by block."""
@@ -283,10 +286,10 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         blocks, normed = [], []
         for _, x, grid in self._run_blocks(images):
-            last = self._final_norm(x)
-            blocks.append(x[:, n_prefix:])
-            normed.append(last[:, n_prefix:])
-        return Inside(blocks, normed, Tokens(last[:, 0], normed[-1], blocks[self.layer - 1], grid))
+            blocks.append(x)
+            normed.append(self.final_norm(x))
+        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
+        return Inside([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
     def attention(

@@ -159,7 +159,7 @@ def encoded(picture: np.ndarray, *, kind: str = "jpeg") -> bytes:
 
 
 def curve_svg(
-    curves: dict[str, Sequence[float]], *, block: int, layer: int, width: int = 330, height: int = 190
+    curves: dict[str, np.ndarray], *, block: int, layer: int, width: int = 330, height: int = 190
 ) -> str:
     """Values in [-1, 1] after each block, one line per name; takes the page's text colour, light or dark."""
     left, right, top, bottom = 44, 12, 26, 40

@@ -132,7 +132,7 @@ class Explorer(w.VBox):
             "n_crops": w.IntSlider(min=1, max=16, description="crops", **slider),
             "crop_seed": w.IntSlider(min=0, max=20, description="seed", **slider),
         }
-        self.class_choice = w.ToggleButtons(options=[*CLASS_CHOICES, "chosen"], style={"button_width": "76px"})
+        self.class_choice = w.ToggleButtons(options=[*CLASS_CHOICES, "chosen"], style={"button_width": "80px"})
         self.class_names = w.SelectMultiple(rows=5, description="classes", **full)
         self.click_means = w.ToggleButtons(
             options=["compares a patch", "places a crop"], description="click", style={"button_width": "125px"}
@@ -167,7 +167,7 @@ class Explorer(w.VBox):
         keep = [self.copy, self.line, self.save_name, saves, self.saved]
         names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep}
         self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
-        self.tabs.layout = w.Layout(width="430px", max_width="100%")
+        self.tabs.layout = w.Layout(width="388px", max_width="100%")
         split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
         self.right = w.VBox([self.tabs, self.numbers, split, self.split_numbers], layout=w.Layout(max_width="100%"))
         self.stage = w.HBox([*self.panes, self.right], layout=spread)
