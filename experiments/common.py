@@ -16,9 +16,9 @@ import cv2
 import torch
 
 from toco_core.config import TrainConfig, override, tiny
-from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.runs import Run, write_whole
+from toco_core.scores import reported_part
 from toco_core.train import evaluate_as, train
 
 METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")
@@ -51,7 +51,7 @@ def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, p
 
 def test_scores(config: TrainConfig, trained) -> dict[str, float]:
     """mIoU on the part "test" in percent, each CAM at the threshold that is best on the validation part."""
-    chosen, test = trained.validation, VOCFolder(trained.data.val.root, "test")
+    chosen, (_, test) = trained.validation, reported_part(trained.data)
     found = evaluate_as(config, trained.model, test, progress=False)
     values = {
         "cam_miou": found.cam.scores(chosen.cam.best_beta).miou,

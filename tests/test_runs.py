@@ -4,6 +4,8 @@ import math
 import os
 import pickle
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -325,3 +327,22 @@ def test_a_damaged_log_is_told(run):
     (run.folder / "metrics.jsonl").write_text('{"step": 0}\nno json\n{"step": 1}\n')
     with pytest.raises(ToCoError, match=r"metrics\.jsonl cannot be read as the log of a run"):
         run.records()
+
+
+def test_a_run_is_trained_by_one_at_a_time(tmp_path, capsys):
+    order, run = [], Run(tmp_path / "runs" / "one")
+
+    def second():
+        with Run(run.folder).alone():
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with run.alone():
+        waiting.start()
+        time.sleep(0.3)
+        order.append("first")
+    waiting.join(20)
+    assert order == ["first", "second"]
+    assert "another process trains one: waiting" in capsys.readouterr().out
+    with run.alone():  # free again
+        pass

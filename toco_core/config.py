@@ -470,7 +470,7 @@ def tiny() -> TrainConfig:
 def photographs(dataset: str = "photographs") -> TrainConfig:
     """A folder of some hundred photographs with masks and an ImageNet backbone, fine-tuned at 224 pixels in minutes."""
     return TrainConfig(
-        model=ModelConfig(backbone="vit_tiny_patch16_224"),
+        model=ModelConfig(backbone="vit_tiny_patch16_224", aux_norm=True),
         labels=LabelConfig(cam_scales=(1.0, 0.5)),
         loss=LossConfig(seg_start=100, energy_start=100),
         crops=CropConfig(local_size=64),

@@ -89,9 +89,9 @@ def ctc_loss(
     """Class token contrast (CTC): views of foreground approach the global view, views of background leave it.
 
     `student` are the projected class tokens of all views (the global ones first), `teacher` those of the G = 2 global
-    views through the averaged head; both of length 1. `is_positive` is true where a view shows the image's objects, as
-    the global views always do. With p = exp(student . teacher / temperature) and n the sum of p over an image's
-    negative views, an image costs
+    views through the averaged head, of any length, as in the release. `is_positive` is true where a view shows the
+    image's objects, as the global views always do. With p = exp(student . teacher / temperature) and n the sum of p
+    over an image's negative views, an image costs
 
         sum over positive views of -log(p / (p + n + 1e-4))  +  log(1 + n + 1e-4)
 

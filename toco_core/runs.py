@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import torch
 
 from .config import TrainConfig
@@ -44,6 +45,22 @@ class Run:
         name = f"{dataset}-layer{config.model.layer}-seed{config.seed}-{config.short_hash()}"
         default = config.out_dir == TrainConfig().out_dir
         return cls(Path(default and os.environ.get("TOCO_RUNS") or config.out_dir) / name)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training the same run at the same time; they wait, and then find it finished."""
+        with self._writing():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def begin(self, config: TrainConfig, **facts) -> None:
         """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder

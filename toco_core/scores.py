@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .config import TrainConfig
-from .data import TrainVal, VOCFolder, split_names
+from .data import Split, TrainVal, open_source, split_names
 from .errors import ToCoError
 from .evaluate import Evaluation
 from .labels import IGNORE, pseudo_label
@@ -99,6 +99,15 @@ def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: b
     return Scored(config, run, found)
 
 
+def reported_part(data: TrainVal) -> tuple[str, Split]:
+    """The part that results are told of, and its name: "test" where there is one with masks, else "val"."""
+    if "test" in split_names(data.val.root):
+        test = open_source(data.val.root, "test")
+        if test.n_masks:
+            return "test", test
+    return "val", data.val
+
+
 def score_run(opened: Opened, *, validation: Evaluation | None = None, progress: bool = True) -> RunScores:
     """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished.
 
@@ -109,9 +118,8 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
         return found
     model, config, run, data = opened
     pseudo = PseudoLabelCounts(model.n_classes)
-    part, source = "val", data.val
-    if "test" in split_names(data.val.root):
-        part, source = "test", VOCFolder(data.val.root, "test")
+    part, source = reported_part(data)
+    if part == "test":
         validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
     final = evaluate_as(
         config, model, source, on_batch=_count_pseudo_labels(pseudo, config), progress=progress, what="scoring"

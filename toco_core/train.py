@@ -7,6 +7,7 @@ encoder sees every picture once: main image, second global view, local views, th
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -189,6 +190,18 @@ class Trained(NamedTuple):
     validation: Evaluation
 
 
+def _alone(function: Callable) -> Callable:
+    """One process at a time trains a run; processes that share one training count as one."""
+
+    @functools.wraps(function)
+    def waits(config: TrainConfig, **options):
+        with Run.of(config).alone() if distributed.current().first else contextlib.nullcontext():
+            return function(config, **options)
+
+    return waits
+
+
+@_alone
 def train(
     config: TrainConfig,
     *,
