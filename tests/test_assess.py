@@ -66,7 +66,7 @@ def config(root):
 
 @pytest.fixture(scope="module")
 def assessed(model, source, config):
-    options = {"chosen_on": "val", "scales": SCALES, "progress": False}
+    options = {"part": "train", "chosen_on": "val", "scales": SCALES, "progress": False}
     return assess.assess(model, source, config, **BETAS, **options)
 
 
@@ -207,7 +207,9 @@ def test_the_summary_is_plain_json(source, assessed):
 
 def test_without_crf_nothing_of_it_is_there(model, source, config):
     part = assess.evenly(source, 2)
-    found = assess.assess(model, part, config, **BETAS, chosen_on="val", scales=(1.0,), crf=False, progress=False)
+    found = assess.assess(
+        model, part, config, **BETAS, part="train", chosen_on="val", scales=(1.0,), crf=False, progress=False
+    )
     assert tuple(found.counts) == assess.KINDS[:-1]
     with pytest.raises(ToCoError, match="crf has no setting 'iteration'"):
         assess.labels_of(model, part, 0, config, **BETAS, crf={"iteration": 3})
@@ -221,10 +223,13 @@ def test_images_are_spread_evenly(source):
 
 
 def test_the_test_part_is_reported_where_there_is_one(root, tmp_path):
-    assert assess.reported_split(open_train_val(root)).split == open_train_val(root).val.split != "test"
+    held_out = assess.reported_part(open_train_val(root))
+    assert held_out.name == "val (held out of train)" and held_out.source.names == open_train_val(root).val.names
+    assert assess.reported_part(open_train_val(root), "train").source.names == VOCFolder(root, "train").names
     other = write_voc_folder(tmp_path / "other", n=3)
     (other / "ImageSets" / "Segmentation" / "test.txt").write_text("img_1\n")
-    assert assess.reported_split(open_train_val(other)).names == ("img_1",)
+    name, source = assess.reported_part(open_train_val(other))
+    assert name == "test" and source.names == ("img_1",)
 
 
 # ---- where the model comes from

@@ -86,9 +86,23 @@ def open_subject(
     return subject
 
 
-def reported_split(data: TrainVal):
-    """The part "test" where the data set has one, else val."""
-    return VOCFolder(data.val.root, "test") if "test" in split_names(data.val.root) else data.val
+class Part(NamedTuple):
+    """A split under the name that scores are reported with."""
+
+    name: str
+    source: VOCFolder
+
+
+def reported_part(data: TrainVal, split: str = "auto") -> Part:
+    """A part of the data set; "auto" is test where there is one, else val.
+
+    "val" is the part that training validates on, also where it was cut from the list of train, and is then named so.
+    """
+    if split == "auto":
+        split = "test" if "test" in split_names(data.val.root) else "val"
+    if split == "val":
+        return Part(f"val (held out of {data.val.split})" if data.held_out else data.val.split, data.val)
+    return Part(split, VOCFolder(data.val.root, split))
 
 
 def evenly(source, n: int):
@@ -206,12 +220,15 @@ def assess(
     *,
     beta: float,
     aux_beta: float,
+    part: str,
     chosen_on: str,
     scales: Sequence[float] = MULTI_SCALES,
     crf: bool | Mapping = True,
     progress: bool = True,
 ) -> Assessment:
-    """Score every kind of label on a split with masks. `chosen_on` tells the part on which both thresholds were chosen.
+    """Score every kind of label on a split with masks.
+
+    `part` is what the protocols call this split, `chosen_on` the one on which both thresholds were chosen.
 
     Other arguments as in `labels_of`. Raises ToCoError for an image without a mask.
     """
@@ -224,7 +241,7 @@ def assess(
         for kind, label in found.items():
             counts.setdefault(kind, []).append(image_counts(mask, label, model.n_classes))
     side = eval_size(config)
-    where = f"{len(source)} images of {source.split} at {f'{side} x {side}' if side else 'native size'}"
+    where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
     cam = f"{where}, image labels known, CAM scales {_listed(config.labels.cam_scales)} + flip"
     par = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}, PAR {config.labels.par_iterations}"
     several = f"{where}, scales {_listed(scales)} + flip"
