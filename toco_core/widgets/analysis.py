@@ -217,7 +217,8 @@ class Analysis:
 
     def _row(self, settings: Settings) -> int:
         """Row of the raw activations: blocks from 0, the auxiliary CAM last."""
-        self._need(CLASSIFIER, "CAM")
+        if CLASSIFIER not in self.subject.has:
+            raise ToCoError(no_classifier(self.subject))
         if settings.cam == "auxiliary":
             self._need(AUXILIARY, "auxiliary CAM")
             return len(self.inside.blocks)
@@ -269,6 +270,11 @@ class Analysis:
         cams = self.cams(settings, classes)
         present = torch.ones(1, len(classes), device=cams.device)
         return region_mask(cams, present, beta_l=settings.beta_l, beta_h=settings.beta_h)
+
+
+def no_classifier(subject: Subject) -> str:
+    """What is told about a plain backbone."""
+    return f"{subject.name} has no trained classifier: its tokens and its attention can be seen, CAMs cannot"
 
 
 class _OneImage:

@@ -158,9 +158,7 @@ def encoded(picture: np.ndarray, *, kind: str = "jpeg") -> bytes:
     return cv2.imencode(name, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
-def curve_svg(
-    curves: dict[str, np.ndarray], *, block: int, layer: int, width: int = 330, height: int = 190
-) -> str:
+def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: int = 310, height: int = 190) -> str:
     """Values in [-1, 1] after each block, one line per name; takes the page's text colour, light or dark."""
     left, right, top, bottom = 44, 12, 26, 40
     depth = max(len(values) for values in curves.values())

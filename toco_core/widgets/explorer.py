@@ -24,7 +24,7 @@ from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN
 from toco_core.widgets.subjects import DECODER
 
 PER_PAGE = 10  # thumbnails
-NARROW, WIDE = 400, 448  # width of the picture with and without a second one, CSS pixels
+NARROW, WIDE = 400, 420  # width of the picture with and without a second one, CSS pixels
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
 SMALL = 224  # width of the maps of tokens
 
@@ -167,12 +167,14 @@ class Explorer(w.VBox):
         keep = [self.copy, self.line, self.save_name, saves, self.saved]
         names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep}
         self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
-        self.tabs.layout = w.Layout(width="388px", max_width="100%")
+        self.tabs.layout = w.Layout(width="376px", max_width="100%")
         split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
-        self.right = w.VBox([self.tabs, self.numbers, split, self.split_numbers], layout=w.Layout(max_width="100%"))
+        counts = w.VBox([self.numbers, split, self.split_numbers], layout=w.Layout(width="376px", max_width="100%"))
+        self.right = w.HBox([self.tabs, counts], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
         self.stage = w.HBox([*self.panes, self.right], layout=spread)
-        tokens = [w.VBox([self.map_titles[0], self.maps[0]]), w.VBox([w.HTML(), self.curve])]
-        tokens.append(w.VBox([self.map_titles[1], self.maps[1], c["head"]]))
+        narrow = {"layout": w.Layout(width=f"{SMALL + 6}px")}
+        left = w.VBox([self.map_titles[0], self.maps[0]], **narrow)
+        tokens = [left, self.curve, w.VBox([self.map_titles[1], self.maps[1], c["head"]], **narrow)]
         self.lower = w.HBox(tokens, layout=spread)
         self.children = [choose, find, self.film, self.notes, self.stage, self.lower]
         self.add_class("toco-explorer")
@@ -502,6 +504,7 @@ class Explorer(w.VBox):
         try:
             two = len(session.sides) == 2
             self.compare.value, self.side.value, self.model.value = two, session.active, side.subject
+            self.right.layout.width = None if two else "380px"
             for widget in (self.side, self.linked):
                 widget.layout.display = None if two else "none"
             self.panes[1].layout.display = None if two else "none"

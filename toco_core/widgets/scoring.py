@@ -15,7 +15,7 @@ import numpy as np
 from toco_core.errors import ToCoError
 from toco_core.labels import IGNORE
 from toco_core.metrics import ConfusionMatrix, Scores
-from toco_core.widgets.analysis import Analysis
+from toco_core.widgets.analysis import Analysis, no_classifier
 from toco_core.widgets.pictures import Pictures
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import Subject
@@ -80,7 +80,7 @@ def chosen_classes(
     to_model = {int(place): k for k, place in enumerate(joint.of_model[: analysis.subject.model.n_classes + 1]) if k}
     model_name = analysis.subject.name
     if not analysis.subject.class_names[1:]:
-        return (), (f"{model_name} has no trained classifier: its tokens and its attention can be seen, CAMs cannot",)
+        return (), (no_classifier(analysis.subject),)
     if settings.classes == "all":
         return tuple(sorted(to_model.values())), ()
     if settings.classes == "predicted":
