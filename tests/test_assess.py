@@ -223,12 +223,12 @@ def test_images_are_spread_evenly(source):
 
 
 def test_the_test_part_is_reported_where_there_is_one(root, tmp_path):
-    held_out = assess.reported_part(open_train_val(root))
+    held_out = assess.part_of(open_train_val(root))
     assert held_out.name == "val (held out of train)" and held_out.source.names == open_train_val(root).val.names
-    assert assess.reported_part(open_train_val(root), "train").source.names == VOCFolder(root, "train").names
+    assert assess.part_of(open_train_val(root), "train").source.names == VOCFolder(root, "train").names
     other = write_voc_folder(tmp_path / "other", n=3)
     (other / "ImageSets" / "Segmentation" / "test.txt").write_text("img_1\n")
-    name, source = assess.reported_part(open_train_val(other))
+    name, source = assess.part_of(open_train_val(other))
     assert name == "test" and source.names == ("img_1",)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .cam import multi_scale_cam
 from .config import TrainConfig, override
-from .data import TrainVal, VOCFolder, evaluation_items, split_names, to_unit
+from .data import Split, TrainVal, evaluation_items, open_source, to_unit
 from .errors import ToCoError
 from .evaluate import (
     checked_crf,
@@ -40,6 +40,7 @@ from .labels import IGNORE, pseudo_label
 from .metrics import ConfusionMatrix, Scores
 from .model import ToCo
 from .release import from_release
+from .scores import reported_part
 from .train import attention_of, autocast_of, open_data, open_run, resolve_device, trained_run
 
 KINDS = ("cam", "aux_cam", "pseudo_label", "seg", "seg_ms", "seg_crf")
@@ -90,19 +91,20 @@ class Part(NamedTuple):
     """A split under the name that scores are reported with."""
 
     name: str
-    source: VOCFolder
+    source: Split
 
 
-def reported_part(data: TrainVal, split: str = "auto") -> Part:
-    """A part of the data set; "auto" is test where there is one, else val.
+def part_of(data: TrainVal, split: str = "auto") -> Part:
+    """A part of the data set; "auto" is the one that results are told of (`scores.reported_part`).
 
     "val" is the part that training validates on, also where it was cut from the list of train, and is then named so.
     """
-    if split == "auto":
-        split = "test" if "test" in split_names(data.val.root) else "val"
-    if split == "val":
-        return Part(f"val (held out of {data.val.split})" if data.held_out else data.val.split, data.val)
-    return Part(split, VOCFolder(data.val.root, split))
+    source = reported_part(data)[1] if split == "auto" else data.val
+    if split not in ("auto", "val"):
+        return Part(split, open_source(data.val.root, split))
+    if source is data.val and data.held_out:
+        return Part(f"val (held out of {source.split})", source)
+    return Part(source.split, source)
 
 
 def evenly(source, n: int):
