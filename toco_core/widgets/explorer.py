@@ -37,7 +37,8 @@ class Explorer(w.VBox):
 
     def __init__(self, session: Session, *, others: dict[str, Any] | None = None, folder: str = "explored"):
         super().__init__()
-        self.session, self.others, self.folder = session, dict(others or {}), folder
+        self.session, self.folder = session, folder
+        self.others = {name: value for name, value in (others or {}).items() if value}
         self.scoring: SplitScoring | None = None
         self.split: SplitScores | None = None
         self.order = list(range(len(session.pictures)))
@@ -98,6 +99,7 @@ class Explorer(w.VBox):
     def _make_controls(self) -> None:
         session, full = self.session, {"layout": w.Layout(width="auto"), "style": {"description_width": "92px"}}
         slider = {**full, "continuous_update": True}
+        small_label = {**slider, "style": {"description_width": "36px"}}
         self.search = w.Text(placeholder="name or class", description="search", continuous_update=False, **full)
         self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **full)
         self.film = Filmstrip()
@@ -127,7 +129,7 @@ class Explorer(w.VBox):
             "crf": w.Checkbox(description="segmentation through the dense CRF", indent=False),
             "cam_scales": w.SelectMultiple(options=SCALES, rows=4, description="scales", **full),
             "flip": w.Checkbox(description="also mirrored", indent=False),
-            "head": w.IntSlider(min=0, max=12, description="head (0: mean)", **slider),
+            "head": w.IntSlider(min=0, max=12, description="head", **small_label),
             "crop_size": w.IntSlider(min=8, max=224, description="crop size", **slider),
             "n_crops": w.IntSlider(min=1, max=16, description="crops", **slider),
             "crop_seed": w.IntSlider(min=0, max=20, description="seed", **slider),
