@@ -23,6 +23,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluate import evaluate, look
 from toco_core.labels import region_mask
 from toco_core.model import ToCo
+from toco_core.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
 from toco_core.widgets.scoring import SplitScoring, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
@@ -514,6 +515,20 @@ def test_plain_backbone(folder):
     assert len(explorer.session.tokens(0).by_block) == 12
     explorer.sample.click()
     assert "no trained classifier" in explorer.notes.value
+
+
+def test_checkpoint_of_the_release(folder, tmp_path):
+    backbone = "plain_vit(image=64, patch=32, width=64, depth=12, heads=1, mlp=64)"
+    config = override(make_subject().config, backbone=backbone, layer=10)
+    save_release(ToCo(config.model, 3), tmp_path / "release.pth")
+    opened = open_subject(tmp_path / "release.pth")
+    assert opened.class_names[1:] == ("class 1", "class 2", "class 3") and opened.has == EVERY
+    subjects = Subjects()
+    subjects.add(opened)
+    session = Session(open_pictures(folder), subjects)
+    assert session.joint(0).names == CLASSES  # as many classes as the folder: the same in order
+    assert session.view(0).notes == () and session.analysis(0).images.shape[-2:] == (448, 448)
+    assert session.parameters()["image"] == "img_0" and opened.spec.endswith("release.pth")
 
 
 @pytest.mark.parametrize(
