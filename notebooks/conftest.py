@@ -1,4 +1,7 @@
-"""Notebooks under test train anew, in a folder of this session: what an older version trained proves nothing."""
+"""Notebooks under test train anew, in a folder of this session: what an older version trained proves nothing.
+
+Workers of `pytest -n` inherit the folder, so that each run is trained once, and share the cores.
+"""
 
 import os
 import tempfile
@@ -6,3 +9,5 @@ import tempfile
 if "TOCO_RUNS" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="toco-runs-")
     os.environ["TOCO_RUNS"] = _folder.name
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

@@ -1,6 +1,11 @@
-"""Check every shape in every signature of `toco_core` while the tests run."""
+"""Check every shape in every signature of `toco_core` while the tests run; workers of `pytest -n` share the cores."""
+
+import os
 
 from jaxtyping import install_import_hook
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 _hook = install_import_hook("toco_core", "shape_check.check")
 
