@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,15 +49,15 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from training the same run at the same time; they wait, and then find it finished."""
-        with self._writing():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
-                lock.acquire()
+        """Keep other processes of this machine from training the same run at the same time; they wait, and then find it
+        finished. The lock lies among the temporary files: what is refused before training leaves nothing behind."""
+        name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:20]
+        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"toco-run-{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
+            lock.acquire()
         try:
             yield
         finally:
