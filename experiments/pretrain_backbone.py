@@ -106,6 +106,21 @@ def optimizers_for(encoder: nn.Module, heads: nn.Module, args) -> list[torch.opt
     ]
 
 
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """The learning rate of every parameter."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
+
+
+def descend(loss: torch.Tensor, encoder: nn.Module, heads: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step, the gradient cut to length 1."""
+    loss.backward()
+    nn.utils.clip_grad_norm_([*encoder.parameters(), *heads.parameters()], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="length of the training, on whatever this machine is")
@@ -156,8 +171,7 @@ def main() -> None:
             optimizers = optimizers_for(encoder, heads, args)
             tqdm.write(f"step {step}: {DEPTHS[grown]} blocks")
         rate = args.lr * min(1.0, spent / 0.02) * (0.5 * (1 + math.cos(math.pi * spent)) + 0.005)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        set_rate(optimizers, rate)
         pick = torch.randint(held_out, len(images), (args.batch,), generator=generator)
         found = logits(augment(images[pick], generator))
         loss = sum(
@@ -165,11 +179,7 @@ def main() -> None:
             for i, (name, weight) in enumerate(zip(TARGETS, (1.0, 0.5), strict=True))
             for pool in ("token", "mean")
         )
-        loss.backward()
-        nn.utils.clip_grad_norm_([*encoder.parameters(), *heads.parameters()], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        descend(loss, encoder, heads, optimizers)
         step += 1
         if step % 100 == 0:
             bar.n = round(spent * args.minutes * 60)

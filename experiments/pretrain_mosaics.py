@@ -18,7 +18,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pretrain_backbone import STREAM, TARGETS, WIDTH, augment, of_depth, optimizers_for, pictures, save
+from pretrain_backbone import (
+    STREAM,
+    TARGETS,
+    WIDTH,
+    augment,
+    descend,
+    of_depth,
+    optimizers_for,
+    pictures,
+    save,
+    set_rate,
+)
 from torch import nn
 from tqdm import tqdm
 
@@ -66,7 +77,7 @@ def main() -> None:
     load_weights(encoder, args.weights)
     encoder.train()
     heads = nn.ModuleDict({f"{name}{block}": nn.Linear(WIDTH, n) for name, n in TARGETS.items() for block in BLOCKS})
-    heads["present"] = nn.Linear(WIDTH, 8)
+    heads["present"] = nn.Linear(WIDTH, TARGETS["species"])
     optimizers = optimizers_for(encoder, heads, args)
 
     def logits(pick: torch.Tensor, random: torch.Generator) -> dict[str, torch.Tensor]:
@@ -96,12 +107,11 @@ def main() -> None:
     bar = tqdm(total=round(args.minutes * 60), unit="s")
     while (spent := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         rate = args.lr * min(1.0, spent / 0.03) * (0.5 * (1 + math.cos(math.pi * spent)) + 0.005)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        set_rate(optimizers, rate)
         pick = torch.randint(held_out, len(images), (4 * args.canvases,), generator=generator)
         found = logits(pick, generator)
         species, coat = labels[pick].unbind(1)
-        present = F.one_hot(species, 8).unflatten(0, (-1, 4)).amax(1).float()
+        present = F.one_hot(species, TARGETS["species"]).unflatten(0, (-1, 4)).amax(1).float()
         loss = (
             F.cross_entropy(found["species"], species, label_smoothing=0.1)
             + F.cross_entropy(found["early_species"], species, label_smoothing=0.1)
@@ -109,11 +119,7 @@ def main() -> None:
             + 0.5 * F.cross_entropy(found["early_coat"], coat, label_smoothing=0.1)
             + F.binary_cross_entropy_with_logits(found["present"], present)
         )
-        loss.backward()
-        nn.utils.clip_grad_norm_([*encoder.parameters(), *heads.parameters()], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        descend(loss, encoder, heads, optimizers)
         step += 1
         if step % 20 == 0:
             bar.n = round(spent * args.minutes * 60)

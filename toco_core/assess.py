@@ -148,16 +148,7 @@ def labels_of(
     for kind, maps, threshold in (("cam", cams.cam, beta), ("aux_cam", cams.aux_cam, aux_beta)):
         value, label = strongest(maps, image_labels, size)
         found[kind] = np.where(value > threshold, label, 0)
-    refined = pseudo_label(
-        unit,
-        cams.cam,
-        image_labels,
-        beta_l=config.labels.beta_l,
-        beta_h=config.labels.beta_h,
-        iterations=config.labels.par_iterations,
-        dilations=config.labels.par_dilations,
-        scale=config.labels.par_scale,
-    )
+    refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
     found["pseudo_label"] = F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].cpu().numpy()
     found["seg"] = merged_label(once, size)[0].cpu().numpy()
     logits = merged_logits(several, size, max_over_scales=config.release.max_over_scales)

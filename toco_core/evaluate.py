@@ -339,15 +339,7 @@ def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
     images = model.normalise(unit)
     tokens = model.encode(images)
     cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
-    refined = pseudo_label(
-        unit,
-        cams.cam,
-        image_labels,
-        iterations=config.labels.par_iterations,
-        dilations=config.labels.par_dilations,
-        scale=config.labels.par_scale,
-        **thresholds,
-    )
+    refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
     image = source.image(index)
     size = image.shape[:2]
 

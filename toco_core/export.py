@@ -155,11 +155,7 @@ def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: st
         return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
     if method == "crf":
         return cam_crf_label(cam, image_labels, native, beta=beta, crf=crf)
-    o = config.labels
-    refined = pseudo_label(
-        unit, cam, image_labels, beta_l=o.beta_l, beta_h=o.beta_h,
-        iterations=o.par_iterations, dilations=o.par_dilations, scale=o.par_scale,
-    )  # fmt: skip
+    refined = pseudo_label(unit, cam, image_labels, **config.labels.pseudo_label_options())
     return F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
 
 

@@ -85,7 +85,7 @@ def seed_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
 def pseudo_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
     """The same after PAR, as `labels` describes it."""
     thresholds = {"beta_l": labels.beta_l, "beta_h": labels.beta_h}
-    return item.native(pseudo_label(item.unit, item.cam, item.present, **thresholds, **_par_options(labels)))[0]
+    return item.native(pseudo_label(item.unit, item.cam, item.present, **thresholds, **labels.par_options()))[0]
 
 
 def crf_of(item: ImageCAMs, labels: LabelConfig, **options) -> UInt8[np.ndarray, "nh nw"]:
@@ -93,10 +93,6 @@ def crf_of(item: ImageCAMs, labels: LabelConfig, **options) -> UInt8[np.ndarray,
     betas = (labels.beta_h, labels.beta_l)
     high, low = crf_labels(item.unit, item.cam, item.present, betas=betas, **options)
     return item.native(with_uncertain(low=low, high=high))[0]
-
-
-def _par_options(labels: LabelConfig) -> dict:
-    return {"iterations": labels.par_iterations, "dilations": labels.par_dilations, "scale": labels.par_scale}
 
 
 # ---- quality
@@ -189,7 +185,7 @@ def threshold_grid(
     counts = {(l, h): LabelCounts(n_classes) for i, l in enumerate(betas) for h in betas[i:]}
     for item in items:
         if refined:
-            one = refined_labels(item.unit, item.cam, item.present, betas=betas, **_par_options(labels))
+            one = refined_labels(item.unit, item.cam, item.present, betas=betas, **labels.par_options())
         else:
             one = torch.stack([eval_label(item.cam, item.present, beta=beta) for beta in betas])
         label = dict(zip(betas, item.native(one[:, 0]), strict=True))

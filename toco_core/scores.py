@@ -167,11 +167,7 @@ def _count_pseudo_labels(counts: PseudoLabelCounts, config: TrainConfig):
             images,
             cams.cam.float(),
             image_labels,
-            beta_l=config.labels.beta_l,
-            beta_h=config.labels.beta_h,
-            iterations=config.labels.par_iterations,
-            dilations=config.labels.par_dilations,
-            scale=config.labels.par_scale,
+            **config.labels.pseudo_label_options(),
         )
         for item, label in zip(items, labels.cpu().numpy(), strict=True):
             if item.mask is not None:

@@ -143,10 +143,7 @@ def step_losses(
             cams.cam if final else cams.aux_cam,
             image_labels,
             valid_box=valid_box,
-            iterations=config.labels.par_iterations,
-            dilations=config.labels.par_dilations,
-            scale=config.labels.par_scale,
-            **thresholds,
+            **config.labels.pseudo_label_options(),
         )
         seg_logits = F.interpolate(
             output.seg_logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
