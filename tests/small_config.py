@@ -1,5 +1,7 @@
 """A small config whose values belong to the tests: the recipe `tiny` may be tuned without moving them."""
 
+import torch
+
 from toco_core.config import TrainConfig, override, tiny
 
 
@@ -24,3 +26,9 @@ def small_recipe() -> TrainConfig:
         warmup_steps=30,
         eval_interval=100,
     )
+
+
+def stir(model: torch.nn.Module, spread: float) -> None:
+    """Every parameter random, norms and biases around 1: far from its start, so that CAMs are not flat."""
+    for parameter in model.parameters():
+        parameter.data = spread * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)

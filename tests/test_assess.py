@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from voc_folder import write_voc_folder
 
 from toco_core import assess, labels, viz
@@ -33,8 +33,7 @@ def model():
     """Far from its start, so that CAMs are not flat and the decoder has opinions."""
     torch.manual_seed(0)
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **SIZES), K)
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     return model.eval()
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import reference_model as slow
 import torch
+from small_config import stir
 from torch.testing import assert_close
 
 from toco_core.attention import class_token_attention, class_token_attention_by_block
@@ -19,8 +20,7 @@ SIZES = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width":
 def model():
     torch.manual_seed(0)
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **SIZES), 5).double()
-    for parameter in model.parameters():
-        parameter.data = 0.4 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.4)
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 
 from toco_core import crops, labels, losses
@@ -49,8 +49,7 @@ def model():
     """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
     torch.manual_seed(0)
     model = ToCo(override(small_recipe(), **SMALL).model, K).double()
-    for parameter in model.parameters():
-        parameter.data = 0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.2)
     return model
 
 

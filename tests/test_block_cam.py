@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference_model import resize
+from small_config import stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
@@ -34,8 +35,7 @@ CONFIG = override(
 def model():
     torch.manual_seed(0)
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, proj_hidden=8), 3)
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     return model.eval()
 
 

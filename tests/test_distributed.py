@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from killed_training import SMALL
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
@@ -32,8 +32,7 @@ def model_of(config):
     """In float64 and far from its start, as in test_train.py."""
     torch.manual_seed(0)
     model = ToCo(config.model, K).double()
-    for parameter in model.parameters():
-        parameter.data = 0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.2)
     return model
 
 

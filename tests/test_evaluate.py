@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
@@ -33,8 +33,7 @@ def model(source):
     torch.manual_seed(0)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K).double()
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     features = []
     hook = model.decoder.conv8.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean((0, 2, 3))))
     with torch.no_grad():

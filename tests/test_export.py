@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from coco_folder import write_images
 from PIL import Image
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 
@@ -42,8 +42,7 @@ def model(config, source):
     """Far from its start, and without the mean of the decoder's features: labels are not the same everywhere."""
     torch.manual_seed(1)
     model = ToCo(config.model, K)
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     features = []
     hook = model.decoder.conv8.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean((0, 2, 3))))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference_audit as slow
 import torch
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
@@ -30,8 +30,7 @@ def model():
     torch.manual_seed(0)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K).double()
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     return model.eval()
 
 

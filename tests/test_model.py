@@ -7,6 +7,7 @@ import reference_model as slow
 import timm
 import torch
 from safetensors.torch import save_file
+from small_config import stir
 from torch.testing import assert_close
 
 import toco_core.model
@@ -27,8 +28,7 @@ def small_model(seed=0, dropped_border=False, **changes):
     """A ToCo in float64 with every parameter random, also norms and biases."""
     torch.manual_seed(seed)
     model = ToCo(small_config(**changes), K, dropped_border=dropped_border).double()
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     return model
 
 

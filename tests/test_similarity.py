@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_config import stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
@@ -32,8 +33,7 @@ def model():
     torch.manual_seed(0)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), 3).double()
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.3)
     return model.eval()
 
 

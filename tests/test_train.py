@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_config import small_recipe
+from small_config import small_recipe, stir
 from torch.testing import assert_close
 
 import toco_core.data.scenes as scenes
@@ -51,8 +51,7 @@ def model():
     """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
     torch.manual_seed(0)
     model = ToCo(override(small_recipe(), **SMALL).model, K).double()
-    for parameter in model.parameters():
-        parameter.data = 0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+    stir(model, 0.2)
     return model
 
 
