@@ -348,6 +348,14 @@ def test_parameter_groups():
     torch.optim.AdamW(groups)
 
 
+def test_classifiers_may_have_a_rate_of_their_own():
+    model = small_model()
+    groups = model.parameter_groups(lr=0.5, head_lr_scale=10.0, weight_decay=0.1, classifier_lr_scale=400.0)
+    assert [(g["name"], g["base_lr"]) for g in groups] == [("encoder", 0.5), ("heads", 5.0), ("classifiers", 200.0)]
+    assert [id(p) for p in groups[2]["params"]] == [id(model.classifier.weight), id(model.aux_classifier.weight)]
+    assert sum(len(g["params"]) for g in groups) == len(trained(model))
+
+
 # ---- looking inside
 
 

@@ -290,6 +290,13 @@ class ScheduleConfig(Config):
     batch_size: int = option(4, "Images per step, over all devices.", at_least=1)
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)
     head_lr_scale: float = option(10.0, "The rate of the heads is this many times the encoder's.", above=0)
+    classifier_lr_scale: float | None = option(
+        None,
+        """The same for the two classifiers. None: `head_lr_scale`, as published. A larger one lets them settle on the
+        pretrained tokens before the encoder bends these to whatever tells a small data set's classes apart.""",
+        above=0,
+        added_later=True,
+    )
     weight_decay: float = option(0.01, "Decoupled weight decay of AdamW.", at_least=0)
     betas: tuple[float, ...] = option((0.9, 0.999), "Moments of AdamW.", length=2, at_least=0, below=1)
     warmup_steps: int = option(1500, "Steps of linear warm-up.", at_least=0)

@@ -245,11 +245,19 @@ class ToCo(nn.Module):
             teacher.mul_(momentum).add_(student, alpha=1 - momentum)
 
     def parameter_groups(
-        self, *, lr: float, head_lr_scale: float, weight_decay: float, decay_all: bool = True
+        self,
+        *,
+        lr: float,
+        head_lr_scale: float,
+        weight_decay: float,
+        decay_all: bool = True,
+        classifier_lr_scale: float | None = None,
     ) -> list[dict]:
         """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and
         `weight_decay`.
 
+        `classifier_lr_scale`: the two classifiers are a group 'classifiers' with this many times the encoder's rate.
+        None: they belong to 'heads'.
         `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and
         the prefix tokens do not, and form groups of their own.
         """
@@ -258,9 +266,11 @@ class ToCo(nn.Module):
             if not parameter.requires_grad:
                 continue
             name = "encoder" if full_name.startswith("encoder.") else "heads"
+            if classifier_lr_scale is not None and full_name.startswith(("classifier.", "aux_classifier.")):
+                name = "classifiers"
             decays = decay_all or (parameter.ndim > 1 and not full_name.endswith(("_token", "pos_embed")))
             groups.setdefault((name, decays), []).append(parameter)
-        rate = {"encoder": lr, "heads": lr * head_lr_scale}
+        rate = {"encoder": lr, "heads": lr * head_lr_scale, "classifiers": lr * (classifier_lr_scale or head_lr_scale)}
         return [
             {
                 "name": name,
@@ -269,7 +279,7 @@ class ToCo(nn.Module):
                 "base_lr": rate[name],
                 "weight_decay": weight_decay if decays else 0.0,
             }
-            for (name, decays), params in sorted(groups.items(), key=lambda item: item[0][0])
+            for (name, decays), params in sorted(groups.items(), key=lambda item: list(rate).index(item[0][0]))
         ]
 
     # ---- looking inside

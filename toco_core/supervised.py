@@ -37,6 +37,7 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
+        classifier_lr_scale=schedule.classifier_lr_scale,
         weight_decay=schedule.weight_decay,
         decay_all=config.release.decay_all,
     )
