@@ -58,7 +58,8 @@ def multi_scale_cam(
     tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not
     repeated.
     image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what
-    `labels.valid_cam` would make of them. Without it, all K.
+    `labels.valid_cam` would make of them. Without it, all K. Which classes those are is looked up where the labels
+    are: for labels on the CPU no device is waited for.
 
     No gradient, no decoder. Equals the release (which always includes scale 1) when `model.dropped_border`, to 3e-6
     with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a scaled image whose size is not a
@@ -100,8 +101,9 @@ def multi_scale_cam(
 def _labelled(images: Tensor, n_classes: int, image_labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Image and class numbers of the M maps that are wanted."""
     if image_labels is None:
-        image_labels = torch.ones(len(images), n_classes, device=images.device)
-    return torch.nonzero(image_labels, as_tuple=True)
+        image_labels = torch.ones(len(images), n_classes)
+    image, k = (index.to(images.device, non_blocking=True) for index in torch.nonzero(image_labels, as_tuple=True))
+    return image, k
 
 
 def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:

@@ -15,6 +15,9 @@ region mask does so; no reference value tells about its label). No function is d
 
 `valid_box` holds top, bottom, left, right (bottom and right exclusive) of the real image inside each padded crop, in
 pixels of the CAM.
+
+`image_labels` may stay on the CPU whatever device the CAM is on: they are looked up where they are, and nothing here
+waits for another device.
 """
 
 import itertools
@@ -76,6 +79,7 @@ def token_label(
     `pixel_box_on_tokens` does the same.
     """
     classes, present = _labelled_classes(image_labels)
+    (classes,) = _on(cam.device, classes)  # `present` stays where the labels are: seed_label will look at it
     resized = _resize(_take(cam, classes), tuple(grid))
     slot = seed_label(resized, present, beta_l=beta_l, beta_h=beta_h)
     label = torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
@@ -176,6 +180,7 @@ def refined_labels(
         classes, present = _labelled_classes(image_labels[part])
         if not classes.shape[1] or not len(betas):
             continue
+        classes, present = _on(cam.device, classes, present)
         weights = par.affinity(_resize(images[part], small), dilations=dilations)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
         against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
@@ -238,7 +243,7 @@ def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 def _strongest(cam: Tensor, image_labels: Tensor) -> tuple[Float[Tensor, "B H W"], Int[Tensor, "B H W"]]:
     """Largest value of `valid_cam` per pixel and its class in 1..K (0 where no labelled class is above 0)."""
     cam = cam.detach()
-    classes, present = _labelled_classes(image_labels)
+    classes, present = _on(cam.device, *_labelled_classes(image_labels))
     nothing = cam.new_zeros(len(cam), *cam.shape[2:], dtype=par.full_precision(cam[:0]).dtype)
     batch = torch.arange(len(cam), device=cam.device)
     maps = (par.full_precision(cam[batch, c]) * p[:, None, None] for c, p in zip(classes.T, present.T, strict=True))
@@ -252,6 +257,11 @@ def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Te
     k = int(present.sum(1).max()) if len(present) else 0
     classes = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
     return classes, present.gather(1, classes)
+
+
+def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on a device, without waiting for it."""
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def _slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:

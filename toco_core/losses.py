@@ -27,11 +27,12 @@ PTC_ROWS = 128  # rows of the N x N similarity that PTC holds at a time
 def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
     """Multi-label soft margin loss: binary cross-entropy of every class, mean over classes and images.
 
-    `image_labels` in {0, 1}, foreground classes only. Used for the classifier and for the auxiliary classifier alike.
+    `image_labels` in {0, 1}, foreground classes only, on any device. Used for the classifier and for the auxiliary
+    classifier alike.
     """
     with _full_precision(logits):
         logits = _at_least_float32(logits)
-        return F.binary_cross_entropy_with_logits(logits, image_labels.to(logits.dtype))
+        return F.binary_cross_entropy_with_logits(logits, image_labels.to(logits, non_blocking=True))
 
 
 def ptc_loss(

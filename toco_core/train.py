@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,10 @@ TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
 
 class StepInput(NamedTuple):
-    """One step's images, normalised, on the training device (see `data.training_views`)."""
+    """One step's images, normalised, on the training device (see `data.training_views`).
+
+    The image labels stay on the CPU: what they choose is then known there, and the step never waits for the device.
+    """
 
     images: Float[Tensor, "B 3 H W"]
     global_view: Float[Tensor, "B 3 H W"]
@@ -322,10 +326,8 @@ def train(
             result = compute(
                 batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast, share=share
             )
-            fault = not_finite("loss", result.total, share)
-            if not fault:
-                result.total.backward()
-                fault = not_finite("gradient's length", gradient_length(model), share)
+            result.total.backward()
+            fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
             if fault:  # it must not reach the weights, nor the next checkpoint
                 skipped += 1
                 if skipped > skip_nonfinite:
@@ -389,10 +391,15 @@ def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Gene
     return generator
 
 
-def not_finite(what: str, value: Tensor, share: Share = ALONE) -> str:
-    """ "the loss is nan", or "" where the mean over the processes is finite."""
-    value = share.mean(value.detach())
-    return "" if torch.isfinite(value) else f"the {what} is {float(value)}"
+def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
+    """ "the loss is nan", of the first whose mean over the processes is not finite; "" where all are.
+
+    The one place where a step waits for the device. It must: whether the weights change, and whether the run goes on,
+    hangs on the answer. All kernels of the step are queued by then, so that little more than the launch of the
+    optimizer's is not hidden behind them.
+    """
+    found = _numbers(values, share)
+    return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), "")
 
 
 def gradient_length(model: ToCo) -> Tensor:
@@ -577,7 +584,7 @@ def open_data(config: DataConfig) -> TrainVal:
 
 
 def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:
-    """A loaded batch, normalised as the backbone expects."""
+    """A loaded batch, its images normalised as the backbone expects, its image labels where they are."""
 
     def ready(images: Tensor) -> Tensor:
         return model.normalise(to_unit(images.to(device, non_blocking=True)))
@@ -586,7 +593,7 @@ def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:
         ready(batch.images),
         ready(batch.global_view),
         ready(batch.local_image),
-        batch.image_labels.to(device, non_blocking=True),
+        batch.image_labels,
         batch.valid_box.to(device, non_blocking=True),
     )
 
