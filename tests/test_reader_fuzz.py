@@ -20,10 +20,12 @@ import torch
 from coco_folder import write_coco_folder
 from PIL import Image
 from safetensors.torch import save
+from sbd_files import sbd_bytes
 from voc_folder import rectangle_mask, smooth_image, write_voc_folder
 
 from toco_core.config import tiny
 from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
+from toco_core.data.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
 from toco_core.failures import load_failure
 from toco_core.model import read_tensors
@@ -158,6 +160,8 @@ FILES = {
     "photo.bmp": encoded(smooth_image(8, 12, 0), "BMP"),
     "mask.png": encoded(GREY, "PNG"),
     "mask16.png": encoded(GREY.astype(np.uint16), "PNG"),
+    "packed.mat": sbd_bytes(rectangle_mask(16, 20, 2)),
+    "plain.mat": sbd_bytes(rectangle_mask(16, 20, 2), compressed=False),
     "mapping.npy": npy(np.array(ROWS, dtype=object)),
     "array.npy": npy(np.eye(2, 3, dtype=np.uint8)),
     "weights.pth": saved(STATE["model"]),
@@ -175,6 +179,8 @@ READERS = {
     "photo.bmp": lambda f: (f[0] / "photo.bmp", read_image),
     "mask.png": lambda f: (f[0] / "mask.png", read_mask),
     "mask16.png": lambda f: (f[0] / "mask16.png", read_mask),
+    "packed.mat": lambda f: (f[0] / "packed.mat", read_sbd_mask),
+    "plain.mat": lambda f: (f[0] / "plain.mat", read_sbd_mask),
     "mapping.npy": lambda f: (f[0] / "mapping.npy", lambda path: labelled(f[1], path)),
     "array.npy": lambda f: (f[0] / "array.npy", lambda path: labelled(f[1], path)),
     "list": lambda f: (f[1] / "ImageSets/Segmentation/train.txt", lambda _: len(VOCFolder(f[1], "train"))),

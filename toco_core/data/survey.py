@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
+from toco_core.data.sbd import sbd_folder
 from toco_core.data.source import Layout, recognise
 from toco_core.data.split import Split
 from toco_core.data.voc import AUGMENTED, VOC_CLASSES, VOCFolder
@@ -23,8 +24,12 @@ from toco_core.errors import ToCoError
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
+NESTED = ({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"})
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
-SBD_HOME = "SBD, home.bharathh.info/pubs/codes/SBD, as PNG masks together with VOC's own"
+SBD_HOME = (
+    "SBD, benchmark.tgz from www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours, "
+    "unpacked beside this folder as it is"
+)
 COCO_HOME = "images.cocodataset.org/zips"
 
 
@@ -88,8 +93,16 @@ class Survey(NamedTuple):
 
     @property
     def leaks(self) -> tuple[Same, ...]:
-        """Pairs of which one is in another split than the other: what is scored was learned from."""
-        return tuple(pair for pair in self.same if pair.one[0] != pair.other[0])
+        """Pairs of which one is in another split than the other: what is scored was learned from.
+
+        VOC's lists that hold each other by design (`NESTED`) share their images.
+        """
+        return tuple(
+            pair
+            for pair in self.same
+            if pair.one[0] != pair.other[0]
+            and not (pair.one[1] == pair.other[1] and {pair.one[0], pair.other[0]} in NESTED)
+        )
 
     @property
     def duplicates(self) -> tuple[Same, ...]:
@@ -199,21 +212,28 @@ def _voc_entries(layout: Layout) -> list[Entry]:
         official = any(VOCFolder(root, s, require_masks=False).class_source == "PASCAL VOC" for s in layout.splits[:1])
     except ToCoError:
         official = False
-    full = {"JPEGImages": 17125, "Annotations": 17125, "SegmentationClass": 2913, AUGMENTED: 12031}
+    folders = [
+        ("JPEGImages/", root / "JPEGImages", IMAGE_SUFFIXES, 17125, VOC_HOME),
+        ("Annotations/", root / "Annotations", (".xml",), 17125, VOC_HOME),
+        ("SegmentationClass/", root / "SegmentationClass", MASK_SUFFIXES, 2913, VOC_HOME),
+    ]
+    sbd = sbd_folder(root)
+    if sbd is None or (root / AUGMENTED).is_dir():
+        folders.append((f"{AUGMENTED}/", root / AUGMENTED, MASK_SUFFIXES, 12031, SBD_HOME))
+    else:
+        folders.append(("SBD cls/*.mat", sbd, (".mat",), 11355, SBD_HOME))
     lists = {"train": 1464, "val": 1449, "train_aug": 10582}
     entries = []
-    for folder, number in full.items():
-        kinds = {"JPEGImages": IMAGE_SUFFIXES, "Annotations": (".xml",)}.get(folder, MASK_SUFFIXES)
-        found = len(index_files(root / folder, kinds))
+    for what, folder, kinds, number, how in folders:
+        found = len(index_files(folder, kinds))
         if found or official:
-            how = SBD_HOME if folder == AUGMENTED else VOC_HOME
-            entries.append(Entry(f"{folder}/", found, number if official else None, how))
+            entries.append(Entry(what, found, number if official else None, how))
     for split in dict.fromkeys([*layout.splits, *(lists if official else ())]):
         path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         found = _count_lines(path)
         if split in layout.splits and not path.is_file():
             found = len(VOCFolder(root, split, require_masks=False))
-        how = f"{SBD_HOME}: without a list it follows from {AUGMENTED}/" if split == "train_aug" else VOC_HOME
+        how = f"follows from SBD, or from masks in {AUGMENTED}/" if split == "train_aug" else VOC_HOME
         entries.append(Entry(f"ImageSets/Segmentation/{split}.txt", found, lists.get(split) if official else None, how))
     return entries if official else [*entries, _classes_entry(root)]
 

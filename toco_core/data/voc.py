@@ -8,6 +8,10 @@
 
 Image-level labels are derived from the masks (or the annotations), so that nothing but this folder is needed. Training
 uses only these labels; masks otherwise serve to score.
+
+The split train_aug of the field (10,582 images: VOC's train and what SBD adds to it, without VOC's val) has its masks
+in SegmentationClassAug/, or, where that folder is not there, from SBD's own files (see `sbd`); VOC's mask comes first
+where an image has both.
 """
 
 import re
@@ -21,6 +25,7 @@ from jaxtyping import UInt8
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, map_files, read_mask
 from toco_core.data.npy import read_npy_labels
+from toco_core.data.sbd import read_sbd_mask, sbd_folder
 from toco_core.data.split import (
     Report,
     Split,
@@ -59,8 +64,8 @@ class VOCFolder(Split):
     require_masks: an image without mask is an error. False: `mask(i)` is None there.
 
     The list may be in the two-column style of `train_aug`: the name is taken from the first column, the folder of masks
-    from the second. Without a list, `train_aug` is every mask in SegmentationClassAug/ that is not in val. Raises
-    ToCoError, naming the folder, split or file.
+    from the second. Without a list, `train_aug` is every mask in SegmentationClassAug/, or of SBD and VOC, that is not
+    in val. Raises ToCoError, naming the folder, split or file.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class VOCFolder(Split):
         images = _index(self.root / "JPEGImages", IMAGE_SUFFIXES)
         self.names, mask_folder = _read_list(self.root, split, images)
         self._images = [_lookup(images, name, f"{split}.txt", self.root / "JPEGImages") for name in self.names]
-        masks = _index(self.root / mask_folder, MASK_SUFFIXES)
+        masks = _index_masks(self.root, mask_folder)
         self._masks = [masks.get(one_spelling(name)) for name in self.names]
         bare = [path for path, mask in zip(self._images, self._masks, strict=True) if mask is None]
         if bare and require_masks:
@@ -96,7 +101,7 @@ class VOCFolder(Split):
     def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
         """Class values of one item, 255 = ignore; None where there is no mask and none is required."""
         path = self._masks[index]
-        return None if path is None else read_mask(path)
+        return None if path is None else _read_mask(path)
 
     def _mask_name(self, index: int) -> str:
         return str(self._masks[index])
@@ -158,6 +163,22 @@ def _index(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return {one_spelling(name): path for name, path in index_files(folder, suffixes).items()}
 
 
+def _index_masks(root: Path, folder: str) -> dict[str, Path]:
+    """The masks of a folder by name. In the place of a SegmentationClassAug/ that is not there: SBD's and VOC's."""
+    sbd = sbd_folder(root) if folder == AUGMENTED and not (root / AUGMENTED).is_dir() else None
+    if sbd is None:
+        return _index(root / folder, MASK_SUFFIXES)
+    return _index(sbd, (".mat",)) | _index(root / "SegmentationClass", MASK_SUFFIXES)
+
+
+def _read_mask(path: Path) -> UInt8[np.ndarray, "H W"]:
+    return read_sbd_mask(path) if path.suffix.lower() == ".mat" else read_mask(path)
+
+
+def _is_augmented(root: Path) -> bool:
+    return (root / AUGMENTED).is_dir() or sbd_folder(root) is not None
+
+
 def _lookup(files: dict[str, Path], name: str, list_name: str, folder: Path) -> Path:
     try:
         return files[one_spelling(name)]
@@ -196,7 +217,7 @@ def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tupl
         raise ToCoError(f"{path} names {twice!r} more than once")
     if mask_folders:
         return tuple(names), mask_folders.pop()
-    augmented = split.endswith("aug") and (root / AUGMENTED).is_dir()
+    augmented = split.endswith("aug") and _is_augmented(root)
     return tuple(names), AUGMENTED if augmented else "SegmentationClass"
 
 
@@ -207,7 +228,7 @@ def _is_derived(root: Path, split: str) -> bool:
         split == "train_aug"
         and not (lists / "train_aug.txt").is_file()
         and (lists / "val.txt").is_file()
-        and (root / AUGMENTED).is_dir()
+        and _is_augmented(root)
     )
 
 
@@ -215,9 +236,9 @@ def _augmented_names(root: Path) -> tuple[str, ...]:
     """`train_aug` as it is defined: every image that SBD or VOC gives a mask, without VOC's val."""
     images = _index(root / "JPEGImages", IMAGE_SUFFIXES)
     val = {one_spelling(name) for name in _read_list(root, "val", images)[0]}
-    names = sorted(name for name in _index(root / AUGMENTED, MASK_SUFFIXES) if name not in val and name in images)
+    names = sorted(name for name in _index_masks(root, AUGMENTED) if name not in val and name in images)
     if not names:
-        raise ToCoError(f"{root / AUGMENTED} has no mask of an image outside val: train_aug would be empty")
+        raise ToCoError(f"neither {root / AUGMENTED} nor SBD has a mask of an image outside val: train_aug is empty")
     return tuple(names)
 
 
@@ -251,7 +272,7 @@ def _find_classes(
 
 
 def _largest_value(path: Path) -> int:
-    mask = read_mask(path)
+    mask = _read_mask(path)
     return int(mask.max(initial=0, where=mask != IGNORE))
 
 
