@@ -3,16 +3,9 @@
 Skipped, with the reason, where playwright or a browser is not found. Screenshots are left in pytest's temporary folder.
 """
 
-import json
-import os
 import re
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -22,47 +15,26 @@ from small_config import small_recipe
 from toco_core.config import override
 from toco_core.train import train
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "explore.ipynb"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SETTINGS = {
-    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
-    "@jupyterlab/apputils-extension:notification": {"checkForUpdates": False, "fetchNews": "false"},
-}
-PATIENCE = 180_000  # ms: a busy machine is no fault
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
+from browser import NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch  # noqa: E402
+
+NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The notebook, open in JupyterLab in a window of 1280 x 1000, with the errors of its console in `page.errors`."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync.sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
-        if not Path(found).is_file():
-            pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH, and playwright has none of its own")
-        folder = tmp_path_factory.mktemp("lab")
-        models = [short_run(folder / "runs", seed) for seed in (0, 1)]
-        write_notebook(folder / "explore.ipynb", model=str(models[0]), image="0", n_images=2, show="seed label")
-        for name, settings in SETTINGS.items():
-            path = folder / "settings" / name.replace(":", "/").replace("/tracker", "/tracker.jupyterlab-settings")
-            path = path if path.suffix else path.with_suffix(".jupyterlab-settings")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings))
-        server, address = start_lab(folder)
-        try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.errors = []
-            page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
-            page.on("pageerror", lambda error: page.errors.append(str(error)))
-            page.set_default_timeout(PATIENCE)
-            page.goto(f"{address}/lab/tree/explore.ipynb")
+    folder = tmp_path_factory.mktemp("lab")
+    models = [short_run(folder / "runs", seed) for seed in (0, 1)]
+    write_notebook(folder / "explore.ipynb", model=str(models[0]), image="0", n_images=2, show="seed label")
+    try:
+        with in_jupyterlab(folder, "explore.ipynb") as page:
             page.folder, page.models = folder, models
             yield page
-            browser.close()
-        finally:
-            server.terminate()
-            server.wait(30)
+    except NoBrowser as error:
+        pytest.skip(str(error))
 
 
 def short_run(out_dir, seed):
@@ -84,56 +56,15 @@ def write_notebook(path, **parameters):
     nbformat.write(notebook, path)
 
 
-def start_lab(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-        "JUPYTER_CONFIG_DIR": str(folder / "config"),
-        "JUPYTER_DATA_DIR": str(folder / "data"),
-        "IPYTHONDIR": str(folder / "ipython"),
-    }
-    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    words += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    with open(folder / "lab.log", "w") as log:
-        command = [sys.executable, "-m", "jupyterlab", *words]
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/api/status", timeout=5)
-            return server, address
-        except OSError:
-            time.sleep(0.3)
-    server.kill()
-    raise AssertionError(f"JupyterLab did not start: {(folder / 'lab.log').read_text()[-2000:]}")
-
-
 def changed(page, what, before):
     """Wait until an expression in the page is no longer what it was; returns the new value."""
     page.wait_for_function(f"before => {{ const now = {what}; return now && now !== before }}", arg=before)
     return page.evaluate(what)
 
 
-STOP_WATCH = """(() => {  // from the key press to the loaded picture, in ms
-    let began = null
-    window.tocoDelays = []
-    document.addEventListener('keydown', () => { began = performance.now() }, true)
-    document.querySelector('.toco-canvas img').addEventListener('load', () => {
-        if (began !== null) window.tocoDelays.push(performance.now() - began)
-        began = null
-    })
-})()"""
 PICTURE = "document.querySelector('.toco-canvas img')?.src"
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
 CURVE = "document.querySelector('.toco-explorer svg')?.outerHTML"
-
-
-def slider(page, name):
-    return page.locator(f".widget-slider:has-text('{name}') .noUi-handle")
 
 
 def shoot(page, name):
@@ -143,15 +74,7 @@ def shoot(page, name):
 
 
 def test_a_person_explores(page):
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
-    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
-    n_cells = page.locator(".jp-CodeCell").count()
-    numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(p => /\\d/.test(p.textContent))"
-    page.wait_for_function(f"{numbered}.length === {n_cells}")
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    run_all_cells(page)
     page.wait_for_selector(".toco-canvas img")
     first = changed(page, PICTURE, None)
     page.locator(".toco-explorer").scroll_into_view_if_needed()
@@ -159,14 +82,13 @@ def test_a_person_explores(page):
     shoot(page, "first")
 
     slider(page, "overlay").focus()
-    page.evaluate(STOP_WATCH)
-    moved = first
-    for _ in range(12):
-        page.keyboard.press("ArrowRight")
-        moved = changed(page, PICTURE, moved)
-    delays = page.evaluate("window.tocoDelays")
-    print(f"\nkey press to picture: median {statistics.median(delays):.0f} ms of {len(delays)} (target 60 ms)")
-    assert len(delays) >= 10
+    start_watch(page)
+    for _ in range(8):
+        press(page, "ArrowRight")
+    times = [t["loaded"] - t["sent"] for t in delays(page)]
+    print(f"\nslider message to picture: median {statistics.median(times):.0f} ms of {len(times)}")
+    assert len(times) == 8
+    moved = changed(page, PICTURE, first)
     page.get_by_role("tab", name="labels").click()
     slider(page, "beta_h").focus()
     for _ in range(25):

@@ -310,9 +310,9 @@ class Explorer(w.VBox):
     def _went(self) -> None:
         if self.session.index in self.order:
             self.page = self.order.index(self.session.index) // PER_PAGE
+        self.redraw()  # first: the picture is what one waits for
         self._fill_controls()
         self._fill_film()
-        self.redraw()
 
     def _click(self, value: list) -> None:
         y, x, _ = value

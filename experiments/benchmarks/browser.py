@@ -1,0 +1,159 @@
+"""A notebook in a real JupyterLab, driven by headless Chromium: for the explorer's benchmark and its browser test.
+
+    with in_jupyterlab(folder, "some.ipynb") as page:
+        run_all_cells(page)
+        start_watch(page)
+        page.keyboard.press("ArrowRight")
+        delays(page)
+
+Needs playwright and a Chromium or Chrome; `NoBrowser` says what is missing.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight stay in the page
+    "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false"},
+}
+PATIENCE = 180_000  # ms: a busy machine is no fault
+
+# Each key press opens an entry: when the key came, when the widget's message left, when the new picture was loaded, and
+# when the frame with it was finished.
+WATCH = """(() => {
+    window.tocoDelays = []
+    let now = null
+    const send = WebSocket.prototype.send
+    WebSocket.prototype.send = function (...words) {
+        if (now && !now.sent) now.sent = performance.now()
+        return send.apply(this, words)
+    }
+    document.addEventListener('keydown', () => { now = { pressed: performance.now() } }, true)
+    const image = document.querySelector('.toco-canvas img')
+    image.addEventListener('load', () => {
+        const entry = now
+        now = null
+        if (!entry || !entry.sent) return
+        entry.loaded = performance.now()
+        requestAnimationFrame(() => setTimeout(() => {
+            entry.drawn = performance.now()
+            window.tocoDelays.push(entry)
+        }))
+    })
+})()"""
+
+
+class NoBrowser(Exception):
+    """What is missing, in one line."""
+
+
+@contextmanager
+def in_jupyterlab(folder: Path, notebook: str, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
+    """A server in `folder` and its notebook in a window of this size; errors of the console are in `page.errors`."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise NoBrowser("playwright is not installed") from None
+    with sync_playwright() as playwright:
+        found = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
+        if not Path(found).is_file():
+            raise NoBrowser(f"no browser: none of {', '.join(BROWSERS)} is on the PATH, and playwright has none")
+        for name, settings in SETTINGS.items():
+            path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings))
+        server, address = _start_server(folder)
+        try:
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.errors = []
+            page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+            page.on("pageerror", lambda error: page.errors.append(str(error)))
+            page.set_default_timeout(PATIENCE)
+            page.goto(f"{address}/lab/tree/{notebook}")
+            yield page
+            browser.close()
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _start_server(folder: Path) -> tuple[subprocess.Popen, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    words += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    with open(folder / "lab.log", "w") as log:
+        command = [sys.executable, "-m", "jupyterlab", *words]
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/api/status", timeout=5)
+            return server, address
+        except OSError:
+            time.sleep(0.3)
+    server.kill()
+    raise RuntimeError(f"JupyterLab did not start: {(folder / 'lab.log').read_text()[-2000:]}")
+
+
+def run_all_cells(page) -> None:
+    """Run the notebook; every cell has its number when this returns, and none has written to stderr."""
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
+    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    n_cells = page.locator(".jp-CodeCell").count()
+    numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(p => /\\d/.test(p.textContent))"
+    page.wait_for_function(f"{numbered}.length === {n_cells}")
+    told = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+    assert not told, told
+
+
+def slider(page, name: str):
+    """The handle of a slider, to be focused and moved with the arrow keys."""
+    return page.locator(f".widget-slider:has-text('{name}') .noUi-handle")
+
+
+def start_watch(page) -> None:
+    """From now on every key press is timed. Once per page, with the explorer in it."""
+    page.evaluate(WATCH)
+
+
+def press(page, key: str) -> None:
+    """Press a key and wait until the picture that it leads to was drawn and all has come to rest.
+
+    The page is left alone at first: asking it at every frame whether it is done, as playwright does when it waits,
+    costs as much as the answer.
+    """
+    before = page.evaluate("window.tocoDelays.length")
+    page.keyboard.press(key)
+    page.wait_for_timeout(300)
+    page.wait_for_function(f"window.tocoDelays.length > {before}", polling=100)
+
+
+def delays(page) -> list[dict[str, float]]:
+    """Times of the key presses so far, each with `pressed`, `sent`, `loaded`, `drawn` in ms; forgets them."""
+    return page.evaluate("window.tocoDelays.splice(0)")
