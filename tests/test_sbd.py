@@ -146,6 +146,13 @@ def test_the_places_of_sbd(root, tmp_path):
         VOCFolder(root, "train_aug")
 
 
+def test_sbd_beside_another_data_set_is_left_alone(root):
+    other = write_voc_folder(root.parent / "VOC2007", n=3, splits={"train": [0], "val": [1]})
+    for path in list((other / "JPEGImages").iterdir()):
+        path.rename(path.with_stem(path.stem.replace("img_", "00")))
+    assert split_names(other) == ("train", "val")
+
+
 def test_a_list_in_two_columns_needs_no_conversion_either(root):
     write_list(root, "train_aug", [f"/JPEGImages/img_{i}.jpg /SegmentationClassAug/img_{i}.png" for i in (3, 2)])
     source = VOCFolder(root, "train_aug")

@@ -10,6 +10,7 @@ nesting, all but one skipped. Nothing that a file holds is run, and a file from 
 than `MAX_BYTES` nor go so deep that the process dies, as general readers do.
 """
 
+import itertools
 import math
 import struct
 import zlib
@@ -31,12 +32,14 @@ NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8
 
 
 def sbd_folder(root: Path) -> Path | None:
-    """The folder `cls` of SBD in a VOC folder, beside it or beside its parent; None where there is none."""
-    root = root.resolve()
-    for base in (root, *root.parents[:2]):
+    """The folder `cls` of SBD in a VOC folder, beside it or beside its parent; None where there is none, or where its
+    images are not this folder's (as those of VOC 2007)."""
+    for base in (root, *root.resolve().parents[:2]):
         for name in FOLDERS:
-            if (base / name / "cls").is_dir():
-                return base / name / "cls"
+            masks = base / name / "cls"
+            some = itertools.islice(masks.glob("*.mat"), 100)
+            if any((root / "JPEGImages" / f"{path.stem}.jpg").is_file() for path in some):
+                return masks
     return None
 
 
