@@ -24,19 +24,18 @@ from tqdm import tqdm
 
 from .cam import multi_scale_cam
 from .config import TrainConfig, override
+from .crf import crf_label
 from .data import Split, TrainVal, evaluation_items, open_source, to_unit
 from .errors import ToCoError
 from .evaluate import (
     checked_crf,
-    crf_label,
     crf_named,
     eval_size,
     merged_label,
-    merged_logits,
     segmentation_maps,
     strongest,
 )
-from .labels import IGNORE, pseudo_label
+from .labels import IGNORE, merged_logits, pseudo_label
 from .metrics import ConfusionMatrix, Scores
 from .model import ToCo
 from .release import from_release

@@ -9,7 +9,7 @@ times. Plain torch, any device, nothing compiled.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -215,6 +215,11 @@ def dense_crf(
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
         belief = mean_field(_at_least_float32(probs).flatten(1).T, kernels, iterations)
     return belief.T.unflatten(1, (H, W))
+
+
+def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
+    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
+    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
 
 
 def crf_labels(

@@ -6,9 +6,13 @@ all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one
 is scored as it comes, or after a dense CRF. Images without a mask count for the image-level predictions only.
 """
 
+import hashlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .cam import multi_scale_cam, scaled
+from .cam import CAMs, multi_scale_cam, scaled
 from .config import TrainConfig, did_you_mean
 from .crf import dense_crf
+from .crf_workers import CRFWorkers
 from .data import EvalItem, evaluation_items, to_unit
 from .data.augment import resize
 from .distributed import ALONE, Share
 from .errors import ToCoError
-from .labels import IGNORE, pseudo_label, seed_label, upsampled_argmax, valid_cam
+from .kept import ImageCounts, KeptEvaluation
+from .labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from .model import ToCo
+from .runs import weights_hash
 
 N_THRESHOLDS = 20
 AS_CAM = "as CAM"  # segmentation sees the images at the size at which the CAM does
@@ -42,8 +49,14 @@ class CAMCounts:
         self.counts = np.zeros((N_THRESHOLDS + 1, n_classes + 1, n_classes + 1), np.int64)
 
     def update(self, ground_truth: np.ndarray, value: np.ndarray, label: np.ndarray) -> None:
-        """Add pixels of equal shape: ground truth 0..K or 255, the CAM's largest value in [0, 1], its class 1..K."""
+        """Add pixels of equal shape: ground truth 0..K or 255, the CAM's largest value in [0, 1], its class 1..K.
+
+        Raises ToCoError for another value in the ground truth.
+        """
         seen = ground_truth != IGNORE
+        largest = ground_truth.max(initial=0, where=seen)
+        if largest > self.n_classes:
+            raise ToCoError(f"ground truth with the value {largest}: 0 to {self.n_classes} and {IGNORE} are allowed")
         first = np.searchsorted(self.betas.astype(value.dtype), value[seen])  # the first beta that is not below it
         C = self.n_classes + 1
         index = (first.clip(max=N_THRESHOLDS) * C + ground_truth[seen]) * C + label[seen]
@@ -119,13 +132,15 @@ def evaluate(
     crf: bool | Mapping = False,
     batch_size: int = 8,
     workers: int = 0,
+    crf_workers: int = 0,
     autocast=None,
     on_batch: Callable | None = None,
     progress: bool = True,
     what: str = "evaluating",
     share: Share = ALONE,
+    keep: Path | str | None = None,
 ) -> Evaluation:
-    """Score a model on a split, one batch of images in memory at a time. Nothing is written.
+    """Score a model on a split, one batch of images in memory at a time. Nothing is written unless `keep` says where.
 
     Args:
         source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
@@ -138,83 +153,207 @@ def evaluate(
             segmentation at native size (None).
         crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
             settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
+        workers: processes that read images.
+        crf_workers: processes that compute the CRF while the network is at the next batch; 0 computes it here. On a CPU
+            their number moves no bit.
         autocast: a function that returns the context to compute in; None: full precision.
         on_batch: called with each batch's items, its images in [0, 1], CAMs and image-level labels: what is measured on
             labels made from the CAMs needs no second pass.
         share: of several processes. Each sees its part of the images (`on_batch`, too), whole batches at a time; every
             one returns the scores of all, in counts equal to those of one process.
+        keep: a folder in which every finished image stays (see `kept`). After an interruption the same call goes on
+            there, and returns bit for bit what it would have: the batches are the same, only whole ones are skipped.
+
+    Raises ToCoError for a folder that keeps another evaluation, and for `keep` together with `on_batch`, which would
+    not see what is skipped.
     """
     crf_options = checked_crf(crf)
-    if seg_size == AS_CAM:
-        seg_size = size
-    once, native = tuple(seg_scales) == (1.0,), crf_options is not None or seg_size != size
-    device, K = model.classifier.weight.device, model.n_classes
-    cam, aux_cam, seg = CAMCounts(K), CAMCounts(K), ConfusionMatrix(K + 1)
-    logits, aux_logits, labels, n_masks = [], [], [], 0
-    mine = share.chunks(len(source), batch_size)
+    if keep is not None and on_batch is not None:
+        raise ToCoError("keep and on_batch: one of them is allowed, as on_batch would not see what was finished before")
+    views = _Views(size, tuple(scales), flip, size if seg_size == AS_CAM else seg_size, tuple(seg_scales))
+    protocol = f"{len(source)} images at {views}, {crf_named(crf_options)}"
+    counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
+    kept, todo = None, mine
+    if keep is not None:
+        exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+        settings = {"protocol": protocol, **exact, **_depends_on(model, source, autocast)}
+        kept = share.from_first(KeptEvaluation(keep, settings) if share.first else None)
+        todo = counted.add_finished(kept, source.names, mine, batch_size)
+    numbers, waiting = iter(todo), deque()
+
+    def finish(most: int) -> None:
+        """Count the segmentations of the oldest images until at most so many wait for theirs."""
+        while len(waiting) > most:
+            number, item, counts, label = waiting.popleft()
+            if label is not None:
+                label = label.result() if isinstance(label, Future) else label
+                matrix = ConfusionMatrix(model.n_classes + 1)
+                matrix.update(item.mask, label)
+                counts = counts._replace(seg=matrix.counts)
+            counted.add(number, counts)
+            if kept is not None:
+                kept.write(item.name, counts, label)
+            bar.update()
+
     was_training = model.training
     model.eval()
+    bar = tqdm(
+        total=len(mine), initial=len(mine) - len(todo), desc=what, unit="image", disable=not progress, leave=False
+    )
     try:
-        with tqdm(total=len(mine), desc=what, unit="image", disable=not progress, leave=False) as bar:
-            part = source if share.n == 1 else source.subset(mine) if mine else ()
-            found = evaluation_items(part, size=size, workers=workers, native=native) if mine else iter(())
+        with bar, CRFWorkers(crf_workers, crf_options or {}, max_over_scales=max_over_scales) as refined:
+            part = source if len(todo) == len(source) else source.subset(todo) if todo else ()
+            native = crf_options is not None or views.seg_size != size
+            found = evaluation_items(part, size=size, workers=workers, native=native) if todo else iter(())
             for items in _batches(found, batch_size):
-                unit = to_unit(torch.cat([i.image for i in items]).to(device))
-                images = model.normalise(unit)
-                image_labels = torch.cat([i.image_labels for i in items]).to(device)
-                with autocast() if autocast else torch.autocast(device.type, enabled=False):
-                    tokens = model.encode(images)
-                    output = model.heads(tokens)
-                    cams = multi_scale_cam(
-                        model, images, scales=scales, flip=flip, tokens=tokens, image_labels=image_labels
-                    )
-                    if seg_size != size:
-                        seg_maps = _maps_at(model, [i.native for i in items], seg_size, seg_scales)
-                    else:
-                        maps = [output.seg_logits] if once else segmentation_maps(model, images, seg_scales)
-                        seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
+                seen = _seen(model, items, views, autocast)
                 if on_batch:
-                    on_batch(items, unit, cams, image_labels)
-                logits.append(output.class_logits.float().cpu())
-                aux_logits.append(output.aux_class_logits.float().cpu())
-                labels.append(image_labels.cpu())
+                    on_batch(items, seen.unit, seen.cams, seen.image_labels)
                 for b, item in enumerate(items):
-                    if item.mask is None:
-                        continue
-                    one, n_masks = slice(b, b + 1), n_masks + 1
-                    if crf_options is None:
-                        predicted = merged_label(seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
-                    else:
-                        merged = merged_logits(seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
-                        predicted = crf_label(merged, to_unit(item.native).to(device), crf_options)
-                    seg.update(item.mask, predicted[0].to(torch.uint8).cpu().numpy())  # refuses values beyond K
-                    for counts, maps in ((cam, cams.cam), (aux_cam, cams.aux_cam)):
-                        counts.update(item.mask, *strongest(maps[one], image_labels[one], item.mask.shape))
-                bar.update(len(items))
+                    label = None
+                    if item.mask is not None and crf_options is not None:
+                        label = refined.submit(seen.seg_maps[b], item.native)
+                    elif item.mask is not None:
+                        label = merged_label(seen.seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
+                        label = label[0].to(torch.uint8).cpu().numpy()
+                    waiting.append((next(numbers), item, _counts_of(seen, b, item), label))
+                finish(2 * crf_workers)
+            finish(0)
     finally:
         model.train(was_training)
+    n_masks = counted.n_masks
     if share.n > 1:
-        _merge([cam.counts, aux_cam.counts, seg.counts], share)
-        logits, aux_logits, labels = _in_order([logits, aux_logits, labels], mine, share)
+        _merge([counted.cam.counts, counted.aux_cam.counts, counted.seg.counts], share)
         n_masks = sum(share.gathered(n_masks))
-    truth = torch.cat(labels)
-    protocol = (
-        f"{len(source)} images at {_named(size)}, CAM scales {_listed(scales)}{' + flip' if flip else ''}, "
-        f"segmentation {'' if seg_size == size else f'at {_named(seg_size)} '}"
-        f"{'once' if once else f'scales {_listed(seg_scales)} + flip'}, {crf_named(crf_options)}"
-    )
+    logits, aux_logits, truth = _in_order(counted.rows(mine), mine, share)
     if n_masks < len(source):
         protocol += f", masks of {n_masks} images" if n_masks else ", no masks: no mIoU"
     return Evaluation(
-        cam,
-        aux_cam,
-        seg.scores(),
-        multi_label_scores(torch.cat(logits), truth),
-        multi_label_scores(torch.cat(aux_logits), truth),
+        counted.cam,
+        counted.aux_cam,
+        counted.seg.scores(),
+        multi_label_scores(logits, truth),
+        multi_label_scores(aux_logits, truth),
         len(source),
         protocol,
         n_masks,
     )
+
+
+class _Views(NamedTuple):
+    """How images are seen: by the CAM, and by the segmentation."""
+
+    size: int | None
+    scales: tuple[float, ...]
+    flip: bool
+    seg_size: int | None
+    seg_scales: tuple[float, ...]
+
+    @property
+    def once(self) -> bool:
+        """Whether the segmentation is one pass at scale 1."""
+        return self.seg_scales == (1.0,)
+
+    def __str__(self) -> str:
+        return (
+            f"{_named(self.size)}, CAM scales {_listed(self.scales)}{' + flip' if self.flip else ''}, "
+            f"segmentation {'' if self.seg_size == self.size else f'at {_named(self.seg_size)} '}"
+            f"{'once' if self.once else f'scales {_listed(self.seg_scales)} + flip'}"
+        )
+
+
+class _Seen(NamedTuple):
+    """What the network says of a batch."""
+
+    unit: Tensor  # the images in [0, 1]
+    image_labels: Tensor
+    cams: CAMs
+    class_logits: Tensor
+    aux_class_logits: Tensor
+    seg_maps: list[list[Tensor]]  # per image, per scale
+
+
+def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _Seen:
+    device = model.classifier.weight.device
+    unit = to_unit(torch.cat([i.image for i in items]).to(device))
+    image_labels = torch.cat([i.image_labels for i in items]).to(device)
+    images = model.normalise(unit)
+    with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        tokens = model.encode(images)
+        output = model.heads(tokens)
+        cams = multi_scale_cam(
+            model, images, scales=views.scales, flip=views.flip, tokens=tokens, image_labels=image_labels
+        )
+        if views.seg_size != views.size:
+            seg_maps = _maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
+        else:
+            maps = [output.seg_logits] if views.once else segmentation_maps(model, images, views.seg_scales)
+            seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
+    return _Seen(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
+
+
+def _counts_of(seen: _Seen, b: int, item: EvalItem) -> ImageCounts:
+    """What image `b` of a batch adds, but for its segmentation."""
+    one, K = slice(b, b + 1), seen.image_labels.shape[1]
+    cam, aux_cam = CAMCounts(K), CAMCounts(K)
+    if item.mask is not None:
+        for counts, maps in ((cam, seen.cams.cam), (aux_cam, seen.cams.aux_cam)):
+            counts.update(item.mask, *strongest(maps[one], seen.image_labels[one], item.mask.shape))
+    rows = (seen.class_logits[b].float(), seen.aux_class_logits[b].float(), seen.image_labels[b])
+    seg = np.zeros((K + 1, K + 1), np.int64)
+    return ImageCounts(cam.counts, aux_cam.counts, seg, *(row.cpu().numpy() for row in rows), item.mask is not None)
+
+
+class _Counted:
+    """The sum over images, and their image-level predictions."""
+
+    def __init__(self, n_classes: int):
+        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes + 1)
+        self.n_masks = 0
+        self._rows: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def add(self, number: int, image: ImageCounts) -> None:
+        """Image `number` of the split."""
+        self.cam.counts += image.cam
+        self.aux_cam.counts += image.aux_cam
+        self.seg.counts += image.seg
+        self.n_masks += image.has_mask
+        self._rows[number] = image.logits, image.aux_logits, image.image_labels
+
+    def add_finished(self, kept: KeptEvaluation, names: Sequence[str], mine: list[int], batch_size: int) -> list[int]:
+        """The images of finished batches; returns the others. (In a batch of other images an image may get other
+        bits.)"""
+        todo = []
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            if not all(kept.has(names[number]) for number in batch):
+                todo += batch
+                continue
+            for number in batch:
+                self.add(number, kept.read(names[number]))
+        return todo
+
+    def rows(self, numbers: list[int]) -> list[list[Tensor]]:
+        """Logits, auxiliary logits and image-level labels, 1 K per image."""
+        return [[torch.from_numpy(self._rows[n][k])[None] for n in numbers] for k in range(3)]
+
+
+def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
+    """All that an evaluation's numbers depend on besides its arguments; images by their names."""
+    device = model.classifier.weight.device
+    with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        lowered = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if lowered else model.classifier.weight.dtype
+    network = {name: getattr(model.config, name) for name in ("backbone", "layer", "aux_norm", "pos_embed_antialias")}
+    network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    return {
+        "device": device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "images": hashlib.sha256("\n".join(source.names).encode()).hexdigest(),
+        "image_labels": hashlib.sha256(np.ascontiguousarray(source.image_labels).tobytes()).hexdigest(),
+        "network": network,
+        "weights": weights_hash(model),
+    }
 
 
 def _merge(counts: Sequence[np.ndarray], share: Share) -> None:
@@ -223,11 +362,11 @@ def _merge(counts: Sequence[np.ndarray], share: Share) -> None:
         own[...] = sum(others)
 
 
-def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> list[list[Tensor]]:
+def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> list[Tensor]:
     """Each process's rows of its images as those of all images, in the order of the list."""
     parts = share.gathered([[torch.cat(row) for row in rows] if mine else None, mine])
     order = torch.tensor([i for _, numbers in parts for i in numbers]).argsort()
-    return [[torch.cat([own[k] for own, _ in parts if own])[order]] for k in range(len(rows))]
+    return [torch.cat([own[k] for own, _ in parts if own])[order] for k in range(len(rows))]
 
 
 def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -260,16 +399,6 @@ def stretched(image: Tensor, size: int) -> Tensor:
     return torch.from_numpy(resize(image[0].permute(1, 2, 0).numpy(), size, size)).permute(2, 0, 1)[None]
 
 
-def merged_logits(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
-    """B C H W logits at `size` from one or more B C h w: per class the maximum over scales, as published, or the mean.
-
-    Float32, or float64 where the maps are.
-    """
-    maps = [m if m.dtype == torch.float64 else m.float() for m in maps]
-    resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
-    return torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)
-
-
 def checked_crf(crf: bool | Mapping) -> dict | None:
     """Keywords of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
     if crf is False:
@@ -289,11 +418,6 @@ def checked_crf(crf: bool | Mapping) -> dict | None:
         elif not value >= 0:
             raise ToCoError(f"crf: {name} = {value!r} must be at least 0")
     return known | given
-
-
-def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
-    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
-    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
 
 
 def crf_named(options: Mapping | None) -> str:

@@ -37,14 +37,14 @@ from tqdm import tqdm
 
 from .cam import multi_scale_cam
 from .config import TrainConfig
-from .crf import dense_crf
+from .crf import crf_label, dense_crf
 from .data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
-from .data.scenes import voc_palette
+from .data.files import palette_png
 from .errors import ToCoError
-from .evaluate import checked_crf, crf_label, eval_size, merged_label, merged_logits, segmentation_maps, strongest
-from .labels import IGNORE, pseudo_label, valid_cam
+from .evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
+from .labels import IGNORE, merged_logits, pseudo_label, valid_cam
 from .model import ToCo
-from .runs import write_whole
+from .runs import claim_folder, weights_hash, write_whole
 from .train import attention_of, autocast_of, open_data, open_run
 
 METHODS = {
@@ -105,7 +105,8 @@ def export(
     if method.endswith("crf") and options is None:
         raise ToCoError(f"method = {method!r} needs a CRF: crf = False is not allowed")
     settings = _settings(model, source, config, method, beta, options)
-    _begin(folder, settings)
+    claim_folder(folder, settings, "export")
+    (folder / "SegmentationClass").mkdir(exist_ok=True)
     missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
     if missing:
         made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
@@ -224,34 +225,6 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
     return json.loads(json.dumps(settings))
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights, whatever device they are on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _begin(folder: Path, settings: dict) -> None:
-    path = folder / "manifest.json"
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ToCoError(f"{path} is not the manifest of an export: choose a new folder") from None
-        different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
-        if different:
-            raise ToCoError(f"{folder} holds an export with another {', '.join(different)}: choose a new folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ToCoError(f"{folder} is not empty and holds no export: choose a new folder")
-    try:
-        (folder / "SegmentationClass").mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
-    except OSError as error:
-        raise ToCoError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
 def _label_path(folder: Path, name: str) -> Path:
     return folder / "SegmentationClass" / f"{name}.png"
 
@@ -259,16 +232,6 @@ def _label_path(folder: Path, name: str) -> Path:
 def _write_label(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_bytes(path, palette_png(label))
-
-
-def palette_png(label: UInt8[np.ndarray, "H W"]) -> bytes:
-    """A label map as a palette PNG with VOC's colours, whose indices are the labels."""
-    image = Image.fromarray(label, "L").convert("P")
-    image.frombytes(np.ascontiguousarray(label).tobytes())
-    image.putpalette(voc_palette().tobytes())
-    with io.BytesIO() as file:
-        image.save(file, "PNG", optimize=False)
-        return file.getvalue()
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -228,6 +228,16 @@ def upsampled_argmax(scores: Float[Tensor, "B C h w"], size: tuple[int, int]) ->
     return _running_argmax(_resize(scores[:, c : c + 1], size)[:, 0] for c in range(scores.shape[1]))[1]
 
 
+def merged_logits(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
+    """B C H W logits at `size` from one or more B C h w: per class the maximum over scales, as published, or the mean.
+
+    Float32, or float64 where the maps are.
+    """
+    maps = [m if m.dtype == torch.float64 else m.float() for m in maps]
+    resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
+    return torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)
+
+
 def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Largest value and the first index that has it, map by map: no argmax over a strided axis."""
     value, index = None, None

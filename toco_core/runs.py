@@ -240,6 +240,15 @@ def file_digest(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _git_state() -> dict | None:
     """Commit of the checkout that this package runs from, and whether tracked files differ from it."""
     here = Path(__file__).parent
@@ -268,11 +277,34 @@ def read_state(path: Path, wanted: tuple[str, ...]) -> dict:
     return state
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+def claim_folder(folder: Path, settings: dict, what: str) -> None:
+    """Begin a folder that an interrupted `what` ("export") goes on with: its manifest.json holds `settings`.
+
+    Raises ToCoError where the folder holds something else, or one with other settings, or cannot be written.
+    """
+    path, settings = folder / "manifest.json", json.loads(json.dumps(settings))
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ToCoError(f"{path} is not the manifest of an {what}: choose a new folder") from None
+        if different:
+            raise ToCoError(f"{folder} holds an {what} with another {', '.join(different)}: choose a new folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ToCoError(f"{folder} is not empty and holds no {what}: choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
+    except OSError as error:
+        raise ToCoError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part. Text is written as UTF-8."""
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -517,10 +517,13 @@ def evaluate_as(
     model: ToCo,
     source,
     *,
+    crf: bool | Mapping = False,
+    crf_workers: int = 0,
     on_batch: Callable | None = None,
     progress: bool = True,
     what: str = "evaluating",
     share: Share = ALONE,
+    keep: Path | str | None = None,
 ) -> Evaluation:
     """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
     device = model.classifier.weight.device
@@ -532,12 +535,15 @@ def evaluate_as(
             scales=config.labels.cam_scales,
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
+            crf=crf,
+            crf_workers=crf_workers,
             autocast=autocast_of(config, device),
             on_batch=on_batch,
             progress=progress,
             workers=config.data.workers,
             what=what,
             share=share,
+            keep=keep,
         )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
@@ -62,6 +63,16 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:
         raise ToCoError(f"{path} holds the value {values.max()}: mask values are 0..255")
     return np.array(values, dtype=np.uint8)
+
+
+def palette_png(label: UInt8[np.ndarray, "H W"]) -> bytes:
+    """A label map as a palette PNG with VOC's colours, whose indices are the labels."""
+    image = Image.fromarray(label, "L").convert("P")
+    image.frombytes(np.ascontiguousarray(label).tobytes())
+    image.putpalette(voc_palette().tobytes())
+    with BytesIO() as file:
+        image.save(file, "PNG", optimize=False)
+        return file.getvalue()
 
 
 def index_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

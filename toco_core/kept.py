@@ -1,0 +1,74 @@
+"""An evaluation's folder: every finished image stays, so that a long evaluation that was interrupted goes on.
+
+    folder/manifest.json                     what the numbers depend on: protocol, weights, images, image-level labels
+    folder/counts/<name>.npz                 what the image adds to the scores
+    folder/SegmentationClass/<name>.png      the segmentation that was scored, palette PNG with VOC's colours
+
+Each file is written whole or not at all, the counts last.
+"""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64, UInt8
+
+from .data.files import palette_png
+from .errors import ToCoError
+from .runs import claim_folder, write_whole
+
+
+class ImageCounts(NamedTuple):
+    """What one image adds to an evaluation; without a mask the counts are 0."""
+
+    cam: Int64[np.ndarray, "T C C"]
+    aux_cam: Int64[np.ndarray, "T C C"]
+    seg: Int64[np.ndarray, "C C"]
+    logits: Float[np.ndarray, " K"]
+    aux_logits: Float[np.ndarray, " K"]
+    image_labels: Float[np.ndarray, " K"]
+    has_mask: bool
+
+
+class KeptEvaluation:
+    """The folder, for the evaluation that `settings` describe. Raises ToCoError where it holds another one, or
+    something else, or cannot be written."""
+
+    def __init__(self, folder: Path | str, settings: dict):
+        self.folder = Path(folder)
+        claim_folder(self.folder, settings, "evaluation")
+
+    def has(self, name: str) -> bool:
+        """Whether an image is finished."""
+        return self._counts(name).is_file()
+
+    def read(self, name: str) -> ImageCounts:
+        """A finished image. Raises ToCoError for a damaged file."""
+        path = self._counts(name)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {field: file[field] for field in ImageCounts._fields}
+        except Exception as error:  # noqa: BLE001  a damaged archive raises many kinds
+            raise ToCoError(f"{path} is damaged: delete it, and the image is evaluated again") from error
+        return ImageCounts(**values | {"has_mask": bool(values["has_mask"])})
+
+    def write(self, name: str, counts: ImageCounts, label: UInt8[np.ndarray, "H W"] | None) -> None:
+        """Keep a finished image, and its label map where it was scored."""
+        with io.BytesIO() as file:
+            np.savez_compressed(file, **counts._asdict())
+            self._put(self._counts(name), file.getvalue(), label, name)
+
+    def _put(self, path: Path, counts: bytes, label: np.ndarray | None, name: str) -> None:
+        picture = self.folder / "SegmentationClass" / f"{name}.png"
+        try:
+            if label is not None:
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(picture, palette_png(label))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, counts)
+        except OSError as error:
+            raise ToCoError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+
+    def _counts(self, name: str) -> Path:
+        return self.folder / "counts" / f"{name}.npz"
