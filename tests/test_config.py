@@ -74,6 +74,7 @@ VOC = {
         "lr": 6e-5,
         "head_lr_scale": 10.0,
         "classifier_lr_scale": None,
+        "accumulate": 1,
         "weight_decay": 0.01,
         "betas": [0.9, 0.999],
         "warmup_steps": 1500,
@@ -179,10 +180,23 @@ def test_dictionaries_and_hash(name):
     assert len(config.short_hash()) == 10
 
 
+def test_a_batch_is_cut_into_equal_parts_only():
+    config = override(voc(), batch_size=12, accumulate=3)
+    assert (config.schedule.images_at_once(), config.schedule.images_at_once(2)) == (4, 2)
+    for wrong in ({"accumulate": 5}, {"accumulate": 24}, {"batch_size": 4}):
+        with pytest.raises(ToCoError, match=r"accumulate = \d+ must divide batch_size = \d+$"):
+            override(config, **wrong)
+    with pytest.raises(ToCoError, match="accumulate = 3 x 8 processes must divide batch_size = 12$"):
+        config.schedule.images_at_once(8)
+    with pytest.raises(ToCoError, match="accumulate = 0 is not allowed: at least 1"):
+        override(config, accumulate=0)
+
+
 def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     config = voc()
     values = config.to_dict()
     del values["out_dir"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
+    del values["schedule"]["accumulate"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier

@@ -16,7 +16,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluate import evaluate
 from toco_core.model import ToCo
 from toco_core.runs import Run
-from toco_core.train import StepInput, crop_generator, step_losses, train
+from toco_core.train import StepInput, crop_generator, step_in_parts, step_losses, train
 
 K, B = 3, 4
 ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
@@ -51,8 +51,8 @@ def one_step(config, share):
     model, part = model_of(config), share.part(B)
     batch = StepInput(*(value[part] for value in batch_of(model)))
     compute = distributed.shared_step(step_losses, model, share)
-    result = compute(batch, config, ALL, step=20, generator=crop_generator(config, 20, part.start), share=share)
-    result.total.backward()
+    options = {"step": 20, "generator": crop_generator(config, 20, part.start), "share": share}
+    result = step_in_parts(compute, model, batch, config, ALL, **options)
     terms = {"total": result.total, **result.terms}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: share.mean(value.detach()) for name, value in terms.items()}, gradients
@@ -74,9 +74,10 @@ def in_one_of_two(rank, meeting, data, out_dir):
     with distributed.joined("cpu", init_method=meeting, rank=rank, world_size=2) as share:
         assert share == Share(rank, 2) and distributed.current() == share
         step = one_step(config_of(data, out_dir), share)
+        in_parts = one_step(override(config_of(data, out_dir), accumulate=2), share)
         scores = both_scores(data, share)
         train(config_of(data, out_dir), progress=False)
-        torch.save({"step": step, "counts": counts(scores)}, f"{out_dir}/{rank}.pt")
+        torch.save({"step": step, "in parts": in_parts, "counts": counts(scores)}, f"{out_dir}/{rank}.pt")
 
 
 def counts(scores):
@@ -99,16 +100,53 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)], data, config_of(data, folder)
 
 
-def test_losses_and_gradients_are_those_of_one_process(two):
+def assert_same_step(found, wanted):
+    assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-9)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("how", ["step", "in parts"])
+def test_losses_and_gradients_are_those_of_one_process(two, how):
+    """Each process with its two images at once, and with one after the other."""
     found, _, config = two
-    terms, gradients = one_step(config, ALONE)
+    wanted = one_step(config, ALONE)
     for process in found:
-        assert_close(process["step"][0], terms, rtol=1e-6, atol=1e-9)
-        assert process["step"][1].keys() == gradients.keys()
-        for name, wanted in gradients.items():
-            scale = float(wanted.abs().max())
-            assert_close(process["step"][1][name], wanted, rtol=1e-5, atol=1e-6 * scale, msg=name)
-    assert all(value != 0 for value in terms.values())
+        assert_same_step(process[how], wanted)
+    assert all(value != 0 for value in wanted[0].values())
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_one_after_the_other_are_the_whole(two, parts, constant):
+    config = override(two[2], ptc_constant=constant)
+    assert_same_step(one_step(override(config, accumulate=parts), ALONE), one_step(config, ALONE))
+
+
+def test_what_memory_holds_falls_with_the_parts(two):
+    """Bytes of activations that wait for the backward pass, at most at any time."""
+
+    def most_kept(accumulate):
+        now, most = 0, 0
+
+        def keep(tensor):
+            nonlocal now, most
+            now += tensor.nbytes
+            most = max(most, now)
+            return tensor
+
+        def give_back(tensor):
+            nonlocal now
+            now -= tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+            one_step(override(two[2], accumulate=accumulate), ALONE)
+        return most
+
+    whole = most_kept(1)
+    assert most_kept(2) < 0.7 * whole and most_kept(4) < 0.5 * whole
 
 
 def test_the_halves_of_the_batch_differ_in_pairs_and_pixels():
@@ -178,5 +216,7 @@ def test_a_notebook_starts_processes(two, tmp_path):
     assert opened.run.folder == Run.of(config).folder and told == opened.run.records()
     with pytest.raises(ToCoError, match="batch_size = 4 cannot be shared equally by 3 processes"):
         launch.train_on(config, processes=3)
+    with pytest.raises(ToCoError, match="accumulate = 4 x 2 processes must divide batch_size = 4"):
+        launch.train_on(override(config, accumulate=4), processes=2)
     with pytest.raises(ToCoError, match="dataset folder /nowhere does not exist"):
         launch.train_on(override(config, dataset="/nowhere", out_dir=str(tmp_path)), processes=2)

@@ -80,6 +80,22 @@ def test_as_many_steps_as_allowed_are_left_out(config, monkeypatch):
         train(override(config, seed=1), progress=False, skip_nonfinite=0)
 
 
+def test_a_part_that_fails_leaves_the_whole_step_out(config, monkeypatch):
+    """Step 1's second part; and where no step may be left out, the whole batch comes back."""
+    config = override(config, steps=3, eval_interval=0, accumulate=2)
+    calls = spoilt(monkeypatch, 4, lambda x: x * math.nan)
+    trained = train(config, progress=False, skip_nonfinite=1)
+    assert len(calls) == 6 and trained.run.metrics()["skipped"] == 1
+    assert all(torch.isfinite(value).all() for value in trained.model.state_dict().values())
+    spoilt(monkeypatch, 4, lambda x: x * math.nan)
+    with pytest.raises(ToCoError, match="the loss is nan on step 1"):
+        train(override(config, seed=1), progress=False)
+    failure = load_failure(Run.of(override(config, seed=1)))
+    assert len(failure.batch.names) == 2
+    monkeypatch.undo()
+    assert all(is_finite(replay(failure)).values())
+
+
 def test_what_is_no_failure_is_refused(tmp_path):
     with pytest.raises(ToCoError, match=r"has no failure\.pt: no step of this run failed"):
         load_failure(tmp_path)

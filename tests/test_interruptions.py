@@ -64,6 +64,19 @@ def test_the_stop_button_says_how_to_go_on(config):
     assert Run.of(config).load()["step"] == 2
 
 
+def test_a_run_in_parts_goes_on_with_the_same_bits(config):
+    config = override(config, accumulate=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_record=stop_at(3, raise_interrupt), progress=False)
+    resumed = train(config, progress=False)
+    whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert resumed.run.records() == whole.run.records()
+    in_one = train(override(config, accumulate=1), progress=False).run.records()
+    assert whole.run.records()[0]["total"] == pytest.approx(in_one[0]["total"], rel=1e-5)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_vanished_data_are_named(config, workers):
     config = override(config, workers=workers, steps=40, eval_interval=2)
@@ -116,7 +129,9 @@ def test_out_of_memory_says_what_to_make_smaller(config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
     monkeypatch.setattr(training, "step_losses", too_much)
-    with pytest.raises(ToCoError, match="out of memory, a smaller batch_size or crop_size is needed .*2 GiB"):
+    with pytest.raises(
+        ToCoError, match="out of memory, a larger accumulate or a smaller batch_size or crop_size .*2 GiB"
+    ):
         train(config, progress=False)
 
 

@@ -288,6 +288,13 @@ class ScheduleConfig(Config):
 
     steps: int = option(20000, "Training steps.", at_least=1)
     batch_size: int = option(4, "Images per step, over all devices.", at_least=1)
+    accumulate: int = option(
+        1,
+        """Equal parts into which each process cuts its images of a step, computed one after the other where memory is
+        short. Losses and gradients stay those of `batch_size` images in one piece.""",
+        at_least=1,
+        added_later=True,
+    )
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)
     head_lr_scale: float = option(10.0, "The rate of the heads is this many times the encoder's.", above=0)
     classifier_lr_scale: float | None = option(
@@ -309,6 +316,14 @@ class ScheduleConfig(Config):
     def check(self):
         if self.warmup_steps > self.steps:
             raise ToCoError(f"warmup_steps = {self.warmup_steps} must be at most steps = {self.steps}")
+        self.images_at_once()
+
+    def images_at_once(self, processes: int = 1) -> int:
+        """Images whose graph a process holds at a time. Raises ToCoError where the parts would not be equal."""
+        if self.batch_size % (processes * self.accumulate):
+            among = f" x {processes} processes" if processes > 1 else ""
+            raise ToCoError(f"accumulate = {self.accumulate}{among} must divide batch_size = {self.batch_size}")
+        return self.batch_size // (processes * self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

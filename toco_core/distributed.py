@@ -114,6 +114,12 @@ def shared_step(step: Callable, model: nn.Module, share: Share) -> Callable:
     )  # some stages leave heads unused
 
 
+def unshared_gradients(compute: Callable) -> contextlib.AbstractContextManager:
+    """A context in which what `shared_step` returned leaves gradients unaveraged: the next one outside of it averages
+    their sum."""
+    return compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
 class _Step(nn.Module):
     """A step as a module's forward pass: DistributedDataParallel watches nothing else."""
 

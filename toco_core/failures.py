@@ -59,6 +59,9 @@ def load_failure(run: Run | Path | str) -> Failure:
 def replay(failure: Failure, *, config: TrainConfig | None = None, device: str | None = None) -> StepResult:
     """The failed step again, with its graph: the same images, weights and random numbers; nothing is changed.
 
+    The batch is computed in one piece, also where the run cuts it into parts (`accumulate`): that rounds otherwise, and
+    needs the memory. device="cpu" helps where it is short.
+
     `config`: another one, to find out what helps. `device`: another one than the config's.
     """
     config = config or failure.config

@@ -72,7 +72,8 @@ def train_on(
 
     `on_record` and `options` as for `train.train`. A process that fails ends them all, with its message as ToCoError.
     """
-    distributed.Share(0, processes).part(config.schedule.batch_size)  # refuses before anything starts
+    distributed.Share(0, processes).part(config.schedule.batch_size)  # these two refuse before anything starts
+    config.schedule.images_at_once(processes)
     run = Run.of(config)
     with tempfile.TemporaryDirectory() as meeting:
         workers = multiprocessing.start_processes(

@@ -41,6 +41,7 @@ def ptc_loss(
     *,
     keep_constant: bool = False,
     share: Share = ALONE,
+    whole_label: Integer[Tensor, "A h w"] | None = None,
 ) -> Float[Tensor, ""]:
     """Patch token contrast (PTC): tokens of one class shall be alike, tokens of different classes shall not.
 
@@ -58,7 +59,8 @@ def ptc_loss(
     gradient; `keep_constant` brings it back.
 
     Where processes share a batch (`share`), pairs are counted over all of it, and the mean of the processes' results,
-    and of their gradients, is that of the whole batch.
+    and of their gradients, is that of the whole batch. The same holds for equal parts that are computed one after the
+    other, given the label of all of them (`whole_label`).
     """
     if label.shape[-2:] != patch_map.shape[-2:]:
         raise ToCoError(
@@ -68,7 +70,8 @@ def ptc_loss(
         tokens = _at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
         tokens = F.normalize(tokens, dim=2, eps=COSINE_EPSILON)
         label = label.flatten(1).long()
-        same_pairs, different_pairs = share.total(torch.stack(_count_pairs(label)))
+        counted = label if whole_label is None else whole_label.flatten(1).long()
+        same_pairs, different_pairs = share.total(torch.stack(_count_pairs(counted)))
 
         valid = label != IGNORE
         tokens = tokens * valid[..., None]  # an ignored token has similarity 0 with everything, hence no gradient
@@ -76,7 +79,7 @@ def ptc_loss(
         different_weight = 0.5 / (different_pairs.to(tokens.dtype) + PAIR_EPSILON)
         similarity = _WeightedSimilarity.apply(tokens, label, same_weight, different_weight)
         constant = torch.full_like(similarity, 0.5) if keep_constant else 0.5 * (same_pairs > 0)
-        return constant + share.n * similarity
+        return constant + share.n * (len(counted) // len(label)) * similarity
 
 
 def ctc_loss(
@@ -127,6 +130,7 @@ def segmentation_loss(
     *,
     nan_when_empty: bool = False,
     share: Share = ALONE,
+    whole_label: Integer[Tensor, "A H W"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy in balance: half the mean over the background's pixels, half the mean over those of 1..K.
 
@@ -135,7 +139,8 @@ def segmentation_loss(
     does the same.
 
     Where processes share a batch (`share`), pixels are counted over all of it, and the mean of the processes' results
-    is that of the whole batch.
+    is that of the whole batch. The same holds for equal parts that are computed one after the other, given the label of
+    all of them (`whole_label`).
     """
     if label.shape[-2:] != logits.shape[-2:]:
         raise ToCoError(
@@ -144,12 +149,16 @@ def segmentation_loss(
     with _full_precision(logits):
         label = label.long()
         cost = F.cross_entropy(_at_least_float32(logits), label, ignore_index=IGNORE, reduction="none")
-        background = label == 0
-        foreground = (label != 0) & (label != IGNORE)
-        at_least = 0 if nan_when_empty else 1
-        counts = share.total(torch.stack([background.sum(), foreground.sum()])).clamp(min=at_least)
-        halves = [(cost * part).sum() / n for part, n in zip((background, foreground), counts, strict=True)]
-        return share.n * 0.5 * (halves[0] + halves[1])
+        counted = label if whole_label is None else whole_label
+        counts = share.total(torch.stack([half.sum() for half in _halves(counted)]))
+        counts = counts.clamp(min=0 if nan_when_empty else 1)
+        means = [(cost * half).sum() / n for half, n in zip(_halves(label), counts, strict=True)]
+        return share.n * (len(counted) // len(label)) * 0.5 * (means[0] + means[1])
+
+
+def _halves(label: Integer[Tensor, "B H W"]) -> tuple[Bool[Tensor, "B H W"], Bool[Tensor, "B H W"]]:
+    """Which pixels are background, which foreground; ignored ones are neither."""
+    return label == 0, (label != 0) & (label != IGNORE)
 
 
 class _WeightedSimilarity(torch.autograd.Function):

@@ -34,7 +34,7 @@ from .distributed import ALONE, Share
 from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
 from .memory import keep_freed_memory
-from .model import ToCo, refuse_wrong_keys
+from .model import ToCo, Tokens, refuse_wrong_keys
 from .runs import Run, file_digest
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
@@ -51,6 +51,15 @@ class StepInput(NamedTuple):
     local_image: Float[Tensor, "B 3 H W"]
     image_labels: Float[Tensor, "B K"]
     valid_box: Int[Tensor, "B 4"]
+
+
+class StepLabels(NamedTuple):
+    """What the CAMs of a step say of its images, without graph. None: no term of this step asks for it."""
+
+    cams: CAMs | None = None
+    region_mask: Int[Tensor, "B H W"] | None = None
+    token_label: Int[Tensor, "B h w"] | None = None
+    pseudo_label: Int[Tensor, "B H W"] | None = None
 
 
 class StepResult(NamedTuple):
@@ -76,6 +85,8 @@ def step_losses(
     boxes: crops.CropBoxes | None = None,
     autocast: Callable = contextlib.nullcontext,
     share: Share = ALONE,
+    made: StepLabels | None = None,
+    whole: StepLabels | None = None,
 ) -> StepResult:
     """All losses of one step, with their graph; changes nothing.
 
@@ -85,14 +96,16 @@ def step_losses(
         boxes: where to cut them instead.
         autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
         share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
+        made: the labels of `batch`, where they are made already (`step_labels`).
+        whole: those of the process's whole batch, where `batch` is one of its equal parts (`step_in_parts`).
     """
     if not any(weights[name] > 0 for name in TERMS):
         raise ToCoError(f"all weights of the loss are 0 on step {step}: one of {', '.join(TERMS)} must be above 0")
     images, _, _, image_labels, valid_box = batch
-    release, thresholds = config.release, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    release = config.release
     segments = weights["seg"] > 0 or weights["energy"] > 0
     terms = {name: images.new_zeros(()) for name in TERMS}
-    cams = region = is_positive = token_label = pseudo_label = None
+    is_positive = None
 
     with autocast():
         tokens = model.encode(images)
@@ -100,25 +113,21 @@ def step_losses(
     terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
     terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
 
-    if segments or weights["ptc"] > 0 or weights["ctc"] > 0:
-        with torch.no_grad(), autocast():
-            cams = multi_scale_cam(
-                model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels
-            )
+    if made is None:
+        made = step_labels(model, batch, config, weights, step=step, autocast=autocast, tokens=tokens)
+    cams, region, token_label, pseudo_label = made
+    whole = whole or made
 
     if weights["ptc"] > 0:
-        token_label = labels.token_label(
-            cams.aux_cam,
-            image_labels,
-            tokens.grid,
-            valid_box=valid_box,
-            pixel_box_on_tokens=release.pixel_box_on_tokens,
-            **thresholds,
+        terms["ptc"] = losses.ptc_loss(
+            tokens.patch_map,
+            token_label,
+            keep_constant=release.ptc_constant,
+            share=share,
+            whole_label=whole.token_label,
         )
-        terms["ptc"] = losses.ptc_loss(tokens.patch_map, token_label, keep_constant=release.ptc_constant, share=share)
 
     if weights["ctc"] > 0:
-        region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
         if boxes is None:
             boxes = crops.sample_crops(
                 region,
@@ -139,28 +148,115 @@ def step_losses(
         terms["ctc"] = _class_token_contrast(model, batch, tokens.class_token, boxes, is_positive, config, autocast)
 
     if segments:
-        final = step >= config.loss.final_cam_start
-        unit = model.denormalise(images).clamp(0, 1)
-        seen = (unit * 255).floor() / 255 if release.truncated_denormalisation else unit
-        pseudo_label = labels.pseudo_label(
-            seen,
-            cams.cam if final else cams.aux_cam,
-            image_labels,
-            valid_box=valid_box,
-            **config.labels.pseudo_label_options(),
-        )
         seg_logits = F.interpolate(
             output.seg_logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
         )
         if weights["seg"] > 0:
             terms["seg"] = losses.segmentation_loss(
-                seg_logits, pseudo_label, nan_when_empty=release.nan_segmentation_loss, share=share
+                seg_logits,
+                pseudo_label,
+                nan_when_empty=release.nan_segmentation_loss,
+                share=share,
+                whole_label=whole.pseudo_label,
             )
         if weights["energy"] > 0:
+            unit = model.denormalise(images).clamp(0, 1)
             terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box)
 
     total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)
     return StepResult(total, terms, cams, region, is_positive, token_label, pseudo_label)
+
+
+@torch.no_grad()
+def step_labels(
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    autocast: Callable = contextlib.nullcontext,
+    tokens: Tokens | None = None,
+) -> StepLabels:
+    """The labels that a step's terms learn from; arguments as for `step_losses`.
+
+    `tokens` are those of the images, where the encoder has seen them already.
+    """
+    images, _, _, image_labels, valid_box = batch
+    release, thresholds = config.release, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    segments = weights["seg"] > 0 or weights["energy"] > 0
+    region = token_label = pseudo_label = None
+    if not segments and weights["ptc"] == 0 and weights["ctc"] == 0:
+        return StepLabels()
+
+    with autocast():
+        tokens = model.encode(images) if tokens is None else tokens
+        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+    if weights["ptc"] > 0:
+        token_label = labels.token_label(
+            cams.aux_cam,
+            image_labels,
+            tokens.grid,
+            valid_box=valid_box,
+            pixel_box_on_tokens=release.pixel_box_on_tokens,
+            **thresholds,
+        )
+    if weights["ctc"] > 0:
+        region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
+    if segments:
+        final = step >= config.loss.final_cam_start
+        unit = model.denormalise(images).clamp(0, 1)
+        pseudo_label = labels.pseudo_label(
+            (unit * 255).floor() / 255 if release.truncated_denormalisation else unit,
+            cams.cam if final else cams.aux_cam,
+            image_labels,
+            valid_box=valid_box,
+            **config.labels.pseudo_label_options(),
+        )
+    return StepLabels(cams, region, token_label, pseudo_label)
+
+
+def step_in_parts(
+    compute: Callable,
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    autocast: Callable = contextlib.nullcontext,
+    **options,
+) -> StepResult:
+    """A step's losses and their backward pass, `config.schedule.accumulate` parts of the batch one after the other.
+
+    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. PTC
+    and the segmentation loss are means over all its pairs and pixels, whose numbers follow from the labels: so the
+    labels of all parts come first, which costs one more pass of the main images through the encoder.
+
+    `compute` and `options` as `distributed.shared_step` and `step_losses` have them. The result is for reading: its
+    graph is used up.
+    """
+    n = config.schedule.accumulate
+    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
+    options |= {"step": step, "autocast": autocast}
+    if n == 1:
+        result = compute(batch, config, weights, **options)
+        result.total.backward()
+        return result
+    made = [step_labels(model, part, config, weights, step=step, autocast=autocast) for part in parts]
+    made = [found._replace(cams=None) for found in made]  # large, and no loss reads them
+    whole = StepLabels(*(None if found[0] is None else torch.cat(found) for found in zip(*made, strict=True)))
+    results = []
+    for part, found in zip(parts, made, strict=True):
+        last = part is parts[-1]
+        with contextlib.nullcontext() if last else distributed.unshared_gradients(compute):
+            result = compute(part, config, weights, made=found, whole=whole, **options)
+            (result.total / n).backward()
+        results.append(result._replace(total=result.total.detach()))
+    terms = {name: torch.stack([r.terms[name].detach() for r in results]).mean(0) for name in TERMS}
+    is_positive = None if result.is_positive is None else torch.cat([r.is_positive for r in results])
+    total = torch.stack([r.total for r in results]).mean()
+    return StepResult(total, terms, *whole[:2], is_positive, *whole[2:])
 
 
 def _class_token_contrast(model, batch, main_class_token, boxes, is_positive, config, autocast) -> Tensor:
@@ -236,6 +332,7 @@ def train(
     """
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
+    config.schedule.images_at_once(share.n)  # refuses parts of different sizes
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
@@ -323,10 +420,8 @@ def train(
                 model.update_ema(schedule.momentum)
             generator = crop_generator(config, step, part.start)
             optimizer.zero_grad(set_to_none=True)
-            result = compute(
-                batch, config, config.loss.at(step), step=step, generator=generator, autocast=autocast, share=share
-            )
-            result.total.backward()
+            options = {"step": step, "generator": generator, "autocast": autocast, "share": share}
+            result = step_in_parts(compute, model, batch, config, config.loss.at(step), **options)
             fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
             if fault:  # it must not reach the weights, nor the next checkpoint
                 skipped += 1
@@ -450,7 +545,9 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         raise ToCoError(f"{error}; {left()}") from error
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise ToCoError(f"out of memory, a smaller batch_size or crop_size is needed ({reason}); {left()}") from error
+        raise ToCoError(
+            f"out of memory, a larger accumulate or a smaller batch_size or crop_size is needed ({reason}); {left()}"
+        ) from error
 
 
 def _failed(fault, run, model, parts: list[Batch], result, config, step, share: Share) -> ToCoError:
@@ -553,6 +650,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device).train()
     autocast, schedule = autocast_of(config, device), config.schedule
     keep_freed_memory()
+    compute = functools.partial(step_losses, model)
     starts = sorted({0, schedule.steps} | {s for s in _stage_starts(config) if s < schedule.steps})
     total = 0.0
     with attention_of(model, config, device):
@@ -570,9 +668,8 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
                 began = time.perf_counter()
                 batch = to_device(next(batches), model, device)
                 generator = torch.Generator().manual_seed(0)
-                step_losses(
-                    model, batch, config, config.loss.at(first), step=first, generator=generator, autocast=autocast
-                ).total.backward()
+                options = {"step": first, "generator": generator, "autocast": autocast}
+                step_in_parts(compute, model, batch, config, config.loss.at(first), **options)
                 model.zero_grad(set_to_none=True)
                 seconds.append(time.perf_counter() - began)
             total += min(seconds) * (last - first)
