@@ -1,8 +1,11 @@
 """A small config whose values belong to the tests: the recipe `tiny` may be tuned without moving them."""
 
+from pathlib import Path
+
 import torch
 
 from toco_core.config import TrainConfig, override, tiny
+from toco_core.train import train
 
 
 def small_recipe() -> TrainConfig:
@@ -32,3 +35,10 @@ def stir(model: torch.nn.Module, spread: float) -> None:
     """Every parameter random, norms and biases around 1: far from its start, so that CAMs are not flat."""
     for parameter in model.parameters():
         parameter.data = spread * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
+
+
+def short_run(out_dir: Path, seed: int) -> Path:
+    """The folder of a finished run of two steps: enough for maps that differ from one seed to the other."""
+    config = override(small_recipe(), steps=2, warmup_steps=1, batch_size=2, n_local=2, seed=seed, eval_interval=0)
+    config = override(config, crop_size=64, cam_scales=(1.0,), seg_start=1, energy_start=1, out_dir=str(out_dir))
+    return train(config, progress=False).run.folder

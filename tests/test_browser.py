@@ -10,10 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from small_config import small_recipe
-
-from toco_core.config import override
-from toco_core.train import train
+from small_config import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
@@ -35,13 +32,6 @@ def page(tmp_path_factory):
             yield page
     except NoBrowser as error:
         pytest.skip(str(error))
-
-
-def short_run(out_dir, seed):
-    """A run of a few steps: enough for maps that differ from one seed to the other."""
-    config = override(small_recipe(), steps=2, warmup_steps=1, batch_size=2, n_local=2, seed=seed, eval_interval=0)
-    config = override(config, crop_size=64, cam_scales=(1.0,), seg_start=1, energy_start=1, out_dir=str(out_dir))
-    return train(config, progress=False).run.folder
 
 
 def write_notebook(path, **parameters):

@@ -2,15 +2,21 @@
 
 import io
 import json
+import shlex
 import threading
 import time
+from pathlib import Path
 
 import cv2
+import nbformat
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from coco_folder import write_coco_folder
+from papermill.cli import papermill
 from PIL import Image
-from small_config import small_recipe
+from small_config import short_run, small_recipe
 from voc_folder import CLASSES, write_voc_folder
 
 from toco_core import viz
@@ -29,6 +35,7 @@ from toco_core.widgets.scoring import SplitScoring, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
 
+ROOT, NOTEBOOK = Path(__file__).resolve().parents[1], "notebooks/explore.ipynb"
 EVERY = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 
@@ -296,19 +303,112 @@ def test_texts_become_numbers():
     assert changed(Settings(), cam_scales=0.5).cam_scales == (0.5,)
 
 
-def test_papermill_line_leads_back(session):
+def test_papermill_line(session):
     session.go("img_4")
     session.set(show="seed label", beta_h=0.45, cam_scales="0.5,", classes="cat,dog")
     session.click(0.25, 0.75)
     line = session.papermill_line(dataset="my photos")
     assert line.startswith("papermill notebooks/explore.ipynb out.ipynb -p dataset 'my photos' ")
     assert "-p show 'seed label'" in line and "-p image img_4" in line and "-p patch 0.25,0.75" in line
-    words = papermill_line("n", {"a": 0.1, "b": True, "c": (1, 2), "d": "it's"})
-    assert words == "papermill n out.ipynb -p a 0.1 -p b True -p c 1,2 -p d 'it'\"'\"'s'"
+    assert "cam_scales 0.5, " in line and "crop" not in line and "compare" not in line
+    words = papermill_line("n", {"a": 0.1, "b": True, "c": (1, 2), "d": "it's", "e": "2007_000033"})
+    assert words == "papermill n out.ipynb -p a 0.1 -p b True -p c 1,2 -p d 'it'\"'\"'s' -r e 2007_000033"
+
+
+def test_parameters_restore_the_session(session):
+    session.go("img_3")
+    session.set(show="pseudo label", contours=False, crop_size=16)
+    session.sample_crops()
+    session.place_crop(1 / 3, 0.9)
+    session.click(0.123456, 0.5)
+    session.compare(True)
+    session.use("other", side=1)
+    session.active, session.linked = 1, False
+    session.set(beta_h=0.55, show="CAM", cam_scales=(0.5, 2.0))
     again = Session(session.pictures, session.subjects)
-    found = {k: v for k, v in session.parameters().items() if k not in ("image", "patch")}
-    again.set(**{k: ",".join(map(str, v)) + "," if isinstance(v, tuple) else v for k, v in found.items()})
-    assert again.sides == session.sides
+    again.restore(session.parameters())
+    assert again.sides == session.sides and again.sides[0].settings != again.sides[1].settings
+    assert again.centres == session.centres and again.centres[-1] == (0.3333, 0.9) and again.place == session.place
+    assert again.picture.name == "img_3" and not again.linked and again.active == 0
+    for side in (0, 1):
+        np.testing.assert_array_equal(again.view(side).picture, session.view(side).picture)
+
+
+def run_line(line, folder):
+    """The explorer of the notebook with the parameters of a papermill line."""
+    places = {"papermill": None, "out.ipynb": str(folder / "out.ipynb"), NOTEBOOK: str(ROOT / NOTEBOOK)}
+    words = [places.get(word, word) for word in shlex.split(line)][1:]
+    made = CliRunner().invoke(papermill, [*words, "--prepare-only", "--no-progress-bar"])
+    assert made.exit_code == 0, made.output
+    found = {}
+    for cell in nbformat.read(folder / "out.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and "explorer" not in found:
+            exec(cell.source, found)
+    return found["explorer"]
+
+
+def test_the_copied_line_leads_back_through_the_notebook(tmp_path):
+    """Two sides with settings of their own, crops set by hand, another model, an image named like a number."""
+    models = [short_run(tmp_path / "runs", seed) for seed in (0, 1)]
+    first = run_line(papermill_line(NOTEBOOK, {"model": str(models[0]), "n_images": 0}), tmp_path)
+    assert first.session.sides[0].settings == first.session._start(0), "the notebook begins with other settings"
+    first.film.wanted = [7, 1]
+    first.controls["contours"].value = False
+    first.controls["par_dilations"].value = "1, 3"
+    first.compare.value = True
+    first.side.value = 1
+    first.model.value = models[1].name
+    first.linked.value = False
+    first.controls["show"].value = "seed label"
+    first.controls["beta_h"].value = 0.62
+    first.click_means.value = "places a crop"
+    first.canvases[0].click = [0.21, 0.37, 1]
+    first.canvases[1].click = [0.8, 0.654321, 2]
+    first.copy.click()
+    again = run_line(first.line.value, tmp_path)
+    for name in ("sides", "centres", "place", "linked"):
+        assert getattr(again.session, name) == getattr(first.session, name), name
+    assert len(again.session.centres) == 2 and again.session.sides[0] != again.session.sides[1]
+    assert repr(again) == repr(first) and again.canvases[1].picture == first.canvases[1].picture
+
+    first.compare.value = False
+    first.model.value = models[1].name
+    first.clear.click()
+    first.session.place = None
+    again = run_line(first.parameters_line(), tmp_path)
+    assert again.session.sides == first.session.sides and again.session.sides[0].subject == models[1].name
+    assert again.session.place is None and again.session.centres == []
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"patch": "0.5"}, "patch = '0.5' is not allowed: down,across"),
+        ({"crop_places": "0.5,0.5 2,0"}, "outside the image"),
+        ({"other": "beta_h=0.5"}, "other = 'beta_h=0.5' is not allowed: settings like"),
+        ({"other": '{"beta": 3}'}, "beta = 3"),
+        ({"compare": "third"}, "known are model, other"),
+        ({"image": "img_9"}, "image = 'img_9' is not in photos"),
+    ],
+)
+def test_wrong_parameters_are_refused(session, values, words):
+    with pytest.raises(ToCoError, match=words):
+        session.restore(values)
+
+
+def test_data_sets_in_other_layouts(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("train/cat/a", "val/cat/b", "val/dog/c"):
+        path = tmp_path / "tagged" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(path)
+    tagged = open_pictures(tmp_path / "tagged")
+    assert tagged.class_names == ("background", "cat", "dog") and tagged.title == "tagged [val]"
+    assert [tagged.labels(i) for i in range(2)] == [(1,), (2,)] and tagged.find("dog") == [1]
+    assert tagged.picture(0).mask is None and "no mask" in tagged.picture(0).notes[0]
+    write_coco_folder(tmp_path / "coco")
+    coco = open_pictures(tmp_path / "coco")
+    assert all(coco.labels(i) for i in range(len(coco))) and coco.picture(0).mask is not None
 
 
 # ---- the widget

@@ -79,7 +79,10 @@ class Explorer(w.VBox):
 
     def parameters_line(self) -> str:
         """The papermill command that shows this again."""
-        return self.session.papermill_line(**self.others)
+        others = dict(self.others)
+        if self.session.sides[0].subject != self.session.first:
+            others.pop("weights", None)  # they belong to the model that was there first
+        return self.session.papermill_line(**others)
 
     def __repr__(self) -> str:
         return self.session.describe()

@@ -1,4 +1,4 @@
-"""The images to look at: a split of a VOC-layout folder, or any folder of photographs.
+"""The images to look at: a split of a data set in any layout, or any folder of photographs.
 
 Nothing here gives up because of one file: what is wrong with an image is told when it is asked for, and the others stay
 at hand.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from toco_core.data import VOCFolder, read_image, split_names
+from toco_core.data import Split, open_source, read_image, recognise
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.errors import ToCoError
 
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 class Pictures:
     """Images by number. `names`, `class_names` (background first; empty where the folder knows no classes), `title`."""
 
-    def __init__(self, names: Sequence[str], files: Sequence[Path], *, title: str, source: VOCFolder | None = None):
+    def __init__(self, names: Sequence[str], files: Sequence[Path], *, title: str, source: Split | None = None):
         if not names:
             raise ToCoError(f"{title} holds no image: {' '.join(IMAGE_SUFFIXES)} are read")
         self.names, self.title = tuple(names), title
@@ -113,27 +113,28 @@ class Pictures:
 
 
 def open_pictures(dataset: str | Path, split: str = "val") -> Pictures:
-    """The embedded data set (`scenes`), a split of a VOC-layout folder, or all images in any other folder.
+    """The embedded data set (`scenes`), a split of a data set in any layout of `data.open_source`, or all images in any
+    other folder.
 
-    A VOC-layout folder without a list `split` shows the split that it has. Raises ToCoError for a folder that is not
-    there or without images.
+    A data set without a split of this name shows the first that it has. Raises ToCoError for a folder that is not there
+    or without images.
     """
-    if dataset == "scenes":
-        from toco_core.data.scenes import scenes_folder
-
-        dataset = scenes_folder()
     root = Path(dataset)
-    if not root.is_dir():
+    if dataset != "scenes" and not root.exists():
         raise ToCoError(f"dataset = {str(dataset)!r} is not a folder: give `scenes` or a folder of images")
-    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
-        splits = split_names(root)
-        if split not in splits and splits:
-            split = splits[0]
-        source = VOCFolder(root, split, require_masks=False)
-        return Pictures(source.names, source._images, title=f"{root.name} [{split}]", source=source)
-    files = index_files(root, IMAGE_SUFFIXES)
-    names = sorted(files)
-    return Pictures(names, [files[name] for name in names], title=root.name)
+    try:
+        layout = recognise(dataset)
+    except ToCoError:
+        if root.is_file():
+            raise
+        files = index_files(root, IMAGE_SUFFIXES)
+        names = sorted(files)
+        return Pictures(names, [files[name] for name in names], title=root.name)
+    split = split if split in layout.splits or not layout.splits else layout.splits[0]
+    options = {"require_masks": False} if layout.kind == "VOC" else {}
+    source = open_source(dataset, split, **options)
+    files = [source.image_path(index) for index in range(len(source))]
+    return Pictures(source.names, files, title=f"{layout.root.name} [{split}]", source=source)
 
 
 def _file_only(error: ToCoError) -> str:

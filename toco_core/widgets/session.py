@@ -8,7 +8,9 @@
 A wrong value raises ToCoError and leaves everything as it was.
 """
 
+import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +24,13 @@ from toco_core.widgets import draw
 from toco_core.widgets.analysis import Analysis, Crop
 from toco_core.widgets.pictures import Picture, Pictures
 from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, joint_classes, numbers
-from toco_core.widgets.settings import LABELS, Settings, changed, papermill_line, settings_of
+from toco_core.widgets.settings import LABELS, Settings, changed, differences, papermill_line, settings_of
 from toco_core.widgets.subjects import Subject, Subjects
 
 KEPT = 16  # images whose passes are kept
+PLACES = 4  # decimals of a place in the image: less than a tenth of a pixel, and what a line of parameters can hold
+
+RESTORED = ("image", "patch", "crop_places", "compare", "other", "linked")  # parameters of `restore`, beside settings
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class Session:
 
     def __init__(self, pictures: Pictures, subjects: Subjects, *, first: str | None = None):
         self.pictures, self.subjects = pictures, subjects
-        name = first or subjects.names[0]
-        subject = subjects.get(name)
-        self.sides: list[Side] = [Side(name, settings_of(subject.config, subject.model.depth))]
+        self.first = first or subjects.names[0]
+        subject = subjects.get(self.first)
+        self.sides: list[Side] = [Side(self.first, settings_of(subject.config, subject.model.depth))]
         self.active, self.linked = 0, True
         self.index, self.picture = -1, None
         self.place: tuple[float, float] | None = None  # of the patch that was clicked, fractions of the image
@@ -97,11 +102,8 @@ class Session:
     def use(self, name: str, *, side: int | None = None) -> None:
         """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
         side = self.active if side is None else side
-        subject = self.subjects.get(name)
-        settings = self.sides[side].settings
-        if settings.block > subject.model.depth:
-            settings = replace(settings, block=subject.model.depth)
-        self.sides[side] = Side(name, settings)
+        depth = self.subjects.get(name).model.depth
+        self.sides[side] = Side(name, _within(self.sides[side].settings, depth))
 
     def compare(self, on: bool) -> None:
         """Two sides, the second one a copy at first; or one."""
@@ -113,19 +115,19 @@ class Session:
 
     def click(self, y: float, x: float) -> None:
         """Choose the patch at a place, in fractions of the image."""
-        if not (0 <= y <= 1 and 0 <= x <= 1):
-            raise ToCoError(f"place ({y:g}, {x:g}) is outside the image: 0 to 1 is allowed")
-        self.place = (float(y), float(x))
+        self.place = _checked_place(y, x)
 
     def place_crop(self, y: float, x: float) -> None:
         """Add a local view around a place."""
-        self.centres = [*self.centres, (float(y), float(x))]
+        self.centres = [*self.centres, _checked_place(y, x)]
 
     def sample_crops(self) -> None:
         """Local views drawn as in training, instead of those that are there."""
         side = self.sides[self.active]
         classes, _ = self.classes(self.active)
-        self.centres = self.analysis(self.active).sampled(side.settings, classes)
+        self.centres = []
+        for place in self.analysis(self.active).sampled(side.settings, classes):
+            self.place_crop(*place)
 
     def clear_crops(self) -> None:
         self.centres = []
@@ -247,18 +249,50 @@ class Session:
     # ---- taking something along
 
     def parameters(self) -> dict[str, Any]:
-        """The notebook's parameters that lead here: only what differs from where a session of this model begins."""
-        found: dict[str, Any] = {"image": self.picture.name}
-        start = settings_of(self.subject(0).config, self.subject(0).model.depth)
-        first = self.sides[0]
-        for name, value in first.settings.to_dict().items():
-            if value != start.to_dict()[name]:
-                found[name] = tuple(value) if isinstance(value, list) else value
-        if self.place is not None:
-            found["patch"] = tuple(round(p, 3) for p in self.place)
+        """The notebook's parameters that lead here: `restore` of a new session takes them. Settings that a session of
+        this model begins with are left out."""
+        side, found = self.sides[0], {}
+        if side.subject != self.first:
+            found["model"] = self._spec(0)
+        found["image"] = self.picture.name
+        found |= differences(side.settings, self._start(0))
+        found["patch"] = _places_text([self.place] if self.place else [])
+        if self.centres:
+            found["crop_places"] = _places_text(self.centres)
         if len(self.sides) == 2:
-            found["compare"] = self.subject(1).spec or self.sides[1].subject
+            found["compare"] = self._spec(1)
+            other = differences(self.sides[1].settings, _within(side.settings, self.subject(1).model.depth))
+            if other:
+                found["other"] = json.dumps(other)
+            if not self.linked:
+                found["linked"] = False
         return found
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Go where parameters lead: image, settings, patch, crop places, second model and its own settings.
+
+        What is None or empty, and names that are not a session's, are passed over; the model is that of side A already,
+        and the one named by `compare` is known by the last part of its path. Raises ToCoError for a wrong value.
+        """
+        given = {name: value for name, value in values.items() if value not in (None, "")}
+        if "image" in given:
+            self.go(str(given["image"]))
+        self.set(**{name: given[name] for name in Settings.help() if name in given})
+        for place in _read_places("patch", given.get("patch", "")):
+            self.click(*place)
+        for place in _read_places("crop_places", given.get("crop_places", "")):
+            self.place_crop(*place)
+        other = _read_settings("other", given.get("other", "{}"))
+        if "compare" not in given and not other:
+            return
+        self.compare(True)
+        if "compare" in given:
+            self.use(Path(str(given["compare"])).name, side=1)
+        self.active, self.linked = 1, False
+        try:
+            self.set(**other)
+        finally:
+            self.active, self.linked = 0, given.get("linked", True)
 
     def papermill_line(self, notebook: str = "notebooks/explore.ipynb", **others: Any) -> str:
         """The command that shows this again; `others` are parameters that the session does not know (dataset, ...)."""
@@ -285,6 +319,14 @@ class Session:
 
     # ---- within
 
+    def _start(self, side: int) -> Settings:
+        """The settings with which a session of this side's model begins."""
+        subject = self.subject(side)
+        return settings_of(subject.config, subject.model.depth)
+
+    def _spec(self, side: int) -> str:
+        return self.subject(side).spec or self.sides[side].subject
+
     def _base(self) -> tuple[np.ndarray, np.ndarray]:
         """The image at the size at which it is shown, and the same with less colour; kept for the image at hand."""
         if self._shown is None or self._shown[0] is not self.picture:
@@ -300,6 +342,40 @@ class Session:
             except ToCoError as error:
                 problem = error
         raise ToCoError(f"no image of {self.pictures.title} can be read: {problem}")
+
+
+def _within(settings: Settings, depth: int) -> Settings:
+    """The same for a model with `depth` blocks: a block beyond them comes down."""
+    return replace(settings, block=min(settings.block, depth))
+
+
+def _checked_place(y: float, x: float) -> tuple[float, float]:
+    if not (0 <= y <= 1 and 0 <= x <= 1):
+        raise ToCoError(f"place ({y:g}, {x:g}) is outside the image: 0 to 1 is allowed")
+    return round(float(y), PLACES), round(float(x), PLACES)
+
+
+def _places_text(places: list[tuple[float, float]]) -> str:
+    return " ".join(f"{y:g},{x:g}" for y, x in places)
+
+
+def _read_places(name: str, text: str) -> list[tuple[float, float]]:
+    """The inverse: pairs `down,across` in fractions of the image, separated by blanks."""
+    try:
+        return [(float(y), float(x)) for y, x in (pair.split(",") for pair in str(text).split())]
+    except ValueError:
+        raise ToCoError(f"{name} = {text!r} is not allowed: down,across for each place, like 0.25,0.7") from None
+
+
+def _read_settings(name: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings written as JSON; papermill may have read them already."""
+    try:
+        found = json.loads(given) if isinstance(given, str) else dict(given)
+    except (ValueError, TypeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ToCoError(f'{name} = {given!r} is not allowed: settings like {{"beta_h": 0.5}}')
+    return found
 
 
 def written(path: str | Path, save) -> Path:

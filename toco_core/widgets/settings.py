@@ -29,7 +29,7 @@ class Settings(Config):
         "labelled", "Classes of CAM and labels: labelled, predicted, all, or names separated by commas."
     )
     strength: float = option(0.65, "Overlay: 0 shows the image only, 1 the overlay only.", at_least=0, at_most=1)
-    contours: bool = option(False, "Lines where the CAM crosses the two thresholds, or around each region of a label.")
+    contours: bool = option(True, "Lines where the CAM crosses the two thresholds, or around each region of a label.")
     outline: bool = option(False, "A white line around the ground truth.")
     beta: float = option(0.5, "Threshold of the CAM label, with which a CAM is scored.", at_least=0, at_most=1)
     beta_l: float = option(0.25, "CAM at most this: background.", at_least=0, at_most=1)
@@ -80,12 +80,27 @@ def changed(settings: Settings, **values: Any) -> Settings:
     return Settings(**now)
 
 
+def differences(settings: Settings, start: Settings) -> dict[str, Any]:
+    """The fields in which `settings` differ from `start`: `changed(start, **these)` is `settings` again."""
+    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    return {name: value for name, value in values.items() if value != getattr(start, name)}
+
+
 def papermill_line(notebook: str, parameters: dict[str, Any]) -> str:
     """The command that runs the notebook with these parameters; values are quoted for a Unix shell."""
     words = ["papermill", notebook, "out.ipynb"]
     for name, value in parameters.items():
-        words += ["-p", name, shlex.quote(_text(value))]
+        raw = isinstance(value, str) and _looks_like_a_number(value)  # 2007_000033 is a name, and one for Python
+        words += ["-r" if raw else "-p", name, shlex.quote(_text(value))]
     return " ".join(words)
+
+
+def _looks_like_a_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("True", "False", "None")
+    return True
 
 
 def _text(value: Any) -> str:
