@@ -149,8 +149,23 @@ def test_energy_with_lattices_made_before():
     lattices = energy_lattices(images, sigma_rgb=60.0, sigma_xy=7.3, scale=0.5)
     ours = dense_energy_loss(logits, images, label, BOXES, lattices=lattices, **SETTINGS)
     assert_close(ours, dense_energy_loss(logits, images, label, BOXES, **SETTINGS), rtol=0, atol=0)
-    with pytest.raises(ToCoError, match="lattices has 1 entries"):
-        dense_energy_loss(logits, images, label, lattices=lattices[:1])
+    with pytest.raises(ToCoError, match=r"lattices has \d entries: allowed is one per image, \d, or one of all"):
+        dense_energy_loss(logits, images, label, lattices=[*lattices, lattices[0]])
+
+
+def test_energy_with_one_lattice_of_all_images():
+    """As on a GPU. Two of the images are equal: their points meet in every vertex but for the group."""
+    torch.manual_seed(3)
+    logits, images, label = batch()
+    images[1] = images[0]
+    settings = {"sigma_rgb": 60.0, "sigma_xy": 7.3, "scale": 0.5}
+    (lattice,) = energy_lattices(images, **settings, together=True)
+    alone = energy_lattices(images, **settings)
+    assert len(alone) == B and lattice.blur.shape[1] - 1 == sum(one.blur.shape[1] - 1 for one in alone)
+    ours = dense_energy_loss(logits, images, label, BOXES, lattices=[lattice], **SETTINGS)
+    wanted = dense_energy_loss(logits, images, label, BOXES, **SETTINGS)
+    assert_close(ours, wanted)
+    assert_close(torch.autograd.grad(ours, logits), torch.autograd.grad(wanted, logits))
 
 
 def test_energy_outside_the_box_has_no_part():

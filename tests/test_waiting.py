@@ -95,7 +95,7 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     assert config.loss.at(LATE)["energy"] > 0
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
-    made = [lattice.to(META) for lattice in crf.energy_lattices(torch.rand(B, 3, SIZE, SIZE))]
+    made = [lattice.to(META) for lattice in crf.energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
     monkeypatch.setattr(crf, "energy_lattices", lambda *args, **kwargs: made)
     assert waits_of(config) == []
 

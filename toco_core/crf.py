@@ -28,8 +28,8 @@ NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square r
 class Lattice:
     """The permutohedral lattice of P points with d features: the corners around each point, and their neighbours.
 
-    Made by `Lattice.build` or `image_lattice`; tensors only, so it can be made in a loader's worker and sent to a
-    device with `to`.
+    Made by `Lattice.build`, `image_lattice` or `energy_lattices`; tensors only, so it can be made in a loader's worker
+    and sent to a device with `to`.
     """
 
     corners: Int[Tensor, "P d1"]  # the d + 1 lattice vertices around each point
@@ -40,17 +40,18 @@ class Lattice:
     blur: Int[Tensor, "d1 M1 3"]  # per axis each vertex and its two neighbours; M where there is none
 
     @staticmethod
-    def build(features: Float[Tensor, "P d"]) -> "Lattice":
+    def build(features: Float[Tensor, "P d"], groups: Int[Tensor, " P"] | None = None) -> "Lattice":
         """The lattice of points whose features are already divided by their standard deviations.
 
-        Waits for the device, as the number of vertices M depends on the values. Features so large that the vertices
-        cannot be numbered by 64 bits are refused, and so is what is not finite.
+        Points of different `groups` (whole numbers) have nothing in common: the lattices of several images in one.
+
+        Waits for the device twice, as the number of vertices M depends on the values. Features so large that the
+        vertices cannot be numbered by 64 bits are refused, and so is what is not finite.
         """
-        if not features.isfinite().all():
-            raise ToCoError("features holds NaN or infinity: allowed are finite values")
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            origin, rank, weights = _enclosing_simplex(features)
-            return _connect(origin, rank, weights)
+            finite = features.isfinite().all()
+            origin, rank, weights = _enclosing_simplex(features.nan_to_num(0.0, 0.0, 0.0))
+            return _connect(origin, rank, weights, groups, finite)
 
     def filter(self, values: Float[Tensor, "P F"]) -> Float[Tensor, "P F"]:
         """Splat, blur, slice. Linear in `values`; approximately sum over q of exp(-|f_p - f_q|^2 / 2) value_q, the
@@ -77,22 +78,34 @@ class Lattice:
 
 def image_lattice(image: Float[Tensor, "3 H W"], *, sigma_xy: float, sigma_rgb: float) -> Lattice:
     """The lattice of all pixels of an image in [0, 1], row by row. `sigma_xy` in pixels, `sigma_rgb` in 255ths."""
-    levels = 255 * _at_least_float32(image).flatten(1).T
-    positions = _positions(*image.shape[1:], like=levels)
-    return Lattice.build(torch.cat([positions / sigma_xy, levels / sigma_rgb], dim=1))
+    return Lattice.build(_image_features(image, sigma_xy=sigma_xy, sigma_rgb=sigma_rgb))
 
 
 def energy_lattices(
-    images: Float[Tensor, "B 3 H W"], *, sigma_rgb: float = 15.0, sigma_xy: float = 100.0, scale: float = 0.5
+    images: Float[Tensor, "B 3 H W"],
+    *,
+    sigma_rgb: float = 15.0,
+    sigma_xy: float = 100.0,
+    scale: float = 0.5,
+    together: bool | None = None,
 ) -> list[Lattice]:
-    """One lattice per image as `dense_energy_loss` needs it, to be made ahead of time, for instance in the loader.
+    """The lattices as `dense_energy_loss` needs them, to be made ahead of time, for instance in the loader.
 
     The settings must be those of the loss. Images in [0, 1] are reduced by `scale` to the nearest pixel; `sigma_xy`
     shrinks with them.
+
+    together: one lattice of all images instead of one each, which has to wait for the device, and to launch its many
+        small kernels, once instead of B times; None: on all devices but the CPU, whose caches one image suits better.
     """
+    if together is None:
+        together = images.device.type != "cpu"
     rows, columns = _nearest_pixels(images, _scaled_size(images, scale))
     small = images[:, :, rows[:, None], columns]
-    return [image_lattice(image, sigma_xy=sigma_xy * scale, sigma_rgb=sigma_rgb) for image in small]
+    sigmas = {"sigma_xy": sigma_xy * scale, "sigma_rgb": sigma_rgb}
+    if not together:
+        return [image_lattice(image, **sigmas) for image in small]
+    groups = torch.arange(len(small), device=small.device).repeat_interleave(small[0, 0].numel())
+    return [Lattice.build(torch.cat([_image_features(image, **sigmas) for image in small]), groups)]
 
 
 def dense_energy_loss(
@@ -133,8 +146,8 @@ def dense_energy_loss(
         )
     if lattices is None:
         lattices = energy_lattices(images, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
-    if len(lattices) != B:
-        raise ToCoError(f"lattices has {len(lattices)} entries: allowed is one per image, {B}")
+    if len(lattices) not in (1, B):
+        raise ToCoError(f"lattices has {len(lattices)} entries: allowed is one per image, {B}, or one of all")
 
     with torch.autocast(logits.device.type, enabled=False):
         probs = _at_least_float32(logits).softmax(dim=1)
@@ -151,12 +164,9 @@ def dense_energy_loss(
         segments = probs * inside
         with torch.no_grad():
             gate = (inside - probs.amax(dim=1, keepdim=True)).clamp(min=0).masked_fill(ignored, 1)
-            filtered = torch.stack(
-                [
-                    lattice.filter(s.flatten(1).T).T.unflatten(1, size)
-                    for lattice, s in zip(lattices, segments, strict=True)
-                ]
-            ).to(probs.dtype)
+            points = segments.movedim(1, -1).reshape(len(lattices), -1, segments.shape[1])
+            filtered = torch.cat([lattice.filter(part) for lattice, part in zip(lattices, points, strict=True)])
+            filtered = filtered.unflatten(0, (B, *size)).movedim(-1, 1).contiguous().to(probs.dtype)
         twice = -2 * weight / B * (segments * (gate * filtered)).sum()
         return twice - 0.5 * twice.detach()  # the energy, with the gradient of twice the energy
 
@@ -316,22 +326,25 @@ def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return origin.long(), rank, weights
 
 
-def _connect(origin: Tensor, rank: Tensor, weights: Tensor) -> Lattice:
+def _connect(origin: Tensor, rank: Tensor, weights: Tensor, groups: Tensor | None, finite: Tensor) -> Lattice:
     """Number the vertices that are touched, and find the neighbours of each along every axis."""
     axes, P = origin.shape
     d, device = axes - 1, origin.device
-    # A vertex is named by its first d coordinates, packed in one integer with room for a step of d on both sides, so
-    # that a step along an axis is one addition.
-    low, high = (bound.cpu() for bound in torch.aminmax(origin[:d], dim=1))
-    extents = [int(h - l) + 4 * d + 3 for h, l in zip(high, low, strict=True)]
+    # A vertex is named by its first d coordinates, and its group, packed in one integer with room for a step of d on
+    # both sides, so that a step along an axis is one addition.
+    parts = origin[:d] if groups is None else torch.cat([origin[:d], groups[None]])
+    low, high, finite = torch.stack([*torch.aminmax(parts, dim=1), finite.long().expand(len(parts))]).tolist()
+    if not finite[0]:
+        raise ToCoError("features holds NaN or infinity: allowed are finite values")
+    extents = [h - l + 4 * d + 3 for h, l in zip(high, low, strict=True)]
     if math.prod(extents) >= 2**63:
         raise ToCoError("features are too large for a lattice: allowed are larger standard deviations")
-    strides = [math.prod(extents[:j]) for j in range(d)]
-    name = sum((origin[j] - int(low[j]) + 2 * d + 1) * strides[j] for j in range(d))
+    strides = [math.prod(extents[:j]) for j in range(len(parts))]
+    name = sum((part - least + 2 * d + 1) * stride for part, least, stride in zip(parts, low, strides, strict=True))
     keys = []
     for k in range(axes):
         wrapped = sum((rank[j] > d - k).long() * strides[j] for j in range(d))
-        keys.append(name + k * sum(strides) - wrapped * axes)
+        keys.append(name + k * sum(strides[:d]) - wrapped * axes)
     keys = torch.stack(keys, dim=1).flatten()  # point by point
 
     ordered, order = keys.sort()
@@ -343,8 +356,9 @@ def _connect(origin: Tensor, rank: Tensor, weights: Tensor) -> Lattice:
     corners = torch.empty_like(keys)
     corners[order] = first.cumsum(0) - 1
 
-    steps = [axes * strides[j] - sum(strides) for j in range(d)] + [-sum(strides)]
-    wanted = table + torch.tensor([[s, -s] for s in steps], device=device)[..., None]  # axes 2 M
+    steps = [axes * strides[j] - sum(strides[:d]) for j in range(d)] + [-sum(strides[:d])]
+    steps = torch.tensor([[s, -s] for s in steps]).to(device, non_blocking=True)
+    wanted = table + steps[..., None]  # axes 2 M
     found = torch.searchsorted(table, wanted).clamp(max=M - 1)
     neighbours = found.masked_fill(table[found] != wanted, M)
     itself = torch.arange(M, device=device).expand(axes, 1, M)
@@ -361,6 +375,12 @@ def _connect(origin: Tensor, rank: Tensor, weights: Tensor) -> Lattice:
 def _weighted_sum(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
     """Row s is the sum over e of weights[s, e] * table[rows[s, e]]; with `starts`, over e from start s to the next."""
     return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _image_features(image: Tensor, *, sigma_xy: float, sigma_rgb: float) -> Tensor:
+    """x, y, red, green, blue of every pixel, row by row, in standard deviations."""
+    levels = 255 * _at_least_float32(image).flatten(1).T
+    return torch.cat([_positions(*image.shape[1:], like=levels) / sigma_xy, levels / sigma_rgb], dim=1)
 
 
 def _positions(H: int, W: int, *, like: Tensor) -> Tensor:
