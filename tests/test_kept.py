@@ -113,8 +113,9 @@ def test_a_finished_evaluation_is_read(model, source, plain, tmp_path, monkeypat
     equal(evaluate(model, source, **OPTIONS, keep=tmp_path / "kept"), plain)
     monkeypatch.setattr(model, "encode", refuse)
     equal(evaluate(model, source, **OPTIONS, keep=tmp_path / "kept"), plain)
-    settings = json.loads((tmp_path / "kept" / "manifest.json").read_text())["settings"]
-    assert plain.protocol.startswith(settings["protocol"]) and settings["crf"]["iterations"] == 2
+    manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
+    assert manifest["finished"] and manifest["protocol"] == plain.protocol
+    assert manifest["settings"]["crf"]["iterations"] == 2
 
 
 @pytest.mark.parametrize(("label_maps", "finished"), [(0, 0), (1, 0), (3, 2), (5, 6)])
@@ -123,6 +124,7 @@ def test_an_interrupted_evaluation_goes_on(model, source, plain, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(evaluation.CRFWorkers, "submit", stopping_after(label_maps, evaluation.CRFWorkers.submit))
         evaluate(model, source, **OPTIONS, keep=tmp_path)
+    assert not json.loads((tmp_path / "manifest.json").read_text())["finished"]
     names, seen = [], evaluation._seen
 
     def watched(model, items, *rest):

@@ -4,6 +4,8 @@ The step runs on the device `meta`, whose tensors have no values: looking at one
 whose size depends on it (nonzero, a mask as an index) ends in an error there, as it would end in a wait on a GPU.
 """
 
+import functools
+
 import pytest
 import torch
 from small_config import small_recipe
@@ -14,7 +16,7 @@ from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
 from toco_core.model import ToCo
-from toco_core.train import TERMS, gradient_length, step_losses, to_device
+from toco_core.train import TERMS, gradient_length, step_in_parts, step_losses, to_device
 
 B, K, SIZE, LATE = 3, 4, 48, 10**6
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
@@ -68,17 +70,17 @@ def autocast_on_meta(monkeypatch):
     )
 
 
-def waits_of(config: TrainConfig, **options) -> list[str]:
+def waits_of(config: TrainConfig) -> list[str]:
     """Of a late step, forward and backward, with all that follows up to the question whether it may count."""
     model, batch = on_meta(config)
+    weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
     with Waits() as waits:
-        generator = torch.Generator().manual_seed(0)
-        result = step_losses(model, batch, config, config.loss.at(LATE), step=LATE, generator=generator, **options)
-        result.total.backward()
+        compute = functools.partial(step_losses, model)
+        result = step_in_parts(compute, model, batch, config, weights, step=LATE, generator=generator)
         gradient_length(model)
         model.update_ema(0.9)
-    assert {result.terms[name].device.type for name in TERMS if config.loss.at(LATE)[name] > 0} == {"meta"}
-    assert result.cams is not None and result.is_positive is not None and result.pseudo_label is not None
+    assert {result.terms[name].device.type for name in TERMS if weights[name] > 0} == {"meta"}
+    assert result.token_label is not None and result.is_positive is not None and result.pseudo_label is not None
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     return waits.found
 
@@ -87,6 +89,10 @@ def waits_of(config: TrainConfig, **options) -> list[str]:
 def test_a_step_waits_for_nothing(release):
     """All terms but the dense energy."""
     assert waits_of(override(config_of(energy=0.0), release=release)) == []
+
+
+def test_a_step_in_parts_waits_for_nothing():
+    assert waits_of(config_of(energy=0.0, batch_size=B, accumulate=B)) == []
 
 
 def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):

@@ -228,6 +228,8 @@ def evaluate(
     logits, aux_logits, truth = _in_order(counted.rows(mine), mine, share)
     if n_masks < len(source):
         protocol += f", masks of {n_masks} images" if n_masks else ", no masks: no mIoU"
+    if kept is not None and share.first:
+        kept.finish(protocol)
     return Evaluation(
         counted.cam,
         counted.aux_cam,

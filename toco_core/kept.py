@@ -8,6 +8,7 @@ Each file is written whole or not at all, the counts last.
 """
 
 import io
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class KeptEvaluation:
     something else, or cannot be written."""
 
     def __init__(self, folder: Path | str, settings: dict):
-        self.folder = Path(folder)
+        self.folder, self.settings = Path(folder), settings
         claim_folder(self.folder, settings, "evaluation")
 
     def has(self, name: str) -> bool:
@@ -55,18 +56,21 @@ class KeptEvaluation:
 
     def write(self, name: str, counts: ImageCounts, label: UInt8[np.ndarray, "H W"] | None) -> None:
         """Keep a finished image, and its label map where it was scored."""
+        if label is not None:
+            self._put(self.folder / "SegmentationClass" / f"{name}.png", palette_png(label))
         with io.BytesIO() as file:
             np.savez_compressed(file, **counts._asdict())
-            self._put(self._counts(name), file.getvalue(), label, name)
+            self._put(self._counts(name), file.getvalue())
 
-    def _put(self, path: Path, counts: bytes, label: np.ndarray | None, name: str) -> None:
-        picture = self.folder / "SegmentationClass" / f"{name}.png"
+    def finish(self, protocol: str) -> None:
+        """All images are there, and this is what to write beside their scores: the manifest says so."""
+        content = {"finished": True, "protocol": protocol, "settings": self.settings}
+        self._put(self.folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+
+    def _put(self, path: Path, content: bytes) -> None:
         try:
-            if label is not None:
-                picture.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(picture, palette_png(label))
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, counts)
+            write_whole(path, content)
         except OSError as error:
             raise ToCoError(f"cannot write to {self.folder}: {error.strerror or error}") from error
 
