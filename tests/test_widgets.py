@@ -469,7 +469,9 @@ def test_compare_two_models_with_linked_sliders(explorer):
     explorer.linked.value = False
     explorer.controls["beta_h"].value = 0.8
     assert [side.settings.beta_h for side in explorer.session.sides] == [0.9, 0.8]
-    assert "A: model" in explorer.curve.value and "B: other" in explorer.curve.value
+    assert "A: model" in explorer.legends[0].value and "B: other" in explorer.legends[1].value
+    assert "● A" in explorer.curve.value and "● B" in explorer.curve.value
+    assert "A: CAM label" in explorer.numbers.value and "B: CAM label" in explorer.numbers.value
     explorer.compare.value = False
     assert len(explorer.session.sides) == 1 and explorer.model.value == "model"
 

@@ -206,9 +206,10 @@ def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: i
     return "".join(parts)
 
 
-def colour_bar(kind: str) -> str:
-    """HTML of a scale: `CAM` 0..1 or `similarity` -1..1."""
-    table, ends = (CAM_COLOURS, ("0", "1")) if kind == "CAM" else (SIMILARITY_COLOURS, ("−1", "1"))
+def colour_bar(kind: str, *, top: float = 1.0) -> str:
+    """HTML of a scale: `CAM` 0..1, `similarity` -1..1, or `attention` 0..`top`."""
+    tables = {"CAM": CAM_COLOURS, "similarity": SIMILARITY_COLOURS, "attention": ATTENTION_COLOURS}
+    table, ends = tables[kind], ("−1" if kind == "similarity" else "0", f"{top:.3g}")
     stops = ",".join(f"rgb({r},{g},{b})" for r, g, b in table[::15].tolist())
     bar = f'<span class="toco-bar" style="background:linear-gradient(90deg,{stops})"></span>'
     return f'<span class="toco-scale">{ends[0]} {bar} {ends[1]}</span>'

@@ -5,6 +5,7 @@ working. Setting a control's value from Python does the same as moving it.
 """
 
 import base64
+import html
 import io
 import threading
 import time
@@ -19,7 +20,7 @@ from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report
 from toco_core.widgets.canvas import Canvas, Filmstrip
 from toco_core.widgets.scoring import SplitScores, SplitScoring
-from toco_core.widgets.session import Session, written
+from toco_core.widgets.session import Session, View, written
 from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN
 from toco_core.widgets.subjects import DECODER
 
@@ -103,18 +104,21 @@ class Explorer(w.VBox):
         session, full = self.session, {"layout": w.Layout(width="auto"), "style": {"description_width": "92px"}}
         slider = {**full, "continuous_update": True}
         small_label = {**slider, "style": {"description_width": "36px"}}
-        self.search = w.Text(placeholder="name or class", description="search", continuous_update=False, **full)
-        self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **full)
+        narrow_label = {**full, "style": {"description_width": "46px"}}
+        self.search = w.Text(placeholder="name or class", description="search", continuous_update=False, **narrow_label)
+        self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **narrow_label)
         self.film = Filmstrip()
         self.back, self.forth = (_button(word, tip) for word, tip in (("‹", "previous page"), ("›", "next page")))
         self.position = w.HTML()
-        self.model = w.Dropdown(options=session.subjects.names, description="model", **full)
-        self.compare = w.ToggleButton(description="compare", tooltip="two pictures side by side")
+        self.model = w.Dropdown(options=session.subjects.names, description="model", **narrow_label)
+        self.compare = w.ToggleButton(
+            description="compare", tooltip="two pictures side by side", layout=w.Layout(width="86px")
+        )
         self.side = w.ToggleButtons(options=[("A", 0), ("B", 1)], style={"button_width": "34px"})
         self.linked = w.Checkbox(value=True, description="controls move both", indent=False)
         self.canvases = [Canvas(), Canvas()]
         self.legends = [w.HTML(), w.HTML()]
-        self.notes, self.numbers = w.HTML(), w.HTML()
+        self.notes, self.numbers = w.HTML(), w.HTML(layout=w.Layout(max_height="260px"))
 
         unit = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **slider}
         self.controls: dict[str, w.Widget] = {
@@ -145,13 +149,15 @@ class Explorer(w.VBox):
         self.sample, self.clear = _button("sample crops", "draw crops as in training"), _button("clear", "no crops")
         self.crop_table = w.HTML()
         self.maps = [Canvas(width=SMALL, label="cosine similarity to the framed patch"), Canvas(width=SMALL)]
+        self.maps[0].words = "cosine; click another patch to compare it"
         self.maps[1].label = "attention of the class token"
         self.curve, self.map_titles = w.HTML(), [w.HTML(), w.HTML()]
         self.score, self.stop = _button("score the split", "all images"), _button("stop", "stop scoring")
+        self.stop.disabled = True
         self.progress = w.IntProgress(layout=w.Layout(width="160px", visibility="hidden"))
-        self.split_numbers = w.HTML()
+        self.split_numbers = w.HTML(layout=w.Layout(max_height="200px"))
         self.copy = _button("copy as parameters", "the papermill line")
-        self.line = w.Textarea(rows=3, layout=w.Layout(width="auto"))
+        self.line = w.Textarea(rows=5, layout=w.Layout(width="auto"))
         self.save_name = w.Text(description="folder", value=self.folder, **full)
         self.save_png, self.save_svg = _button("figure PNG", "save"), _button("figure SVG", "save")
         self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), w.HTML()
@@ -182,6 +188,8 @@ class Explorer(w.VBox):
         tokens = [left, self.curve, w.VBox([self.map_titles[1], self.maps[1], c["head"]], **narrow)]
         self.lower = w.HBox(tokens, layout=spread)
         self.children = [choose, find, self.film, self.notes, self.stage, self.lower]
+        for table in (self.numbers, self.split_numbers):  # many classes must not push the maps below out of sight
+            table.add_class("toco-scrolls")
         self.add_class("toco-explorer")
 
     def _listen(self) -> None:
@@ -372,6 +380,7 @@ class Explorer(w.VBox):
             raise ToCoError("the split is being scored already: stop it first")
         session, side = self.session, self.session.active
         what = f"{session.sides[side].settings.show} of {session.sides[side].subject}"
+        self.stop.disabled = False
         self.progress.max, self.progress.layout.visibility = len(session.pictures), "visible"
 
         def tell(found: SplitScores) -> None:
@@ -382,6 +391,9 @@ class Explorer(w.VBox):
             skipped = f"{len(found.skipped)} skipped, first: {found.skipped[0]}" if found.skipped else ""
             notes = [word for word in (f"scoring stopped: {problem}" if problem else "", skipped) if word]
             self.split_numbers.value = report.numbers_html(found.numbers, names, title) + report.notes_html(notes)
+            if self.scoring.over:
+                self.stop.disabled = True
+                self._fill_film()  # with the IoU on each thumbnail
 
         self.scoring = SplitScoring(
             session.subject(side),
@@ -414,11 +426,7 @@ class Explorer(w.VBox):
                 self.canvases[i].width = NARROW if len(session.sides) == 2 else WIDE
                 self.canvases[i].label = f"{session.picture.name}: {session.sides[i].settings.show}"
             self.legends[i].value = self._legend(i, view)
-        names = session.joint(session.active).names
-        settings, view = session.sides[session.active].settings, self._seen[session.active]
-        what = "CAM label" if settings.show in ("image", "CAM") else settings.show
-        title = f"this image: {what}" + (f" at beta {settings.beta:g}" if what == "CAM label" else "")
-        self.numbers.value = report.numbers_html(view.numbers, names, title)
+        self.numbers.value = "".join(self._numbers_table(i, view) for i, view in enumerate(self._seen))
         crops, _ = session.crops(session.active)
         threshold = session.subject(session.active).config.crops.positive_threshold
         self.crop_table.value = report.crops_html(crops, threshold)
@@ -436,24 +444,27 @@ class Explorer(w.VBox):
         picture, top = draw.attention_picture(found.attention, size, head=head)
         self.maps[1].picture = draw.encoded(picture)
         self.map_titles[0].value = (
-            f'<div class="toco-heading">similarity to the framed patch, block {settings.block}</div>'
+            f'<div class="toco-heading">similar to the frame, block {settings.block}</div>'
             f"{draw.colour_bar('similarity')}"
         )
         which = f"head {head} of {len(found.attention)}" if head else f"mean of {len(found.attention)} heads"
+        self.maps[1].words = f"{which}; 1 would be an even spread"
         self.map_titles[1].value = (
             f'<div class="toco-heading">class token looks at, block {settings.block}</div>'
-            f'<span class="toco-scale">{which}; up to {top:.1f} times an even spread</span>'
+            f"{draw.colour_bar('attention', top=top)}"
         )
-        curves = {self._side_name(i): session.tokens(i).by_block for i in range(len(session.sides))}
+        names = "AB" if len(session.sides) == 2 else ["all other patches"]
+        curves = {name: session.tokens(i).by_block for i, name in enumerate(names)}
         layer = session.subject(side).model.layer
         self.curve.value = (
             '<div class="toco-heading">the framed patch: mean similarity to all others</div>'
             + draw.curve_svg(curves, block=settings.block, layer=layer)
         )
 
-    def _legend(self, i: int, view) -> str:
+    def _legend(self, i: int, view: View) -> str:
         session, settings = self.session, self.session.sides[i].settings
-        head = f'<div class="toco-heading">{self._side_name(i)}</div>' if len(session.sides) == 2 else ""
+        name = f"{'AB'[i]}: {session.sides[i].subject}"
+        head = f'<div class="toco-heading">{html.escape(name)}</div>' if len(session.sides) == 2 else ""
         if settings.show == "CAM":
             return head + draw.colour_bar("CAM")
         if view.label is None or settings.show == "image":
@@ -461,8 +472,13 @@ class Explorer(w.VBox):
         names, places = session.joint(i).names, np.unique(view.label).tolist()
         return head + draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)
 
-    def _side_name(self, i: int) -> str:
-        return f"{'AB'[i]}: {self.session.sides[i].subject}" if len(self.session.sides) == 2 else "all other patches"
+    def _numbers_table(self, i: int, view: View) -> str:
+        session, settings = self.session, self.session.sides[i].settings
+        what = "CAM label" if settings.show in ("image", "CAM") else settings.show
+        title = f"{'AB'[i] if len(session.sides) == 2 else 'this image'}: {what}"
+        title += f" at beta {settings.beta:g}" if what == "CAM label" else ""
+        missing = "no ground truth" if session.picture.mask is None else "nothing to score"
+        return report.numbers_html(view.numbers, session.joint(i).names, title, missing=missing)
 
     def _show_notes(self) -> None:
         notes = [self.problem] if self.problem else []

@@ -21,10 +21,10 @@ def notes_html(notes: Sequence[str]) -> str:
     return f'<div class="toco-notes" role="status">{lines}</div>' if lines else ""
 
 
-def numbers_html(found: Numbers | None, names: Sequence[str], title: str) -> str:
-    """A table of IoU, precision and recall per class that truth or prediction shows, in percent."""
+def numbers_html(found: Numbers | None, names: Sequence[str], title: str, *, missing: str = "no ground truth") -> str:
+    """A table of IoU, precision and recall per class that truth or prediction shows, in percent; or what is missing."""
     if found is None:
-        return f'<div class="toco-heading">{html.escape(title)}</div>no ground truth'
+        return f'<div class="toco-heading">{html.escape(title)}</div>{html.escape(missing)}'
     scores, rows = found.scores, []
     for k, name in enumerate(names):
         values = scores.iou[k], scores.precision[k], scores.recall[k]
@@ -32,10 +32,10 @@ def numbers_html(found: Numbers | None, names: Sequence[str], title: str) -> str
             cells = "".join(f"<td>{'–' if np.isnan(v) else f'{100 * v:.1f}'}</td>" for v in values)
             rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     mean = f"<tr><th>mean IoU</th><th>{_percent(scores.miou)}</th><th></th><th></th></tr>"
-    some = "" if found.coverage > 0.9995 else f" of the {100 * found.coverage:.0f} % pixels that are labelled"
+    some = "" if found.coverage > 0.9995 else f", on the {100 * found.coverage:.0f} % of pixels that it decides"
     return (
         f'<div class="toco-heading">{html.escape(title + some)}</div><table class="toco-table"><tr><th>%</th>'
-        f"<th>IoU</th><th>precision</th><th>recall</th></tr>{''.join(rows)}{mean}</table>"
+        f"<th>IoU</th><th>precision</th><th>recall</th></tr>{mean}{''.join(rows)}</table>"
     )
 
 

@@ -150,6 +150,11 @@ class SplitScoring:
         self.thread.join()
 
     @property
+    def over(self) -> bool:
+        """Whether no further image will be begun."""
+        return self._stopped.is_set()
+
+    @property
     def running(self) -> bool:
         return self.thread.is_alive()
 
