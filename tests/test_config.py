@@ -9,6 +9,7 @@ from toco_core.config import (
     RECIPES,
     ReleaseBehaviour,
     TrainConfig,
+    changed_batch,
     coco,
     field_sections,
     lr_at,
@@ -190,6 +191,13 @@ def test_a_batch_is_cut_into_equal_parts_only():
         config.schedule.images_at_once(8)
     with pytest.raises(ToCoError, match="accumulate = 0 is not allowed: at least 1"):
         override(config, accumulate=0)
+
+
+def test_a_batch_that_is_not_the_recipes_is_said_aloud():
+    assert changed_batch(override(voc(), steps=10, warmup_steps=0, accumulate=4), voc()) == ""
+    said = changed_batch(override(voc(), batch_size=16, lr=1e-4), voc())
+    assert said.startswith("batch_size = 16 is not the recipe's 4") and "lr = 0.00024 (it is 0.0001)" in said
+    assert "steps = 5000 (it is 20000)" in said
 
 
 def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():

@@ -205,7 +205,9 @@ def test_the_command_line_trains(tmp_path, capsys):
         if isinstance(values, dict):
             changed |= {name: value for name, value in values.items() if base[section][name] != value}
     launch.main(["tiny", *(f"{name}={value!r}" for name, value in changed.items())])
-    assert str(Run.of(config).folder) in capsys.readouterr().out and Run.of(config).finished
+    said = capsys.readouterr().out
+    assert str(Run.of(config).folder) in said and Run.of(config).finished
+    assert "a step takes about" in said and f"batch_size = {B} is not the recipe's" in said
 
 
 def test_a_notebook_starts_processes(two, tmp_path):

@@ -578,6 +578,22 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
+def changed_batch(config: TrainConfig, recipe: TrainConfig) -> str:
+    """A sentence where the images per step are not the recipe's, "" where they are; nothing is changed.
+
+    How many processes or parts share a batch does not matter: `batch_size` is that of all together.
+    """
+    ours, theirs = config.schedule, recipe.schedule
+    if ours.batch_size == theirs.batch_size:
+        return ""
+    share = ours.batch_size / theirs.batch_size
+    return (
+        f"batch_size = {ours.batch_size} is not the recipe's {theirs.batch_size}, for which its rates were chosen: by "
+        f"the linear rule lr = {theirs.lr * share:.3g} (it is {ours.lr:g}), and steps = {theirs.steps / share:.0f} "
+        f"(it is {ours.steps}) see as many images; or keep {theirs.batch_size} and let accumulate save memory"
+    )
+
+
 def field_sections() -> dict[str, str]:
     """Name of every field -> section of `TrainConfig` that holds it ('' for its own fields). Names are unique."""
     where = {}

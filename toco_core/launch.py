@@ -15,6 +15,7 @@ that of the whole, over all processes. Machines must share `out_dir` or, at leas
 import argparse
 import ast
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,12 @@ import torch
 from torch import multiprocessing
 
 from . import distributed
-from .config import RECIPES, TrainConfig, override
+from .budget import step_memory
+from .config import RECIPES, TrainConfig, changed_batch, override
+from .data import TrainVal
 from .errors import ToCoError
 from .runs import Run
-from .train import Opened, open_run, train
+from .train import Opened, open_data, open_run, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,11 +47,22 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = with_fields(RECIPES[recipe](), fields)
         with distributed.joined(config.device) as share:
-            trained = train(config, **args)
+            data = open_data(config.data)
+            if share.first and not Run.of(config).finished:
+                say_before(config, RECIPES[recipe](), data, share.n)
+            trained = train(config, data=data, **args)
             if share.first:
                 print(trained.run.folder)
     except ToCoError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, processes: int) -> None:
+    """What one would like to know before hours of training: memory, and a batch that is not the recipe's."""
+    print(step_memory(config, data, processes=processes))
+    if changed := changed_batch(config, recipe):
+        print(changed)
+    sys.stdout.flush()
 
 
 def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
