@@ -16,6 +16,7 @@ from toco_core.data import VOCFolder, open_train_val
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluate import evaluate
+from toco_core.metrics import OpenCounts
 from toco_core.model import ToCo
 from toco_core.release import save_release
 
@@ -99,12 +100,22 @@ def random_pair(seed, height=7, width=11, open_share=0.2):
 # ---- counts
 
 
+def image_counts(mask, label, n_classes):
+    found = OpenCounts(n_classes)
+    found.update(mask, label)
+    return found.counts
+
+
+def counted_scores(counts):
+    return OpenCounts(len(counts) - 1, counts).scores()
+
+
 def test_counts_of_an_image_are_those_of_its_pixels():
     for seed in range(5):
         mask, label = random_pair(seed)
-        counts = assess.image_counts(mask, label, K)
+        counts = image_counts(mask, label, K)
         np.testing.assert_array_equal(counts, slow_counts(mask, label))
-        scores = assess.counted_scores(counts)
+        scores = counted_scores(counts)
         assert scores.miou == pytest.approx(slow_iou(counts))
         assert scores.iou.shape == scores.precision.shape == scores.recall.shape == (K + 1,)
         assert scores.recall[1] == pytest.approx(((label == 1) & (mask == 1)).sum() / (mask == 1).sum())
@@ -115,14 +126,14 @@ def test_open_pixels_cost_recall_and_no_precision():
     mask = np.array([[0, 0, 1, 1, 1, 1]], np.uint8)
     sure, open_ = mask.copy(), mask.copy()
     open_[0, 2:5] = 255
-    whole, part = (assess.counted_scores(assess.image_counts(mask, label, K)) for label in (sure, open_))
+    whole, part = (counted_scores(image_counts(mask, label, K)) for label in (sure, open_))
     assert whole.miou == 1 and part.precision[1] == 1 and part.recall[1] == 0.25
     assert part.miou == pytest.approx((1 + 0.25) / 2)
 
 
 def test_scores_follow_from_the_images():
     pairs = [random_pair(seed, open_share=0.0 if seed == 1 else 0.3) for seed in range(4)]
-    counts = np.stack([assess.image_counts(*pair, K) for pair in pairs])
+    counts = np.stack([image_counts(*pair, K) for pair in pairs])
     assessed = assess.Assessment(("a", "b", "c", "d"), {"seg": counts}, {"seg": "made up for this test"})
     iou = [slow_iou(slow_counts(*pair)) for pair in pairs]
     np.testing.assert_allclose(assessed.image_iou("seg"), iou)
@@ -136,7 +147,7 @@ def test_scores_follow_from_the_images():
 
 def test_an_image_without_a_valid_pixel_has_no_score_and_is_no_worst_one():
     void, label = np.full((3, 5), 255, np.uint8), np.zeros((3, 5), np.uint8)
-    counts = np.stack([assess.image_counts(void, label, K), assess.image_counts(*random_pair(0), K)])
+    counts = np.stack([image_counts(void, label, K), image_counts(*random_pair(0), K)])
     assessed = assess.Assessment(("void", "other"), {"seg": counts}, {"seg": ""})
     assert np.isnan(assessed.image_iou("seg")[0]) and assessed.worst("seg", 5) == [1]
 

@@ -14,8 +14,8 @@ from toco_core.config import override
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.evaluate import look
-from toco_core.metrics import ConfusionMatrix
-from toco_core.scores import PseudoLabelCounts, RunScores, read_scores, score_run, scored_run
+from toco_core.metrics import ConfusionMatrix, OpenCounts
+from toco_core.scores import RunScores, read_scores, score_run, scored_run
 from toco_core.similarity import similarity_of_split
 from toco_core.train import evaluate_as, open_run
 
@@ -51,16 +51,16 @@ def test_an_open_pixel_is_a_missed_one():
     2 open; void does not count whatever is said there."""
     truth = np.array([[0, 0, 0, 1, 1, 1, 1, 255, 255]], np.uint8)
     label = np.array([[0, 0, 255, 1, 0, 255, 255, 1, 255]])
-    counts = PseudoLabelCounts(1)
+    counts = OpenCounts(1)
     counts.update(truth, label)
-    assert_close(counts.iou, np.array([2 / 4, 1 / 4]))
-    assert_close(counts.miou, 3 / 8)
-    assert_close(counts.committed, 4 / 7)
+    assert_close(counts.scores().iou, np.array([2 / 4, 1 / 4]))
+    assert_close(counts.scores().miou, 3 / 8)
+    assert_close(counts.decided, 4 / 7)
 
 
 def test_counts_equal_loops_over_pixels():
     rng = np.random.default_rng(0)
-    counts, truths, labels = PseudoLabelCounts(K), [], []
+    counts, truths, labels = OpenCounts(K), [], []
     for shape in ((5, 7), (11, 3)):
         truth, label = (rng.choice([0, 1, 2, 3, 255], shape).astype(np.uint8) for _ in range(2))
         counts.update(truth, label)
@@ -68,21 +68,21 @@ def test_counts_equal_loops_over_pixels():
     pairs = [(t, p) for t, p in zip(truths, labels, strict=True) if t != 255]
     for c in range(K + 1):
         both, either = sum(t == p == c for t, p in pairs), sum(t == c or p == c for t, p in pairs)
-        assert_close(counts.iou[c], np.float64(both / either))
-    assert_close(counts.committed, sum(p != 255 for _, p in pairs) / len(pairs))
+        assert_close(counts.scores().iou[c], np.float64(both / either))
+    assert_close(counts.decided, sum(p != 255 for _, p in pairs) / len(pairs))
 
 
 def test_labels_without_open_pixels_score_as_always():
     rng = np.random.default_rng(1)
     truth, label = rng.choice([0, 1, 2, 3, 255], (9, 8)).astype(np.uint8), rng.integers(0, 4, (9, 8))
-    counts, matrix = PseudoLabelCounts(K), ConfusionMatrix(K + 1)
+    counts, matrix = OpenCounts(K), ConfusionMatrix(K + 1)
     counts.update(truth, label)
     matrix.update(truth, label)
-    assert_close(counts.miou, matrix.scores().miou)
-    assert counts.committed == 1
-    nothing = PseudoLabelCounts(K)
+    assert_close(counts.scores().miou, matrix.scores().miou)
+    assert counts.decided == 1
+    nothing = OpenCounts(K)
     nothing.update(truth, np.full((9, 8), 255))
-    assert nothing.miou == 0 and nothing.committed == 0
+    assert nothing.scores().miou == 0 and nothing.decided == 0
 
 
 # ---- a run
@@ -114,12 +114,14 @@ def test_thresholds_are_of_val_and_scores_of_test(scored, root):
 def test_pseudo_labels_are_those_of_each_image(scored, root):
     """Image by image through `look`, which does not know of batches."""
     opened, test = open_run(scored.run.folder), VOCFolder(root, "test")
-    counts = PseudoLabelCounts(K)
+    counts = OpenCounts(K)
     for i in range(len(test)):
         counts.update(test.mask(i), look(opened.model, test, i, scored.config).pseudo_label)
-    assert_close(scored.scores.miou["pseudo_label"], 100 * counts.miou, rtol=0, atol=6e-4)
-    assert_close(scored.scores.committed, 100 * counts.committed, rtol=0, atol=6e-4)
-    assert_close(np.array(scored.scores.iou["pseudo_label"]), 100 * counts.iou, rtol=0, atol=6e-4, equal_nan=True)
+    assert_close(scored.scores.miou["pseudo_label"], 100 * counts.scores().miou, rtol=0, atol=6e-4)
+    assert_close(scored.scores.committed, 100 * counts.decided, rtol=0, atol=6e-4)
+    assert_close(
+        np.array(scored.scores.iou["pseudo_label"]), 100 * counts.scores().iou, rtol=0, atol=6e-4, equal_nan=True
+    )
 
 
 def test_a_second_time_answers_from_the_folder(scored, monkeypatch):

@@ -31,7 +31,7 @@ from toco_core.labels import region_mask
 from toco_core.model import ToCo
 from toco_core.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
-from toco_core.widgets.scoring import SplitScoring, joint_classes, numbers
+from toco_core.widgets.scoring import SplitScoring, count, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
 
@@ -183,7 +183,7 @@ def test_sampled_crops_follow_the_seed(session):
 def test_numbers_of_a_label_with_undecided_pixels():
     mask = np.array([[0, 0, 1, 1, 255, 2]], np.uint8)
     label = np.array([[0, 255, 1, 0, 1, 255]], np.uint8)
-    found = numbers(label, mask, 3)
+    found = numbers(count(label, mask, ("background", "one", "two")))
     assert found.coverage == pytest.approx(3 / 5)
     np.testing.assert_allclose(found.scores.iou, [0.5, 0.5, np.nan])
     assert found.scores.miou == pytest.approx(0.5)

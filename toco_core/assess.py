@@ -13,7 +13,7 @@ counts as a missed pixel of its true class, so open pixels cost recall and no pr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +35,8 @@ from .evaluate import (
     segmentation_maps,
     strongest,
 )
-from .labels import IGNORE, merged_logits, pseudo_label
-from .metrics import ConfusionMatrix, Scores
+from .labels import merged_logits, pseudo_label
+from .metrics import OpenCounts, Scores
 from .model import ToCo
 from .release import from_release
 from .scores import reported_part
@@ -175,11 +175,11 @@ class Assessment:
 
     def scores(self, kind: str) -> Scores:
         """Scores of all images together."""
-        return counted_scores(self.total(kind))
+        return self._counted(self.total(kind)).scores()
 
     def image_iou(self, kind: str) -> np.ndarray:
         """Per image the mean IoU over the classes that its mask shows, in [0, 1]; NaN for a mask that is all void."""
-        return np.array([counted_scores(one).miou for one in self.counts[kind]])
+        return np.array([self._counted(one).scores().miou for one in self.counts[kind]])
 
     def worst(self, kind: str, n: int) -> list[int]:
         """Places of the `n` images with the lowest `image_iou`, worst first."""
@@ -188,8 +188,11 @@ class Assessment:
 
     def decided(self, kind: str) -> float:
         """Share of the pixels that the label does not leave open."""
-        total = self.total(kind)
-        return float(total[:, :-1].sum() / total.sum())
+        return self._counted(self.total(kind)).decided
+
+    @staticmethod
+    def _counted(counts: Int64[np.ndarray, "C C1"]) -> OpenCounts:
+        return OpenCounts(len(counts) - 1, counts)
 
     def summary(self, class_names: Sequence[str]) -> dict:
         """Every score in percent as plain numbers, each kind with its protocol; null where there is none."""
@@ -231,7 +234,9 @@ def assess(
             raise ToCoError(f"{source.names[index]} has no mask: scores need a split with masks")
         found = labels_of(model, source, index, config, beta=beta, aux_beta=aux_beta, scales=scales, crf=crf)
         for kind, label in found.items():
-            counts.setdefault(kind, []).append(image_counts(mask, label, model.n_classes))
+            one = OpenCounts(model.n_classes)
+            one.update(mask, label)
+            counts.setdefault(kind, []).append(one.counts)
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
     cam = f"{where}, image labels known, CAM scales {_listed(config.labels.cam_scales)} + flip"
@@ -248,27 +253,6 @@ def assess(
     return Assessment(
         tuple(source.names), {k: np.stack(v) for k, v in counts.items()}, {k: protocol[k] for k in counts}
     )
-
-
-def image_counts(
-    mask: UInt8[np.ndarray, "H W"], label: UInt8[np.ndarray, "H W"], n_classes: int
-) -> Int64[np.ndarray, "C C1"]:
-    """Pixels of one image: rows 0..K of the mask, columns 0..K of the label and, last, open; void pixels do not count.
-
-    K = `n_classes`.
-    """
-    matrix = ConfusionMatrix(n_classes + 2)
-    matrix.update(mask, np.where(label == IGNORE, np.uint8(n_classes + 1), label))
-    return matrix.counts[:-1]
-
-
-def counted_scores(counts: Int64[np.ndarray, "C C1"]) -> Scores:
-    """Scores of the C classes from `image_counts` or a sum of them."""
-    C = len(counts)
-    matrix = ConfusionMatrix(C + 1)
-    matrix.counts[:C] = counts  # no mask shows the class "open", so that it is in no mean
-    scores = matrix.scores()
-    return replace(scores, iou=scores.iou[:C], precision=scores.precision[:C], recall=scores.recall[:C])
 
 
 def _percent(value: float) -> float | None:

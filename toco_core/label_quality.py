@@ -26,7 +26,7 @@ from .data import evaluation_items, to_unit
 from .errors import ToCoError
 from .evaluate import eval_size
 from .labels import IGNORE, eval_label, pseudo_label, refined_labels, seed_label, with_uncertain
-from .metrics import ConfusionMatrix
+from .metrics import OpenCounts
 from .model import ToCo
 
 
@@ -111,32 +111,18 @@ class LabelQuality(NamedTuple):
     uncertain_foreground: float  # of the uncertain pixels, the share that belongs to objects
 
 
-class LabelCounts:
-    """Pixels by what the mask shows (rows 0..K) and what a label says (columns 0..K, then uncertain)."""
-
-    def __init__(self, n_classes: int):
-        """`n_classes` is K."""
-        self.C = n_classes + 1
-        self.counts = np.zeros((self.C, self.C + 1), np.int64)
-
-    def update(self, mask: np.ndarray, label: np.ndarray) -> None:
-        """Add the pixels of a mask and of a label of equal shape: 0..K, or 255 for void and for uncertain."""
-        seen = mask != IGNORE
-        column = np.where(label == IGNORE, self.C, label)[seen]
-        index = mask[seen].astype(np.int64) * (self.C + 1) + column
-        self.counts += np.bincount(index, minlength=self.counts.size).reshape(self.counts.shape)
+class LabelCounts(OpenCounts):
+    """Counts over masks and labels whose uncertain pixels are open, and what they say of the labels."""
 
     def quality(self) -> LabelQuality:
         """What the counts so far say."""
-        counts, decided = self.counts.astype(np.float64), ConfusionMatrix(self.C)
-        decided.counts = self.counts[:, :-1]
+        counts = self.counts.astype(np.float64)
         right, truth, predicted, uncertain = np.diag(counts), counts.sum(1), counts[:, :-1].sum(0), counts[:, -1]
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that `LabelQuality` promises
-            iou = (right / (truth + predicted - right))[truth > 0]
             return LabelQuality(
-                miou=decided.scores().miou,
-                strict_miou=float(iou.mean()) if len(iou) else float("nan"),
-                coverage=float(predicted.sum() / truth.sum()),
+                miou=self.decided_scores().miou,
+                strict_miou=self.scores().miou,
+                coverage=self.decided,
                 background_precision=float(right[0] / predicted[0]),
                 background_recall=float(right[0] / truth[0]),
                 foreground_precision=float(right[1:].sum() / predicted[1:].sum()),

@@ -4,12 +4,12 @@ Label maps are counted into a confusion matrix (rows: ground truth, columns: pre
 follows. Pixels whose ground truth is 255 are ignored whatever is predicted there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from .errors import ToCoError
@@ -76,6 +76,45 @@ class ConfusionMatrix:
             precision=precision,
             recall=recall,
         )
+
+
+class OpenCounts:
+    """Pixels by what the ground truth shows (rows 0..K) and what a label says (columns 0..K, then open: 255).
+
+    For labels that leave pixels open. An open pixel is a missed one of its true class: it costs recall and no
+    precision, and a label that commits itself nowhere has an mIoU of 0.
+    """
+
+    def __init__(self, n_classes: int, counts: Int64[np.ndarray, "C C1"] | None = None):
+        """`n_classes` is K; background comes on top. `counts`: those of another, or a sum of several."""
+        self.counts = np.zeros((n_classes + 1, n_classes + 2), np.int64) if counts is None else counts
+
+    def update(self, ground_truth: np.ndarray, label: np.ndarray) -> None:
+        """Adds the pixels of maps of equal shape, 0..K or 255 each. Raises ToCoError as `ConfusionMatrix.update`."""
+        C = len(self.counts)
+        matrix = ConfusionMatrix(C + 1)
+        matrix.update(ground_truth, np.where(label == IGNORE, C, label))
+        self.counts = self.counts + matrix.counts[:C]
+
+    def scores(self) -> Scores:
+        """Scores of the C classes over all pixels."""
+        C = len(self.counts)
+        matrix = ConfusionMatrix(C + 1)
+        matrix.counts[:C] = self.counts  # no ground truth shows the class "open", so that it is in no mean
+        scores = matrix.scores()
+        return replace(scores, iou=scores.iou[:C], precision=scores.precision[:C], recall=scores.recall[:C])
+
+    def decided_scores(self) -> Scores:
+        """Scores over the pixels that the label decides."""
+        matrix = ConfusionMatrix(len(self.counts))
+        matrix.counts = self.counts[:, :-1]
+        return matrix.scores()
+
+    @property
+    def decided(self) -> float:
+        """Share of the pixels that the label decides; NaN where there is none."""
+        total = self.counts.sum()
+        return float(self.counts[:, :-1].sum() / total) if total else float("nan")
 
 
 class MultiLabelScores(NamedTuple):

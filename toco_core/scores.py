@@ -20,44 +20,13 @@ from .config import TrainConfig
 from .data import Split, TrainVal, open_source, split_names
 from .errors import ToCoError
 from .evaluate import Evaluation
-from .labels import IGNORE, pseudo_label
-from .metrics import ConfusionMatrix
+from .labels import pseudo_label
+from .metrics import OpenCounts
 from .runs import Run
 from .similarity import similarity_of_split
 from .train import Opened, evaluate_as, open_data, train
 
 SCORED = ("cam", "aux_cam", "pseudo_label", "seg")
-
-
-class PseudoLabelCounts:
-    """Counts of labels that leave pixels open (255): an open pixel is a missed one of its true class.
-
-    So an open pixel costs recall and no precision. A label that commits itself nowhere has an mIoU of 0.
-    """
-
-    def __init__(self, n_classes: int):
-        """`n_classes` is K; background comes on top."""
-        self.n_classes = n_classes
-        self.matrix = ConfusionMatrix(n_classes + 2)  # the last column: open. No ground truth shows it.
-
-    def update(self, ground_truth: np.ndarray, label: np.ndarray) -> None:
-        """Add pixels of equal shape, 0..K or 255 each."""
-        self.matrix.update(ground_truth, np.where(label == IGNORE, self.n_classes + 1, label))
-
-    @property
-    def iou(self) -> np.ndarray:
-        """IoU of each of the C = K + 1 classes, in [0, 1]."""
-        return self.matrix.scores().iou[:-1]
-
-    @property
-    def miou(self) -> float:
-        """Mean of `iou` over the classes of the ground truth."""
-        return self.matrix.scores().miou
-
-    @property
-    def committed(self) -> float:
-        """Share of the valid pixels that have a label."""
-        return float(self.matrix.counts[:, :-1].sum() / self.matrix.counts.sum())
 
 
 class RunScores(NamedTuple):
@@ -117,7 +86,7 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     if found is not None:
         return found
     model, config, run, data = opened
-    pseudo = PseudoLabelCounts(model.n_classes)
+    pseudo = OpenCounts(model.n_classes)
     part, source = reported_part(data)
     if part == "test":
         validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
@@ -127,6 +96,7 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     validation = final if part == "val" else validation
     beta, aux_beta = validation.cam.best_beta, validation.aux_cam.best_beta
     scores = {"cam": final.cam.scores(beta), "aux_cam": final.aux_cam.scores(aux_beta), "seg": final.seg}
+    scores["pseudo_label"] = pseudo.scores()
     val = {"cam": validation.cam.scores(beta), "aux_cam": validation.aux_cam.scores(aux_beta), "seg": validation.seg}
     found = RunScores(
         part=part,
@@ -134,9 +104,9 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
         beta=beta,
         aux_beta=aux_beta,
         val={name: _percent(score.miou) for name, score in val.items()},
-        miou={name: _percent(s.miou) for name, s in scores.items()} | {"pseudo_label": _percent(pseudo.miou)},
-        iou={name: _percents(s.iou) for name, s in scores.items()} | {"pseudo_label": _percents(pseudo.iou)},
-        committed=_percent(pseudo.committed),
+        miou={name: _percent(s.miou) for name, s in scores.items()},
+        iou={name: _percents(s.iou) for name, s in scores.items()},
+        committed=_percent(pseudo.decided),
         token_similarity=[round(value, 4) for value in similarity_of_split(model, data.val, config)],
     )
     if run.finished:
@@ -158,7 +128,7 @@ def read_scores(run: Run) -> RunScores | None:
     return RunScores(**values | {"iou": iou})
 
 
-def _count_pseudo_labels(counts: PseudoLabelCounts, config: TrainConfig):
+def _count_pseudo_labels(counts: OpenCounts, config: TrainConfig):
     """The function that `evaluate` calls with each batch. Labels are made at the size that is evaluated, as in
     training, and each pixel of the ground truth takes its nearest."""
 

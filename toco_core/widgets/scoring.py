@@ -14,7 +14,7 @@ import numpy as np
 
 from toco_core.errors import ToCoError
 from toco_core.labels import IGNORE
-from toco_core.metrics import ConfusionMatrix, Scores
+from toco_core.metrics import OpenCounts, Scores
 from toco_core.widgets.analysis import Analysis, no_classifier
 from toco_core.widgets.pictures import Pictures
 from toco_core.widgets.settings import Settings
@@ -46,27 +46,24 @@ def joint_classes(data: Sequence[str], model: Sequence[str]) -> Joint:
     if len(data) == len(model) and any(counted):
         model = data
     names = data + tuple(name for name in model if name not in data)
-    if len(names) > IGNORE:
-        raise ToCoError(f"data set and model have {len(names)} classes together: at most {IGNORE} are allowed")
+    if len(names) >= IGNORE:
+        raise ToCoError(f"data set and model have {len(names)} classes together: at most {IGNORE - 1} are allowed")
     of_model = np.zeros(256, np.uint8)
     of_model[: len(model)] = [names.index(name) for name in model]
     of_model[IGNORE] = IGNORE
     return Joint(names, of_model, frozenset(k for k, name in enumerate(data) if name not in model))
 
 
-def count(label: np.ndarray, mask: np.ndarray, n_classes: int) -> tuple[ConfusionMatrix, int, int]:
-    """The confusion matrix over pixels that have a label, their number, and that of the valid pixels."""
-    matrix = ConfusionMatrix(n_classes)
-    undecided = label == IGNORE
-    valid = mask != IGNORE
-    matrix.update(np.where(undecided, IGNORE, mask).astype(np.uint8), np.where(undecided, 0, label).astype(np.uint8))
-    return matrix, int((valid & ~undecided).sum()), int(valid.sum())
+def count(label: np.ndarray, mask: np.ndarray, names: Sequence[str]) -> OpenCounts:
+    """A label map (uint8, 255 = undecided) against a mask; raises ToCoError for values beyond the classes."""
+    counts = OpenCounts(len(names) - 1)
+    counts.update(mask, label)
+    return counts
 
 
-def numbers(label: np.ndarray, mask: np.ndarray, n_classes: int) -> Numbers:
-    """Scores of a label map (uint8, 255 = undecided) against a mask; raises ToCoError for values beyond the classes."""
-    matrix, decided, valid = count(label, mask, n_classes)
-    return Numbers(matrix.scores(), decided / valid if valid else float("nan"))
+def numbers(counts: OpenCounts, n_images: int = 1) -> Numbers:
+    """Scores over the pixels that labels decide."""
+    return Numbers(counts.decided_scores(), counts.decided, n_images)
 
 
 def chosen_classes(
@@ -160,7 +157,7 @@ class SplitScoring:
 
     def _run(self) -> None:
         subject, pictures, settings, joint = self._task
-        total, decided, valid, iou, skipped = ConfusionMatrix(len(joint.names)), 0, 0, {}, []
+        total, iou, skipped = OpenCounts(len(joint.names) - 1), {}, []
         told = time.monotonic()
         try:
             for index in range(len(pictures)):
@@ -168,15 +165,13 @@ class SplitScoring:
                     break
                 self._give_way()
                 try:
-                    matrix, some, all_ = self._one(subject, pictures, settings, joint, index)
+                    one = self._one(subject, pictures, settings, joint, index)
                 except ToCoError as error:
                     skipped.append(f"{pictures.names[index]}: {error}")
-                    matrix = None
-                if matrix is not None:
-                    total.merge(matrix)
-                    decided, valid = decided + some, valid + all_
-                    iou[index] = matrix.scores().miou
-                found = Numbers(total.scores(), decided / valid if valid else float("nan"), len(iou)) if iou else None
+                else:
+                    total.counts = total.counts + one.counts
+                    iou[index] = one.decided_scores().miou
+                found = numbers(total, len(iou)) if iou else None
                 self.result = SplitScores(found, dict(iou), tuple(skipped), index + 1, len(pictures))
                 if time.monotonic() - told > 0.2:
                     told = time.monotonic()
@@ -196,4 +191,4 @@ class SplitScoring:
         self._give_way()
         classes, _ = chosen_classes(analysis, settings, picture.labels, joint)
         label = joint.of_model[analysis.label(settings, classes)]
-        return count(label, picture.mask, len(joint.names))
+        return count(label, picture.mask, joint.names)

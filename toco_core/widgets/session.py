@@ -23,7 +23,7 @@ from toco_core.errors import ToCoError
 from toco_core.widgets import draw
 from toco_core.widgets.analysis import Analysis, Crop
 from toco_core.widgets.pictures import Picture, Pictures
-from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, joint_classes, numbers
+from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, count, joint_classes, numbers
 from toco_core.widgets.settings import LABELS, Settings, changed, differences, papermill_line, settings_of
 from toco_core.widgets.subjects import Subject, Subjects
 
@@ -185,7 +185,7 @@ class Session:
                 picture = draw.label_picture(base, shown, strength=settings.strength)
                 picture = draw.with_regions(picture, shown) if settings.contours else picture
             if self.picture.mask is not None and settings.show != "ground truth":
-                found = numbers(label, self.picture.mask, len(self.joint(side).names))
+                found = numbers(count(label, self.picture.mask, self.joint(side).names))
         except ToCoError as error:
             notes.append(str(error))
         if settings.outline and self.picture.mask is not None:
