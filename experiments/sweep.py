@@ -204,6 +204,22 @@ def write_results(path: Path, points: list[Point], records: list[dict]) -> None:
     part.replace(path)
 
 
+def parquet_library():
+    """pandas, which writes parquet with pyarrow. Raises ToCoError where one of them is not installed."""
+    try:
+        import pandas
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ToCoError("--parquet needs two more packages: pip install pandas pyarrow") from error
+    return pandas
+
+
+def write_parquet(path: Path, points: list[Point], records: list[dict]) -> None:
+    """The rows of results.csv, columns with types; what is empty there is missing here."""
+    rows = [{name: None if v == "" else v for name, v in row.items()} for row in rows_of(points, records)]
+    parquet_library().DataFrame(rows).to_parquet(path, index=False)
+
+
 def table(points: list[Point], records: list[dict]) -> str:
     """States, counted and one by one, with the failing cell of a failure."""
     counts = {state: sum(record["state"] == state for record in records) for state in STATES}
@@ -235,6 +251,7 @@ def main(argv=None) -> int:
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=VALUE,VALUE")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="the same for all")
     parser.add_argument("--out", type=Path, default=Path("sweeps/sweep"))
+    parser.add_argument("--parquet", action="store_true", help="write results.parquet, too (pandas and pyarrow)")
     parser.add_argument("--jobs", type=int, help="at a time; by default 1 here, and all on Slurm")
     parser.add_argument("--slurm", action="store_true", help="submit to Slurm instead of running here")
     parser.add_argument("--slurm-options", nargs="+", default=[], metavar="NAME=VALUE", help="of submitit's executor")
@@ -246,6 +263,8 @@ def main(argv=None) -> int:
     if not args.notebook or not args.notebook.is_file():
         parser.error(f"notebook {args.notebook} is not a file")
     try:
+        if args.parquet:
+            parquet_library()  # refused before hours of work
         grid = {name: [_literal(v) for v in values.split(",")] for name, values in _pairs(args.grid).items()}
         common = {name: _literal(value) for name, value in _pairs(args.set).items()}
         points = points_of(args.notebook, args.out, grid, common)
@@ -255,6 +274,8 @@ def main(argv=None) -> int:
     jobs = args.jobs or (len(points) if args.slurm else 1)
     args.out.mkdir(parents=True, exist_ok=True)
     records = run_sweep(points, jobs=jobs, cluster="slurm" if args.slurm else "local", options=options)
+    if args.parquet:
+        write_parquet(args.out / "results.parquet", points, records)
     print(args.out / "results.csv")
     return int(any(record["state"] != "done" for record in records))
 

@@ -84,6 +84,23 @@ def test_a_point_comes_back(notebook, tmp_path):
     assert json.loads((point.folder / f"{point.name}.json").read_text())["state"] == "done"
 
 
+def test_parquet_where_its_packages_are_installed(notebook, tmp_path, monkeypatch, capsys):
+    """Mixed columns: seconds and cell are missing in some rows."""
+    points = sweep.points_of(notebook, tmp_path / "out", {"divisor": [2, 0]}, {})
+    records = [{"state": "done", "seconds": 1.5, "numbers": {"cam_miou": 30.0}}, {"state": "failed", "cell": 2}]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(SystemExit):
+            sweep.main([str(notebook), "--parquet", "--out", str(tmp_path / "out")])
+        assert "--parquet needs two more packages: pip install pandas pyarrow" in capsys.readouterr().err
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    sweep.write_parquet(tmp_path / "results.parquet", points, records)
+    found = pandas.read_parquet(tmp_path / "results.parquet")
+    assert list(found["divisor"]) == [2, 0] and found["seconds"][0] == 1.5 and found["cell"][1] == 2
+    assert found["seconds"].isna()[1] and found["cam_miou"].isna()[1] and found["state"][1] == "failed"
+
+
 def test_wrong_options_are_refused(notebook, capsys):
     for command, words in (
         (["nowhere.ipynb"], "notebook nowhere.ipynb is not a file"),
