@@ -448,9 +448,11 @@ def test_search_and_worst_first(explorer):
     explorer.search.value = ""
     explorer.sort.value = "worst first"
     assert "score the split" in explorer.notes.value
+    assert explorer.stop.disabled and not any(item["mark"] for item in explorer.film.items)
     explorer.score.click()
     explorer.settle()
     assert "6 of 6 images" in explorer.split_numbers.value
+    assert explorer.stop.disabled and all(item["mark"] for item in explorer.film.items)
     explorer.sort.value = "list order"
     explorer.sort.value = "worst first"
     iou = explorer.split.iou
