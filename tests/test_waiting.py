@@ -11,7 +11,7 @@ import torch
 from small_config import small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toco_core import crf
+from toco_core import crf, float64
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
@@ -121,3 +121,31 @@ def test_what_waits_is_seen():
         x[x > 0] = x
         x.copy_(torch.ones(3))
     assert len(waits.found) == 3
+
+
+class Doubles(TorchDispatchMode):
+    """Notes every float64 tensor on `meta`."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device == META and tensor.dtype == torch.float64:
+                self.found += 1
+        return result
+
+
+def test_a_device_without_float64_can_train(monkeypatch):
+    """As on Apple's MPS. All terms but the dense energy, which `meta` has no lattice for."""
+    config = config_of(energy=0.0)
+    model, batch = on_meta(config)
+    weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
+    found = []
+    for lacking in ((), ("meta",)):
+        monkeypatch.setattr(float64, "WITHOUT_FLOAT64", lacking)
+        with Doubles() as doubles:
+            step_losses(model, batch, config, weights, step=LATE, generator=generator).total.backward()
+        found.append(doubles.found)
+    assert found[0] > 0
+    assert found[1] == 0

@@ -23,6 +23,7 @@ from .cam import class_activation, normalise_cam
 from .config import TrainConfig
 from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
+from .float64 import in_float64
 from .evaluate import CAMCounts, strongest
 from .model import ToCo
 from .similarity import tokens_by_block
@@ -57,7 +58,7 @@ def fitted_classifier(
     """
     if not decay > 0:
         raise ToCoError(f"decay = {decay} is not allowed: above 0, or classes that can be separated have no solution")
-    x, y = features.detach().double(), image_labels.double()
+    x, y = in_float64(features.detach()), in_float64(image_labels)
     spread = x.std(0).clamp(min=1e-6 * x.abs().max().clamp(min=1e-30))
     with torch.enable_grad():
         weight = torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
@@ -70,7 +71,7 @@ def fitted_classifier(
             return loss
 
         search.step(cost)
-    return (weight.detach() / spread).to(features.dtype)
+    return (weight.detach() / spread).to(features)
 
 
 def probe_classifiers(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .errors import ToCoError
+from .float64 import widest_float
 from .labels import UNCERTAIN, inside_box
 
 
@@ -113,13 +114,14 @@ def _windows(maps: Shaped[Tensor, "B *C H W"], top: Tensor, left: Tensor, size: 
 def _draw(allowed: Bool[Tensor, "B M"], n: int, generator: torch.Generator | None) -> Int[Tensor, "B n"]:
     """`n` different allowed positions per row, every set with equal chance; a row that has fewer repeats them."""
     running = allowed.cumsum(1, dtype=torch.int32)
-    count = running[:, -1:].double()
+    count = running[:, -1:].to(widest_float(allowed.device))
     # The i-th is drawn among the count - i that are left, then moved past those before it that are taken: the j-th
     # taken, counted from below, is passed by all that are at least taken - j.
     enough = count >= n
     left_over = torch.where(enough, count - torch.arange(n, device=count.device), count)
-    chance = torch.rand(len(allowed), n, generator=generator, dtype=torch.float64)
+    chance = torch.rand(len(allowed), n, generator=generator, dtype=torch.float64).to(count.dtype)
     rank = (chance.to(count.device, non_blocking=True) * left_over).long()
+    rank = torch.minimum(rank, left_over.long() - 1)  # a chance that float32 rounds to 1
     for i in range(1, n):
         taken = rank[:, :i].sort(dim=1).values - torch.arange(i, device=count.device)
         rank[:, i] += (rank[:, i : i + 1] >= taken).sum(1) * enough[:, 0]

@@ -131,7 +131,7 @@ def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor
     Average precision ranks the images by a class's logit, equal logits sharing one rank. F1 takes the classes whose
     probability is above 0.5 (logit above 0) as predicted.
     """
-    logits, wanted = logits.detach().double().cpu().numpy(), (image_labels > 0).cpu().numpy()
+    logits, wanted = logits.detach().cpu().double().numpy(), (image_labels > 0).cpu().numpy()
     predicted = logits > 0
     hits, total = (predicted & wanted).sum(1), predicted.sum(1) + wanted.sum(1)
     f1 = np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)

@@ -138,4 +138,4 @@ def _position_weights(offsets: tuple[tuple[int, int], ...], like: Tensor) -> Flo
     """softmax over the neighbours of k_pos: the same at every pixel."""
     distance = torch.tensor(offsets, dtype=torch.float64).norm(dim=1)
     kernel = -(distance / (POSITION_WIDTH * (distance.std() + STD_EPS))).square()
-    return kernel.softmax(dim=0).to(like, non_blocking=True)
+    return kernel.softmax(dim=0).to(like.dtype).to(like.device, non_blocking=True)

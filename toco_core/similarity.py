@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .data import evaluation_items, to_unit
 from .errors import ToCoError
+from .float64 import in_float64
 from .model import ToCo
 
 
@@ -27,8 +28,8 @@ def token_similarity(patch_tokens: Float[Tensor, "B N D"]) -> Float[Tensor, " B"
     An image of one token has no pair: 1.
     """
     N = patch_tokens.shape[1]
-    total = F.normalize(patch_tokens.double(), dim=-1).sum(dim=1).square().sum(dim=-1)
-    return ((total - N) / max(N * (N - 1), 1) if N > 1 else torch.ones_like(total)).to(patch_tokens.dtype)
+    total = F.normalize(in_float64(patch_tokens), dim=-1).sum(dim=1).square().sum(dim=-1)
+    return ((total - N) / max(N * (N - 1), 1) if N > 1 else torch.ones_like(total)).to(patch_tokens)
 
 
 def similarity_matrix(patch_tokens: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B N N"]:
@@ -98,9 +99,9 @@ def high_frequency_energy(patch_tokens: Float[Tensor, "B N D"]) -> Float[Tensor,
     Frequency 0 of the Fourier transform over patches is N m, so by Parseval f is the energy of all other frequencies.
     Tokens that are all 0 give 0.
     """
-    tokens = patch_tokens.double()
+    tokens = in_float64(patch_tokens)
     high = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum((1, 2))
-    return (high / tokens.square().sum((1, 2)).clamp(min=torch.finfo(tokens.dtype).tiny)).to(patch_tokens.dtype)
+    return (high / tokens.square().sum((1, 2)).clamp(min=torch.finfo(tokens.dtype).tiny)).to(patch_tokens)
 
 
 def band_energy(
@@ -116,10 +117,10 @@ def band_energy(
     h, w = grid
     if h * w != patch_tokens.shape[1]:
         raise ToCoError(f"grid = {h} x {w} is not allowed: there are {patch_tokens.shape[1]} patch tokens")
-    tokens = patch_tokens.double().unflatten(1, (h, w))
+    tokens = in_float64(patch_tokens).unflatten(1, (h, w))
     energy = torch.fft.fft2(tokens, dim=(1, 2)).abs().square().sum(-1).flatten(1)
     y, x = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
     radius = torch.hypot(y[:, None], x[None]).flatten().to(energy.device)
     band = torch.ceil(radius / 0.5**0.5 * n_bands - 1e-9).long()  # 0 only for frequency 0
     shares = energy.new_zeros(len(energy), n_bands + 1).index_add_(1, band, energy)
-    return (shares / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).to(patch_tokens.dtype)
+    return (shares / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).to(patch_tokens)

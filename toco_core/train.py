@@ -33,6 +33,7 @@ from .data.augment import IMAGE_COLOUR
 from .distributed import ALONE, Share
 from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
+from .float64 import in_float64
 from .memory import keep_freed_memory
 from .model import ToCo, Tokens, refuse_wrong_keys
 from .runs import Run, file_digest
@@ -750,7 +751,7 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
 
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:
     """Means over the processes, as plain numbers."""
-    values = share.mean(torch.stack([value.detach().double() for value in terms.values()]))
+    values = share.mean(in_float64(torch.stack([value.detach() for value in terms.values()])))
     return dict(zip(terms, values.tolist(), strict=True))
 
 
