@@ -7,8 +7,6 @@ Without --groups or --variants: everything. Expected: losses matter most (PTC ab
 matter little, temperature and momentum hardly at all in so short a schedule; more and larger local views help CTC up to
 a point. Cost: a run of `tiny()` for each variant and seed; what a folder's results.jsonl knows is not run again.
 Writes experiments/records/ablation.json. `notebooks/ablation.ipynb` shows the tables from all records together.
-
-Pooling (maximum against mean over patch tokens) is in the paper, too; the model here has the maximum only.
 """
 
 import argparse
@@ -22,6 +20,7 @@ SWEEPS = {
     "momentum": ("momentum", (0.5, 0.9, 0.99, 0.999)),
     "local views": ("n_local", (2, 4, 8)),
     "local size": ("local_size", (16, 32, 48, 64)),
+    "pooling": ("pooling", ("max", "mean", "topk")),
     "auxiliary block": ("layer", (7, 8, 9, 10, 11, 12)),
 }
 """Group -> the field that is varied, and its values. The recipe's own value is among them or is the row `full`."""

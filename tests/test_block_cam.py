@@ -136,6 +136,17 @@ def test_probes_are_fitted_to_each_blocks_maxima(model, source):
         assert_close(weight, fitted_classifier(highest, labels), rtol=1e-3, atol=1e-4)
 
 
+def test_probes_pool_as_the_model_does(model, source):
+    model.config = dataclasses.replace(model.config, pooling="mean")
+    found = probe_classifiers(model, source, CONFIG, n_images=5)
+    items = list(evaluation_items(source.subset(range(5)), size=32))
+    with torch.no_grad():
+        tokens = tokens_by_block(model, model.normalise(to_unit(torch.cat([item.image for item in items]))))
+    labels = torch.cat([item.image_labels for item in items])
+    assert_close(found[2], fitted_classifier(tokens[1].mean(dim=1), labels), rtol=1e-3, atol=1e-4)
+    assert (found[2] - fitted_classifier(tokens[1].amax(dim=1), labels)).abs().max() > 0.01
+
+
 def test_scores_are_those_of_each_map(model, source):
     """Thresholds one by one, an image at a time, against the confusion matrix."""
     own, other = own_classifiers(model), {3: torch.randn(3, 12, generator=torch.Generator().manual_seed(6))}

@@ -26,6 +26,7 @@ VOC = {
         "pretrained": True,
         "layer": 10,
         "aux_norm": False,
+        "pooling": "max",
         "proj_hidden": 2048,
         "proj_bottleneck": 256,
         "proj_dim": 1024,
@@ -204,10 +205,11 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     config = voc()
     values = config.to_dict()
     del values["out_dir"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
-    del values["schedule"]["accumulate"]
+    del values["schedule"]["accumulate"], values["model"]["pooling"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
+    assert override(config, pooling="mean").short_hash() != earlier
 
 
 def test_override_changes_only_what_is_named():

@@ -11,9 +11,10 @@ from small_config import stir
 from torch.testing import assert_close
 
 import toco_core.model
+from toco_core.cam import class_activation
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
-from toco_core.model import PlainViT, ToCo, build_encoder, load_weights
+from toco_core.model import PlainViT, ToCo, build_encoder, load_weights, pooled
 
 SPEC = PlainViT(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)
 K = 5
@@ -368,6 +369,49 @@ def test_aux_norm():
     long = tokens.aux_patch_tokens.clone()
     long[0, 3] *= 25  # a token many times longer than the others is not what the maximum picks any more
     assert_close(slow.layer_norm(long, ones, zeros)[0, 3], found.aux_patch_tokens[0, 3])
+
+
+@pytest.mark.parametrize("size, n, k", [((16, 32), 8, 2), ((24, 40), 15, 3), ((8, 16), 2, 1)])
+def test_poolings_equal_the_slow_ones_in_values_and_gradients(size, n, k):
+    x = images(2, *size)
+    for pooling, taken in {"max": 1, "mean": n, "topk": k}.items():
+        model = small_model(pooling=pooling)
+        found = model(x)
+        parts = [(model.classifier, found.tokens.patch_tokens), (model.aux_classifier, found.tokens.aux_patch_tokens)]
+        for (head, tokens), logits in zip(parts, (found.class_logits, found.aux_class_logits), strict=True):
+            assert tokens.shape[1] == n
+            wanted = torch.stack([head.weight @ slow.pooled(image, taken) for image in tokens])
+            assert_close(logits, wanted)
+            upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
+            inputs = (tokens, head.weight)
+            assert_close(
+                torch.autograd.grad((logits * upstream).sum(), inputs, retain_graph=True),
+                torch.autograd.grad((wanted * upstream).sum(), inputs, retain_graph=True),
+            )
+            if pooling == "max":
+                assert torch.equal(logits, head(tokens.max(dim=1).values))
+
+
+def test_pooling_is_all_that_the_option_changes():
+    x, models = images(2, 24, 40), [small_model(pooling=pooling) for pooling in ("max", "mean", "topk")]
+    maximum, mean, topk = (model(x) for model in models)
+    for other in (mean, topk):
+        assert torch.equal(other.tokens.patch_tokens, maximum.tokens.patch_tokens)
+        assert torch.equal(other.seg_logits, maximum.seg_logits)
+        assert (other.class_logits - maximum.class_logits).abs().min() > 1e-3
+        assert (other.aux_class_logits - maximum.aux_class_logits).abs().min() > 1e-3
+    raw = class_activation(mean.tokens.patch_map, models[1].classifier.weight)
+    assert_close(mean.class_logits, raw.mean(dim=(-2, -1)))
+    with pytest.raises(ToCoError, match="pooling = 'sum' is not allowed: one of max, mean, topk"):
+        pooled(mean.tokens.patch_tokens, "sum")
+    with pytest.raises(ToCoError, match="pooling = 'avg'"):
+        small_config(pooling="avg")
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "topk"])
+def test_the_gradient_of_pooling_is_that_of_finite_differences(pooling):
+    tokens = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: pooled(t, pooling), tokens)
 
 
 def test_block_tokens():

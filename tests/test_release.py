@@ -1,6 +1,7 @@
 """Checkpoints of the release, with a small one made here in its key layout (see test_reference_network.py for a real
 one)."""
 
+import dataclasses
 import types
 
 import pytest
@@ -92,6 +93,16 @@ def test_everything_is_inferred_and_the_round_trip_is_exact(tmp_path, prefix):
     assert torch.equal(
         ToCo.from_release(tmp_path / "out.pth", heads=3, layer=2).aux_classifier.weight, model.aux_classifier.weight
     )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "topk"])
+def test_another_pooling_is_not_written_as_if_it_were_the_releases(tmp_path, pooling):
+    model = from_release(saved(tmp_path, checkpoint()), heads=2, layer=3)
+    assert model.config.pooling == "max"
+    other = ToCo(dataclasses.replace(model.config, pooling=pooling), K)
+    with pytest.raises(ToCoError, match=f"pooling = '{pooling}' cannot be written in the release's layout"):
+        save_release(other, tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
 
 
 def test_a_model_of_our_own_can_be_taken_to_the_release(tmp_path):

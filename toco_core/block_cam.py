@@ -1,10 +1,10 @@
 """CAM of every block: how well do the tokens of a block tell where an object is?
 
-Only block `layer` and the last one have classifiers. For any other block one is fitted afterwards, on frozen tokens
-and the same image-level labels: a bias-free linear function of the maximum over patch tokens, which is the auxiliary
-classifier's form. Since the tokens are frozen, their maximum is a constant per image and fitting is a logistic
-regression with one solution; no seed, no schedule. Such a probe says what could be read from a block, not what the
-network itself reads there.
+Only block `layer` and the last one have classifiers. For any other block one is fitted afterwards, on frozen tokens and
+the same image-level labels: a bias-free linear function of the pooled patch tokens (their maximum, unless the model has
+another `pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, this is a constant per image
+and fitting is a logistic regression with one solution; no seed, no schedule. Such a probe says what could be read from
+a block, not what the network itself reads there.
 
 (Applying the final norm and classifier to an early block instead would assume that all blocks speak the last one's
 language; a poor map would then say nothing about the block.)
@@ -25,7 +25,7 @@ from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
 from .float64 import in_float64
 from .evaluate import CAMCounts, strongest
-from .model import ToCo
+from .model import ToCo, pooled
 from .similarity import tokens_by_block
 from .train import attention_of, autocast_of
 
@@ -77,15 +77,15 @@ def fitted_classifier(
 def probe_classifiers(
     model: ToCo, source, config: TrainConfig, *, n_images: int | None = None, decay: float = 0.01
 ) -> dict[int, Tensor]:
-    """Block -> `fitted_classifier` on the maximum over its patch tokens, for every block of the encoder.
+    """Block -> `fitted_classifier` on its patch tokens, pooled as the model does it, for every block of the encoder.
 
     source: a split whose image-level labels are read; its first `n_images` (None: all), each at `crop_size` square.
     """
-    pooled, labels = [], []
+    features, labels = [], []
     for items, tokens, _ in _tokens_of_split(model, source, config, n_images):
-        pooled.append([block.amax(dim=1) for block in tokens])
+        features.append([pooled(block, model.config.pooling) for block in tokens])
         labels += [item.image_labels for item in items]
-    features = [torch.cat(parts) for parts in zip(*pooled, strict=True)]
+    features = [torch.cat(parts) for parts in zip(*features, strict=True)]
     image_labels = torch.cat(labels).to(features[0].device)
     return {number: fitted_classifier(x, image_labels, decay=decay) for number, x in enumerate(features, 1)}
 

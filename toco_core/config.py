@@ -133,6 +133,13 @@ class ModelConfig(Config):
         (small ViTs pretrained on ImageNet have them in the corners): the maximum over tokens would pick these.""",
         added_later=True,
     )
+    pooling: str = option(
+        "max",
+        """How patch tokens become the one vector that a classifier reads, channel by channel: their maximum (`max`, as
+        published), their mean (`mean`) or the mean of the largest fifth (`topk`).""",
+        one_of=("max", "mean", "topk"),
+        added_later=True,
+    )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1)
     proj_bottleneck: int = option(
         256, "Width of the projection head before its last, weight-normalised layer.", at_least=1

@@ -346,7 +346,8 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else model.classifier.weight.dtype
-    network = {name: getattr(model.config, name) for name in ("backbone", "layer", "aux_norm", "pos_embed_antialias")}
+    fields = ("backbone", "layer", "aux_norm", "pooling", "pos_embed_antialias")
+    network = {name: getattr(model.config, name) for name in fields}
     network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
     return {
         "device": device.type,

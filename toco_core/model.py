@@ -1,15 +1,16 @@
 """The network: one plain vision transformer, two classifiers, a projection head with its moving average, and a decoder.
 
-Paper, figure 3: an image gives patch tokens and one class token. The class logits are a linear function
-of the maximum over the patch tokens, and the same weights applied at every token give CAM (see `cam.py`). The patch
-tokens of an earlier block, `layer`, feed an auxiliary classifier of the same form. The class token feeds the projection
-head that class token contrast compares.
+Paper, figure 3: an image gives patch tokens and one class token. The class logits are a linear function of the maximum
+over the patch tokens (or of another `pooled`), and the same weights applied at every token give CAM (see `cam.py`). The
+patch tokens of an earlier block, `layer`, feed an auxiliary classifier of the same form. The class token feeds the
+projection head that class token contrast compares.
 
 The encoder runs once per batch (`encode`); heads are applied to its tokens (`heads`, `project`), so nothing is computed
 twice.
 """
 
 import contextlib
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from .tensor_files import load_tensors
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
+TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
 FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
@@ -216,11 +218,12 @@ class ToCo(nn.Module):
     # ---- heads
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
-        """Class logits (maximum over patch tokens, then a bias-free linear layer) and, unless left out, segmentation
+        """Class logits (patch tokens `pooled`, then a bias-free linear layer) and, unless left out, segmentation
         logits."""
+        pooling = self.config.pooling
         return Output(
-            class_logits=self.classifier(tokens.patch_tokens.max(dim=1).values),
-            aux_class_logits=self.aux_classifier(tokens.aux_patch_tokens.max(dim=1).values),
+            class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
+            aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
             seg_logits=self.decoder(tokens.patch_map) if segmentation else None,
             tokens=tokens,
         )
@@ -397,6 +400,26 @@ class LargeFOV(nn.Module):
 
     def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
         return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
+
+
+def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, "B D"]:
+    """All patch tokens as one vector, each channel d on its own: what a classifier reads.
+
+    With x_(1) >= ... >= x_(N) the values of a channel over the tokens, sorted, it is the mean of the k largest,
+    (x_(1) + ... + x_(k)) / k: k = 1 for `max` (the published pooling), k = N for `mean`, and a fifth of the tokens for
+    `topk`, k = ceil(N / 5). So all three differ in k only; the classifier comes afterwards and its weights make CAM in
+    the same way. (Taking the k best tokens of each class score instead, as multiple-instance pooling often does, would
+    also change what the maximum is taken of.) The mean commutes with the classifier: global average pooling of CAM.
+
+    Errors: `ToCoError` for another name.
+    """
+    if pooling == "max":
+        return patch_tokens.max(dim=1).values
+    if pooling == "mean":
+        return patch_tokens.mean(dim=1)
+    if pooling == "topk":
+        return patch_tokens.topk(math.ceil(TOPK_SHARE * patch_tokens.shape[1]), dim=1).values.mean(dim=1)
+    raise ToCoError(f"pooling = {pooling!r} is not allowed: one of max, mean, topk")
 
 
 def resize_positions(

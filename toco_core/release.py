@@ -29,7 +29,8 @@ def from_release(
     Width, depth, patch size, image size, K, and the widths of the heads are inferred from the shapes. The number of
     attention heads leaves no trace in the shapes: it is width / 64 unless given. `layer` leaves none either; the
     release uses 10. `dropped_border` follows the release by default, so that its checkpoints give its numbers at any
-    image size. Images are normalised by ImageNet's mean, as the release does for every backbone.
+    image size. Images are normalised by ImageNet's mean, as the release does for every backbone,
+    and class logits come from the maximum over tokens, the only pooling that it has.
 
     The file is read without executing anything in it. Errors: `ToCoError` that names missing, unexpected or misshapen
     tensors.
@@ -49,7 +50,15 @@ def from_release(
 
 def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
-    for bit, tensors that nobody uses included."""
+    for bit, tensors that nobody uses included.
+
+    Errors: `ToCoError` for a model with another pooling than the maximum: the layout has no place for its name, and the
+    release's tools would compute other class logits from the same tensors.
+    """
+    if model.config.pooling != "max":
+        raise ToCoError(
+            f"pooling = {model.config.pooling!r} cannot be written in the release's layout: it knows 'max' only"
+        )
     tensors = _to_layout(model.state_dict()) | model.release_extras
     return {("module." if module_prefix else "") + k: v.detach().cpu().clone() for k, v in tensors.items()}
 
