@@ -5,8 +5,8 @@
 One step is computed with at most two images and everything that is allocated is counted. More images take
 proportionally more (roughly: maps are of an image's classes, lattices of its colours); what is per parameter, weights
 and AdamW's moments, is added. Not counted: Python, CUDA's own, the decoded images of `cache`, and what single
-operations use inside. On a CPU in float32, at 224 pixels and 80 to 900 MB, a process's peak grew by 6 % less to 35 MB
-more than is said here (`tests/peak_memory.py`).
+operations use inside. On a CPU, where that is 0.2 to 1.4 GB, a process's peak grew by 6 % less to 8 % more than is
+said here, below that by up to 35 MB more (`tests/peak_memory.py`); never compared on a GPU.
 """
 
 import functools
