@@ -6,32 +6,26 @@ import numpy as np
 import pytest
 import reference_audit as slow
 import torch
-from small_config import small_recipe, stir
+from small_config import small_recipe, stirred_model
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
 from toco_core import label_quality as lq
 from toco_core import labels
-from toco_core.config import ModelConfig, override
+from toco_core.config import override
 from toco_core.crf import crf_labels
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.evaluate import look
-from toco_core.model import ToCo
 
 K = 3
-BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
 BETAS = (0.15, 0.3, 0.55, 0.8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
-    model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K).double()
-    stir(model, 0.3)
-    return model.eval()
+    return stirred_model(K)
 
 
 @pytest.fixture(scope="module")
