@@ -6,8 +6,16 @@ Workers of `pytest -n` inherit the folder, so that each run is trained once, and
 import os
 import tempfile
 
+TRAIN_SIDE_BY_SIDE = ("start.ipynb", "oversmoothing.ipynb")
+"""These begin with different runs, and together train all that the other notebooks share: two workers that take them
+first never wait for each other."""
+
 if "TOCO_RUNS" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="toco-runs-")
     os.environ["TOCO_RUNS"] = _folder.name
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (item.path.name not in TRAIN_SIDE_BY_SIDE, item.path.suffix != ".ipynb"))
