@@ -95,12 +95,12 @@ def test_everything_is_inferred_and_the_round_trip_is_exact(tmp_path, prefix):
     )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "topk"])
-def test_another_pooling_is_not_written_as_if_it_were_the_releases(tmp_path, pooling):
+@pytest.mark.parametrize(("name", "value"), [("pooling", "mean"), ("pooling", "topk"), ("aux_norm", True)])
+def test_what_the_release_does_not_know_is_not_written_in_its_layout(tmp_path, name, value):
     model = from_release(saved(tmp_path, checkpoint()), heads=2, layer=3)
     assert model.config.pooling == "max"
-    other = ToCo(dataclasses.replace(model.config, pooling=pooling), K)
-    with pytest.raises(ToCoError, match=f"pooling = '{pooling}' cannot be written in the release's layout"):
+    other = ToCo(dataclasses.replace(model.config, **{name: value}), K)
+    with pytest.raises(ToCoError, match=f"{name} = {value!r} cannot be written in the release's layout"):
         save_release(other, tmp_path / "other.pth")
     assert not (tmp_path / "other.pth").exists()
 

@@ -52,13 +52,13 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
     for bit, tensors that nobody uses included.
 
-    Errors: `ToCoError` for a model with another pooling than the maximum: the layout has no place for its name, and the
-    release's tools would compute other class logits from the same tensors.
+    Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place for
+    either, and the release's tools would compute other class logits from the same tensors.
     """
-    if model.config.pooling != "max":
-        raise ToCoError(
-            f"pooling = {model.config.pooling!r} cannot be written in the release's layout: it knows 'max' only"
-        )
+    for name, known in (("pooling", "max"), ("aux_norm", False)):
+        value = getattr(model.config, name)
+        if value != known:
+            raise ToCoError(f"{name} = {value!r} cannot be written in the release's layout: it knows {known!r} only")
     tensors = _to_layout(model.state_dict()) | model.release_extras
     return {("module." if module_prefix else "") + k: v.detach().cpu().clone() for k, v in tensors.items()}
 
