@@ -142,3 +142,14 @@ def test_f1_is_the_mean_over_images():
 def test_no_class_at_all():
     scores = metrics.multi_label_scores(torch.full((2, 3), -1.0), torch.zeros(2, 3))
     assert np.isnan(scores.mean_average_precision) and scores.f1 == 1.0
+
+
+def test_more_pixels_than_are_counted_at_a_time(monkeypatch):
+    monkeypatch.setattr(metrics, "EXACT_COUNTS", 100)
+    rng = np.random.default_rng(11)
+    truth, guess = rng.integers(0, 5, (23, 31)), rng.integers(0, 5, (23, 31))
+    matrix = metrics.ConfusionMatrix(5)
+    matrix.update(truth, guess)
+    wanted = np.zeros((5, 5), np.int64)
+    np.add.at(wanted, (truth, guess), 1)
+    assert (matrix.counts == wanted).all()

@@ -7,13 +7,15 @@ follows. Pixels whose ground truth is 255 are ignored whatever is predicted ther
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import cv2
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from .errors import ToCoError
 from .labels import IGNORE
+
+EXACT_COUNTS = 2**24  # pixels at a time: OpenCV counts in float32
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _bytes(name: str, labels: np.ndarray | Tensor) -> Tensor:
-    """Flat, as uint8 on the CPU."""
+def _bytes(name: str, labels: np.ndarray | Tensor) -> UInt8[np.ndarray, " M"]:
+    """Flat, as uint8."""
     if isinstance(labels, Tensor):
         if labels.is_floating_point():
             raise ToCoError(f"{name} of type {labels.dtype}: whole numbers are allowed")
@@ -168,20 +170,24 @@ def _bytes(name: str, labels: np.ndarray | Tensor) -> Tensor:
         if labels.size and not (labels.min() >= 0 and labels.max() <= IGNORE):
             raise ToCoError(f"{name} with values from {labels.min()} to {labels.max()}: 0 to 255 are allowed")
         labels = labels.astype(np.uint8)
-    return torch.from_numpy(np.require(labels, requirements=["C", "W"])).view(-1)  # what PIL gives is read-only
+    return np.ascontiguousarray(labels).reshape(-1)
 
 
-def _count(truth: Tensor, prediction: Tensor, n_classes: int) -> np.ndarray:
-    """Confusion matrix of two flat uint8 maps: one count of small integers with the truth in their upper bits."""
+def _count(
+    truth: UInt8[np.ndarray, " M"], prediction: UInt8[np.ndarray, " M"], n_classes: int
+) -> Int64[np.ndarray, "C C"]:
+    """Confusion matrix of two flat maps: OpenCV's histogram over pairs of bytes."""
     if not len(truth):
         return np.zeros((n_classes, n_classes), dtype=np.int64)
-    bits = max(1, (n_classes - 1).bit_length())
-    if int(prediction.max()) >> bits:  # does not fit into the lower bits: allowed only where it is ignored
-        prediction = prediction.masked_fill(truth == IGNORE, 0)
-        if int(prediction.max()) >= n_classes:
-            raise ToCoError(f"prediction with the value {int(prediction.max())}: 0 to {n_classes - 1} are allowed")
-    key = truth.to(torch.int16 if bits <= 7 else torch.int32) << bits
-    table = torch.bincount(key.add_(prediction), minlength=256 << bits).view(256, 1 << bits).numpy()
+    columns = 1 << max(1, (n_classes - 1).bit_length())
+    if prediction.max() >= columns:  # has no column: allowed only where it is ignored
+        prediction = np.where(truth == IGNORE, 0, prediction).astype(np.uint8)
+        if prediction.max() >= n_classes:
+            raise ToCoError(f"prediction with the value {prediction.max()}: 0 to {n_classes - 1} are allowed")
+    table = np.zeros((256, columns), dtype=np.int64)
+    for start in range(0, len(truth), EXACT_COUNTS):
+        pair = [labels[start : start + EXACT_COUNTS] for labels in (truth, prediction)]
+        table += cv2.calcHist(pair, [0, 1], None, [256, columns], [0, 256, 0, columns]).astype(np.int64)
     unknown = np.flatnonzero(table[n_classes:IGNORE].any(1)) + n_classes
     if len(unknown):
         raise ToCoError(f"ground truth with the value {unknown[0]}: 0 to {n_classes - 1} and {IGNORE} are allowed")
