@@ -99,14 +99,21 @@ def draw(record: dict) -> None:
         x = [p[axis] for p in points]
         for key, label in (("seconds", "whole step"), ("par_seconds", "PAR"), ("ptc_seconds", "PTC")):
             ax.plot(x, [p[key] for p in points], "o-", label=label)
-        ax.set(xscale="log", yscale="log", xlabel=names[axis], ylabel="seconds", ylim=(0.003, 30))
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel=names[axis],
+            ylabel="seconds",
+            ylim=(0.001, 30),
+            xlim=(0.8 * x[0], 1.25 * x[-1]),
+        )
         ax.set_xticks(x, [str(v) for v in x])
         ax.minorticks_off()
         for p, at in zip(points, x, strict=True):
             ax.annotate(f"{p['peak_mib'] / 1024:.1f} GiB", (at, p["seconds"]), (0, 5), textcoords="offset points",
                         ha="center", fontsize=7)  # fmt: skip
         ax.set_title(f"Step against {names[axis].split(',')[0]}", fontsize=9)
-    axes[0].legend(fontsize=7, loc="center right")
+    axes[0].legend(fontsize=7, loc="lower right")
     axes[3].plot([p["side"] for p in record["loader"]], [p["views_ms"] for p in record["loader"]], "o-", color="C3")
     axes[3].set(xlabel="longer side of the image, pixels", ylabel="milliseconds", ylim=(0, None))
     axes[3].set_title("Views of one image (loader)", fontsize=9)
