@@ -23,8 +23,8 @@ from .cam import class_activation, normalise_cam
 from .config import TrainConfig
 from .data import EvalItem, evaluation_items, to_unit
 from .errors import ToCoError
-from .float64 import in_float64
 from .evaluate import CAMCounts, strongest
+from .float64 import in_float64
 from .model import ToCo, pooled
 from .similarity import tokens_by_block
 from .train import attention_of, autocast_of

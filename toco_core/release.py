@@ -52,8 +52,8 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
     for bit, tensors that nobody uses included.
 
-    Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place for
-    either, and the release's tools would compute other class logits from the same tensors.
+    Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place
+    for either, and the release's tools would compute other class logits from the same tensors.
     """
     for name, known in (("pooling", "max"), ("aux_norm", False)):
         value = getattr(model.config, name)
