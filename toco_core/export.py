@@ -231,13 +231,7 @@ def _label_path(folder: Path, name: str) -> Path:
 
 def _write_label(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_bytes(path, palette_png(label))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    write_whole(path, palette_png(label))
 
 
 def _place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
@@ -251,7 +245,7 @@ def _place_image(original: Path, source: Split, index: int, folder: Path, name: 
     if not upright:
         with io.BytesIO() as file:
             Image.fromarray(source.image(index)).save(file, "PNG")
-            return _write_bytes(target, file.getvalue())
+            return write_whole(target, file.getvalue())
     part = target.with_name(target.name + ".part")
     part.unlink(missing_ok=True)
     try:

@@ -20,9 +20,9 @@ pixels of the CAM.
 waits for another device.
 """
 
-import itertools
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,8 @@ def region_mask(
     With `valid_box` padding is background. The release does not look at the box here: leave it out to do the same.
     """
     _check_thresholds(beta_l, beta_h)
-    value, _ = _strongest(cam, image_labels)
+    labelled = _on(cam.device, *_labelled_classes(image_labels))
+    value = functools.reduce(torch.maximum, _labelled_maps(cam, *labelled))
     region = (value > beta_l).to(torch.int8) + (value >= beta_h).to(torch.int8)
     if valid_box is not None:
         region[~inside_box(valid_box, region.shape[1:])] = BACKGROUND
@@ -252,13 +253,18 @@ def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _strongest(cam: Tensor, image_labels: Tensor) -> tuple[Float[Tensor, "B H W"], Int[Tensor, "B H W"]]:
     """Largest value of `valid_cam` per pixel and its class in 1..K (0 where no labelled class is above 0)."""
-    cam = cam.detach()
     classes, present = _on(cam.device, *_labelled_classes(image_labels))
-    nothing = cam.new_zeros(len(cam), *cam.shape[2:], dtype=par.full_precision(cam[:0]).dtype)
-    batch = torch.arange(len(cam), device=cam.device)
-    maps = (par.full_precision(cam[batch, c]) * p[:, None, None] for c, p in zip(classes.T, present.T, strict=True))
-    value, slot = _running_argmax(itertools.chain([nothing], maps))
+    value, slot = _running_argmax(_labelled_maps(cam, classes, present))
     return value, _slot_to_class(slot, classes)
+
+
+def _labelled_maps(cam: Tensor, classes: Tensor, present: Tensor) -> Iterator[Float[Tensor, "B H W"]]:
+    """Zeros, which the classes that an image lacks have in `valid_cam`; then each image's first class, its second..."""
+    cam = cam.detach()
+    yield cam.new_zeros(len(cam), *cam.shape[2:], dtype=par.full_precision(cam[:0]).dtype)
+    batch = torch.arange(len(cam), device=cam.device)
+    for c, p in zip(classes.T, present.T, strict=True):
+        yield par.full_precision(cam[batch, c]) * p[:, None, None]
 
 
 def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"]]:

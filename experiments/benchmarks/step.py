@@ -106,6 +106,7 @@ def pieces(repeats: int) -> dict[str, dict]:
     betas = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
     with torch.no_grad():
         cam, aux_cam = baseline.multi_scale_cam(model, batch.images, (1.0,))
+    own_aux_cam = aux_cam.contiguous()  # map by map in memory, as `cam.multi_scale_cam` makes it
     valid = labels.valid_cam(cam, image_labels)
     region = labels.region_mask(aux_cam, image_labels, **betas)
     patch_map = torch.randn(BATCH, model.width, SIZE // 16, SIZE // 16, requires_grad=True)
@@ -125,7 +126,7 @@ def pieces(repeats: int) -> dict[str, dict]:
         return baseline.cut_and_flag(batch.local_image, region, *drawn, LOCAL, 0.2)
 
     def fast_crops(drawn=None):
-        region = labels.region_mask(aux_cam, image_labels, **betas)
+        region = labels.region_mask(own_aux_cam, image_labels, **betas)
         drawn = drawn or crops.sample_crops(region, n_crops=VIEWS, crop_size=LOCAL, valid_box=boxes)
         return crops.cut_crops(batch.local_image, *drawn, LOCAL), crops.crop_flags(region, *drawn, LOCAL)
 
