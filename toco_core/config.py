@@ -198,13 +198,17 @@ class LabelConfig(Config):
         if self.beta_l >= self.beta_h:
             raise ToCoError(f"beta_l = {self.beta_l} must be below beta_h = {self.beta_h}")
 
+    def thresholds(self) -> dict:
+        """The keywords `beta_l` and `beta_h`."""
+        return {"beta_l": self.beta_l, "beta_h": self.beta_h}
+
     def par_options(self) -> dict:
         """The keywords of PAR, as `labels.refined_labels` takes them."""
         return {"iterations": self.par_iterations, "dilations": self.par_dilations, "scale": self.par_scale}
 
     def pseudo_label_options(self) -> dict:
         """The keywords of `labels.pseudo_label`: both thresholds and those of PAR."""
-        return {"beta_l": self.beta_l, "beta_h": self.beta_h, **self.par_options()}
+        return {**self.thresholds(), **self.par_options()}
 
 
 @dataclass(frozen=True, kw_only=True)

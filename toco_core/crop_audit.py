@@ -55,9 +55,9 @@ def draw_crops(
     independently of each other, as happens to half of the images with `ReleaseBehaviour.independent_local_image`.
     """
     generator, found = torch.Generator().manual_seed(seed), []
-    size, thresholds = config.crops.local_size, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    size = config.crops.local_size
     for item in items:
-        region = region_mask(item.aux_cam, item.present, **thresholds).expand(draws, -1, -1)
+        region = region_mask(item.aux_cam, item.present, **config.labels.thresholds()).expand(draws, -1, -1)
         mask = mask_at(item).to(region.device).expand(draws, -1, -1)
         boxes = sample_crops(region, n_crops=config.crops.n_local, crop_size=size, generator=generator)
         double = config.release.foreground_counts_double
@@ -130,7 +130,7 @@ def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: in
     As in a training step of `config`, but the image and its local views are neither varied nor padded.
     """
     size, (height, width) = config.crops.local_size, item.unit.shape[2:]
-    region = region_mask(item.aux_cam, item.present, beta_l=config.labels.beta_l, beta_h=config.labels.beta_h)
+    region = region_mask(item.aux_cam, item.present, **config.labels.thresholds())
     generator = torch.Generator().manual_seed(seed)
     boxes = sample_crops(region, n_crops=config.crops.n_local, crop_size=size, generator=generator)
     double = config.release.foreground_counts_double

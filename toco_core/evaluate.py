@@ -460,7 +460,7 @@ class Look(NamedTuple):
 def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
     """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
     item = next(evaluation_items(source.subset([index]), size=eval_size(config)))
-    thresholds = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    thresholds = config.labels.thresholds()
     unit = to_unit(item.image).to(model.classifier.weight.device)
     image_labels = item.image_labels.to(unit.device)
     images = model.normalise(unit)

@@ -79,13 +79,12 @@ def cams_of_split(model: ToCo, source, config: TrainConfig) -> list[ImageCAMs]:
 
 def seed_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
     """The final CAM between its two thresholds, not refined."""
-    return item.native(seed_label(item.cam, item.present, beta_l=labels.beta_l, beta_h=labels.beta_h))[0]
+    return item.native(seed_label(item.cam, item.present, **labels.thresholds()))[0]
 
 
 def pseudo_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
     """The same after PAR, as `labels` describes it."""
-    thresholds = {"beta_l": labels.beta_l, "beta_h": labels.beta_h}
-    return item.native(pseudo_label(item.unit, item.cam, item.present, **thresholds, **labels.par_options()))[0]
+    return item.native(pseudo_label(item.unit, item.cam, item.present, **labels.pseudo_label_options()))[0]
 
 
 def crf_of(item: ImageCAMs, labels: LabelConfig, **options) -> UInt8[np.ndarray, "nh nw"]:

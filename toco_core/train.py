@@ -184,7 +184,7 @@ def step_labels(
     `tokens` are those of the images, where the encoder has seen them already.
     """
     images, _, _, image_labels, valid_box = batch
-    release, thresholds = config.release, {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    release, thresholds = config.release, config.labels.thresholds()
     segments = weights["seg"] > 0 or weights["energy"] > 0
     region = token_label = pseudo_label = None
     if not segments and weights["ptc"] == 0 and weights["ctc"] == 0:
