@@ -5,8 +5,9 @@
 
 Without --groups or --variants: everything. Expected: losses matter most (PTC above all), weights within a factor of two
 matter little, temperature and momentum hardly at all in so short a schedule; more and larger local views help CTC up to
-a point. Cost: a run of `tiny()` for each variant and seed; what a folder's results.jsonl knows is not run again.
-Writes experiments/records/ablation.json. `notebooks/ablation.ipynb` shows the tables from all records together.
+a point, a higher flag threshold as long as enough views are positive; half scale blurs a CAM of 12 x 12 tokens.
+Cost: a run of `tiny()` for each variant and seed; what a folder's results.jsonl knows is not run again. Writes
+experiments/records/ablation.json. `notebooks/ablation.ipynb` shows the tables from all records together.
 """
 
 import argparse
@@ -20,6 +21,8 @@ SWEEPS = {
     "momentum": ("momentum", (0.5, 0.9, 0.99, 0.999)),
     "local views": ("n_local", (2, 4, 8)),
     "local size": ("local_size", (16, 32, 48, 64)),
+    "flag threshold": ("positive_threshold", (0.2, 0.6, 1.0, 1.4)),
+    "scales of the CAM": ("cam_scales", ((1.0,), (1.0, 0.5), (1.0, 1.5), (1.0, 0.5, 1.5))),
     "pooling": ("pooling", ("max", "mean", "topk")),
     "auxiliary block": ("layer", (7, 8, 9, 10, 11, 12)),
 }

@@ -499,9 +499,9 @@ def tiny() -> TrainConfig:
         model=ModelConfig(
             backbone="scenes_vit_nano", proj_hidden=256, proj_bottleneck=64, proj_dim=128, decoder_width=64
         ),
-        labels=LabelConfig(beta_l=0.05, beta_h=0.3, cam_scales=(1.0, 0.5), par_dilations=(1, 2, 4, 8)),
+        labels=LabelConfig(beta_l=0.05, beta_h=0.3, cam_scales=(1.0,), par_dilations=(1, 2, 4, 8)),
         loss=LossConfig(ptc=0.5, ctc=0.2, ptc_start=100, ctc_start=100, seg_start=160, energy_start=160),
-        crops=CropConfig(n_local=4, local_size=32),
+        crops=CropConfig(n_local=4, local_size=32, positive_threshold=1.0),
         data=DataConfig(crop_size=96, scale_range=(0.75, 1.5), blur_sigma=(0.1, 0.5), cache=True),
         schedule=ScheduleConfig(steps=320, batch_size=8, lr=5e-4, warmup_steps=15),
         eval_interval=80,
