@@ -65,7 +65,7 @@ def one_point(crop: int, batch: int, classes: int, repeats: int) -> dict:
 
     seconds = statistics.median(alternate({"step": step}, repeats)["step"])
     peak = peak_mib()
-    betas = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    betas = config.labels.thresholds()
     unit = model.denormalise(images.images).clamp(0, 1)
     par = seconds_of(lambda: labels.pseudo_label(unit, found.cams.cam, images.image_labels, **betas))
     patch_map = torch.randn(batch, model.width, crop // 16, crop // 16, requires_grad=True)

@@ -103,7 +103,7 @@ def pieces(repeats: int) -> dict[str, dict]:
     batch = batch_of(model, SIZE, BATCH)
     image_labels, boxes = batch.image_labels, batch.valid_box
     unit = model.denormalise(batch.images).clamp(0, 1)
-    betas = {"beta_l": config.labels.beta_l, "beta_h": config.labels.beta_h}
+    betas = config.labels.thresholds()
     with torch.no_grad():
         cam, aux_cam = baseline.multi_scale_cam(model, batch.images, (1.0,))
     own_aux_cam = aux_cam.contiguous()  # map by map in memory, as `cam.multi_scale_cam` makes it
