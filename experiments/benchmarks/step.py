@@ -5,7 +5,10 @@
 
 Both sides do the same work on the same pictures, in turn, in one process; a ratio is the median over the turns. The
 baseline is our own slow implementation (baseline.py) in float32. Before anything is timed both sides' results are
-compared, at full size. Writes experiments/records/benchmarks_step.json, which also names the machine.
+compared, at full size. Of a whole step it also counts the multiplications and additions of matrix products and
+convolutions, so that what is gained by leaving work out can be told from what is gained by doing it faster, and how
+far the step is from the machine's own limit (`gflops` of measure.py). Writes experiments/records/benchmarks_step.json,
+which also names the machine.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import baseline
 import numpy as np
 import torch
 from measure import LATE, alternate, batch_of, config_of, machine, model_of, ratio, write_record
+from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core import crops, labels, losses
 from toco_core.evaluate import CAMCounts, evaluate
@@ -42,6 +46,13 @@ def worst(wanted: dict, found: dict) -> float:
     crop is about 1e-5, and what the baseline makes of that is rounding."""
     errors = [((wanted[t] - found[t]) / wanted[t].abs().clamp(min=0.01)).detach().abs() for t in wanted]
     return torch.stack(errors).max().item()
+
+
+def gflop_of(work) -> float:
+    """Billions of multiplications and additions in matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
 
 
 def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
@@ -93,7 +104,9 @@ def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
             "flags": float((wanted.is_positive == found.is_positive).double().mean()),
         }
     seconds = alternate({SLOW: slow, "fp32": lambda: fast("fp32"), "bf16": lambda: fast("bf16")}, repeats)
-    return {"seconds": seconds, "agreement": agreement}
+    with model.plain_attention():  # the fused kernel is not counted
+        gflop = {SLOW: gflop_of(lambda: slow(train=False)), "fp32": gflop_of(lambda: fast("fp32", train=False))}
+    return {"seconds": seconds, "agreement": agreement, "gflop": gflop | {"bf16": gflop["fp32"]}}
 
 
 def pieces(repeats: int) -> dict[str, dict]:
@@ -249,8 +262,17 @@ def confusion_at(counts: CAMCounts, i: int) -> np.ndarray:
     return matrix
 
 
-def row(name: str, target: float | None, result: dict, slow: str, fast: str) -> dict:
+def row(name: str, target: float | None, result: dict, slow: str, fast: str, peak: float | None = None) -> dict:
+    """`peak`: GFLOP/s that the machine reaches in the precision of the fast side; only for a result with "gflop"."""
     seconds = result["seconds"]
+    work = {}
+    if peak is not None:
+        gflop = result["gflop"]
+        work = {
+            "baseline_gflop": round(gflop[slow]),
+            "toco_core_gflop": round(gflop[fast]),
+            "share_of_peak": round(gflop[fast] / statistics.median(seconds[fast]) / peak, 2),
+        }
     return {
         "name": name,
         "target": target,
@@ -259,11 +281,12 @@ def row(name: str, target: float | None, result: dict, slow: str, fast: str) -> 
         "toco_core_ms": round(1000 * statistics.median(seconds[fast]), 3),
         "turns": len(seconds[slow]),
         "agreement": result["agreement"].get(fast, result["agreement"]),
+        **work,
     }
 
 
-def rows(repeats: int, wanted: list[str]):
-    """Every row of the table, as it is measured."""
+def rows(repeats: int, wanted: list[str], gflops: dict[str, float]):
+    """Every row of the table, as it is measured. `gflops`: what the machine reaches, per precision."""
 
     def asked(*names):
         return not wanted or any(word.lower() in name.lower() for name in names for word in wanted)
@@ -272,8 +295,8 @@ def rows(repeats: int, wanted: list[str]):
     for name, width in steps.items():
         if asked(name):
             result = whole_step(width, repeats)
-            yield row(f"{name}, float32", 2.2, result, SLOW, "fp32")
-            yield row(f"{name}, bf16", 4.5, result, SLOW, "bf16")
+            yield row(f"{name}, float32", 2.2, result, SLOW, "fp32", gflops["float32"])
+            yield row(f"{name}, bf16", 4.5, result, SLOW, "bf16", gflops["bfloat16"])
     targets = {"PAR": 14, "regions, crops and flags": 3, "PTC": 1.5, "CTC": 2.5, "confusion matrix": 2}
     if asked(*targets):
         for name, result in pieces(repeats).items():
@@ -291,7 +314,10 @@ def line(r: dict) -> str:
     target = "" if r["target"] is None else f"{r['target']:g}x"
     agreement = ", ".join(f"{k} {v:.2g}" if v < 0.5 else f"{k} {100 * v:.2f} %" for k, v in r["agreement"].items())
     ms = f"{r['baseline_ms']:.4g} | {r['toco_core_ms']:.4g}"
-    return f"| {r['name']} | {ms} | {r['ratio']:.2f}x | {target} | {agreement} |"
+    work = ""
+    if "share_of_peak" in r:
+        work = f"{r['baseline_gflop']} / {r['toco_core_gflop']}, {100 * r['share_of_peak']:.0f} % of peak"
+    return f"| {r['name']} | {ms} | {r['ratio']:.2f}x | {target} | {agreement} | {work} |"
 
 
 def main() -> None:
@@ -304,9 +330,10 @@ def main() -> None:
     keep_freed_memory()
     here = machine()
     print(" ".join(f"{key}={value}" for key, value in here.items()))
-    print("| piece | baseline ms | toco_core ms | ratio | target | agreement |\n|---|---|---|---|---|---|", flush=True)
+    print("| piece | baseline ms | toco_core ms | ratio | target | agreement | GFLOP of both |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     found = []
-    for r in rows(args.repeats, args.only):
+    for r in rows(args.repeats, args.only, here["gflops"]):
         found.append(r)
         print(line(r), flush=True)
     if not args.only:
