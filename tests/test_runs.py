@@ -340,9 +340,14 @@ def test_a_run_is_trained_by_one_at_a_time(tmp_path, capsys):
     with run.alone():
         waiting.start()
         time.sleep(0.3)
+        with (
+            pytest.raises(ToCoError, match="another process trains one: start again"),
+            Run(run.folder).alone(wait=False),
+        ):
+            pass
         order.append("first")
     waiting.join(20)
     assert order == ["first", "second"]
     assert "another process trains one: waiting" in capsys.readouterr().out
-    with run.alone():  # free again
+    with run.alone(wait=False):  # free again
         pass

@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -295,6 +296,21 @@ def test_a_run_is_the_same_bits_again(config, whole):
     assert again.run.folder.name == whole[0].run.folder.name and again.run.folder != whole[0].run.folder
 
 
+def test_no_step_keeps_the_maps_of_the_one_before(config, whole, monkeypatch):
+    """They are as large as the images, times two per class."""
+    step, before = training.step_in_parts, []
+
+    def watched(*args, **kwargs):
+        assert before.pop()() is None if before else True
+        result = step(*args, **kwargs)
+        before.append(weakref.ref(result.cams.cam))
+        return result
+
+    monkeypatch.setattr(training, "step_in_parts", watched)
+    assert_same_weights(train(config, progress=False).model, whole[0].model)
+    assert len(before) == 1
+
+
 def test_another_seed_is_another_run(config, whole):
     other = train(override(config, seed=1, steps=1, eval_interval=0), progress=False)
     assert other.run.records()[0]["total"] != whole[1][0]["total"]
@@ -533,6 +549,18 @@ def test_devices():
                 resolve_device(name)
     with pytest.raises(ToCoError, match="device = 'tpu' is not on this machine"):
         resolve_device("tpu")
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    """And float32 convolutions are float32 there. No GPU is needed: what the driver would be told is looked at."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert resolve_device("cuda").index is None and told == []
+    assert not torch.backends.cudnn.allow_tf32
+    assert [resolve_device("cuda:2")] == told == [torch.device("cuda", 2)]
 
 
 def test_precisions(monkeypatch):

@@ -11,10 +11,11 @@ import torch
 from small_config import small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toco_core import crf, float64
+from toco_core import crf, float64, train
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
+from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.train import TERMS, gradient_length, step_in_parts, step_losses, to_device
 
@@ -102,8 +103,18 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
     made = [lattice.to(META) for lattice in crf.energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
-    monkeypatch.setattr(crf, "energy_lattices", lambda *args, **kwargs: made)
+    monkeypatch.setattr(train, "energy_lattices", lambda *args, **kwargs: made)
     assert waits_of(config) == []
+
+
+def test_the_lattices_come_first(monkeypatch):
+    """Where a device has nothing to do yet there is little to wait for."""
+    queued, encode = [], ToCo.encode
+    monkeypatch.setattr(ToCo, "encode", lambda model, images: queued.append("encoder") or encode(model, images))
+    monkeypatch.setattr(train, "energy_lattices", lambda images: queued.append("lattices") or [])
+    with pytest.raises(ToCoError, match="lattices has 0 entries"):
+        waits_of(config_of())
+    assert queued[0] == "lattices" and queued.count("lattices") == 1
 
 
 def test_what_waits_is_seen():

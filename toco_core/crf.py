@@ -253,7 +253,7 @@ def crf_labels(
     sigmas = {"appearance_sigma_xy": sigma_xy * scale, "appearance_sigma_rgb": sigma_rgb}
     label = torch.zeros(len(betas), len(images), *images.shape[2:], dtype=torch.long, device=cam.device)
     for b in range(len(images)):
-        classes = torch.nonzero(image_labels[b])[:, 0]
+        classes = torch.nonzero(image_labels[b])[:, 0].to(cam.device)
         if not len(classes):
             continue
         image, maps = (

@@ -98,8 +98,11 @@ def joined(device: str = "auto", **options) -> Iterator[Share]:
     torch.distributed.init_process_group("nccl" if on_cuda else "gloo", **options)
     try:
         yield current()
-    finally:
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        if not on_cuda:  # nccl is left together: a process that failed would wait for those that wait for it
+            torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def shared_step(step: Callable, model: nn.Module, share: Share) -> Callable:

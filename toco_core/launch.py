@@ -29,7 +29,7 @@ from .config import RECIPES, TrainConfig, changed_batch, override
 from .data import TrainVal
 from .errors import ToCoError
 from .runs import Run
-from .train import Opened, open_data, open_run, train
+from .train import Opened, open_data, open_run, resolve_device, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +114,7 @@ def train_on(
 def _train_one(rank: int, n: int, meeting: str, config: dict, options: dict) -> None:
     config = TrainConfig.from_dict(config)
     os.environ["LOCAL_RANK"] = str(rank)
-    if config.device in ("auto", "cpu") and not torch.cuda.is_available():
+    if resolve_device(config.device).type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
     with distributed.joined(config.device, init_method=meeting, rank=rank, world_size=n):
         train(config, **options)

@@ -48,14 +48,19 @@ class Run:
         return cls(Path(default and os.environ.get("TOCO_RUNS") or config.out_dir) / name)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, *, wait: bool = True) -> Iterator[None]:
         """Keep other processes of this machine from training the same run at the same time; they wait, and then find it
-        finished. The lock lies among the temporary files: what is refused before training leaves nothing behind."""
+        finished. The lock lies among the temporary files: what is refused before training leaves nothing behind.
+
+        Without `wait` ToCoError is raised where another process has the run.
+        """
         name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:20]
         lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"toco-run-{name}.lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
+            if not wait:
+                raise ToCoError(f"another process trains {self.folder.name}: start again when it is done") from None
             print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
             lock.acquire()
         try:

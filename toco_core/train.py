@@ -27,7 +27,7 @@ from tqdm import tqdm
 from . import crops, distributed, labels, losses
 from .cam import CAMs, multi_scale_cam
 from .config import DataConfig, TrainConfig, lr_at
-from .crf import dense_energy_loss
+from .crf import dense_energy_loss, energy_lattices
 from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from .data.augment import IMAGE_COLOUR
 from .distributed import ALONE, Share
@@ -107,6 +107,8 @@ def step_losses(
     segments = weights["seg"] > 0 or weights["energy"] > 0
     terms = {name: images.new_zeros(()) for name in TERMS}
     is_positive = None
+    if weights["energy"] > 0:  # now, as it waits for the device, which has least to do at the beginning of a step
+        lattices = energy_lattices(model.denormalise(images).clamp(0, 1))
 
     with autocast():
         tokens = model.encode(images)
@@ -162,7 +164,7 @@ def step_losses(
             )
         if weights["energy"] > 0:
             unit = model.denormalise(images).clamp(0, 1)
-            terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box)
+            terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box, lattices=lattices)
 
     total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)
     return StepResult(total, terms, cams, region, is_positive, token_label, pseudo_label)
@@ -289,11 +291,15 @@ class Trained(NamedTuple):
 
 
 def _alone(function: Callable) -> Callable:
-    """One process at a time trains a run; processes that share one training count as one."""
+    """One process at a time trains a run; processes that share one training count as one.
+
+    Those do not wait for others to end: only the first would, and the rest would give it up.
+    """
 
     @functools.wraps(function)
     def waits(config: TrainConfig, **options):
-        with Run.of(config).alone() if distributed.current().first else contextlib.nullcontext():
+        share = distributed.current()
+        with Run.of(config).alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
             return function(config, **options)
 
     return waits
@@ -423,6 +429,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             options = {"step": step, "generator": generator, "autocast": autocast, "share": share}
             result = step_in_parts(compute, model, batch, config, config.loss.at(step), **options)
+            result = result._replace(cams=None)  # large; they would be kept through the next step
             fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
             if fault:  # it must not reach the weights, nor the next checkpoint
                 skipped += 1
@@ -490,9 +497,9 @@ def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Gene
 def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
     """ "the loss is nan", of the first whose mean over the processes is not finite; "" where all are.
 
-    The one place where a step waits for the device. It must: whether the weights change, and whether the run goes on,
-    hangs on the answer. All kernels of the step are queued by then, so that little more than the launch of the
-    optimizer's is not hidden behind them.
+    Here a step waits for the device, and, where it makes the dense energy's lattices, at its beginning. It must:
+    whether the weights change, and whether the run goes on, hangs on the answer. All kernels of the step are queued by
+    then, so that little more than the launch of the optimizer's is not hidden behind them.
     """
     found = _numbers(values, share)
     return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), "")
@@ -666,13 +673,13 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
         for first, last in zip(starts, starts[1:], strict=False):
             seconds = []
             for _ in range(3):
-                began = time.perf_counter()
+                began = _when_done(device)
                 batch = to_device(next(batches), model, device)
                 generator = torch.Generator().manual_seed(0)
                 options = {"step": first, "generator": generator, "autocast": autocast}
                 step_in_parts(compute, model, batch, config, config.loss.at(first), **options)
                 model.zero_grad(set_to_none=True)
-                seconds.append(time.perf_counter() - began)
+                seconds.append(_when_done(device) - began)
             total += min(seconds) * (last - first)
         few = data.val.subset(range(min(8, len(data.val))))
         began = time.perf_counter()
@@ -680,6 +687,13 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
         validations = -(-schedule.steps // config.eval_interval) if config.eval_interval else 1
         total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
     return total
+
+
+def _when_done(device: torch.device) -> float:
+    """The clock, in seconds, when all that was queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def open_data(config: DataConfig) -> TrainVal:
@@ -716,14 +730,23 @@ def view_options(config: TrainConfig, model: ToCo) -> dict:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU. Raises ToCoError for a device that is not there."""
+    """`auto` is CUDA, else MPS, else the CPU. Raises ToCoError for a device that is not there.
+
+    On CUDA two settings of the process change: a GPU named by its number becomes the current one, which is what pinned
+    memory goes by, and a convolution in float32 is computed in float32, not in TF32.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     kind, _, number = name.partition(":")
     if not there.get(kind) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         raise ToCoError(f"device = {name!r} is not on this machine; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

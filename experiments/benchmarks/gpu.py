@@ -106,7 +106,9 @@ def kernels_of(training: Training, top: int = 12) -> list[dict]:
         for _ in range(3):
             training.step()
         torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    # an operator's row repeats the time of the kernels that it launched, and so does an annotation's
+    on_device = (e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    events = sorted((e for e in on_device if not e.is_user_annotation), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) or 1
     return [{"name": e.key[:80], "share": round(e.self_device_time_total / total, 3)} for e in events[:top]]
 
