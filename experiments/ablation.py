@@ -25,6 +25,7 @@ SWEEPS = {
     "scales of the CAM": ("cam_scales", ((1.0,), (1.0, 0.5), (1.0, 1.5), (1.0, 0.5, 1.5))),
     "pooling": ("pooling", ("max", "mean", "topk")),
     "auxiliary block": ("layer", (7, 8, 9, 10, 11, 12)),
+    "precision": ("precision", ("fp32", "bf16")),
 }
 """Group -> the field that is varied, and its values. The recipe's own value is among them or is the row `full`."""
 
