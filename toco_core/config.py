@@ -372,7 +372,8 @@ class ReleaseBehaviour(Config):
     )
     truncated_denormalisation: bool = option(
         False,
-        "Truncate to whole grey levels when PAR's image is denormalised. Off: 19 of 256 levels come out one too low.",
+        """Truncate to whole grey levels when PAR's image is denormalised. Off: what rounding has put just below a level
+        comes out one too low, 19 of 256 levels in the release and others here.""",
     )
     dropped_border: bool = option(
         False,

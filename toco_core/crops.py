@@ -50,17 +50,16 @@ def sample_crops(
         raise ToCoError(f"n_crops = {n_crops}: 0 or more are allowed")
     half = crop_size // 2
     rows, columns = height - crop_size + 1, width - crop_size + 1
-    centres = (slice(None), slice(half, half + rows), slice(half, half + columns))
 
-    wanted = (region_mask <= UNCERTAIN)[centres].flatten(1)
+    wanted = region_mask[:, half : half + rows, half : half + columns] <= UNCERTAIN
     anywhere = torch.ones_like(wanted)
     if valid_box is not None and not crops_in_padding:
-        real = inside_box(valid_box, (height, width))[centres].flatten(1)
-        anywhere = real | ~real.any(1, keepdim=True)
+        real = inside_box(valid_box - half, (rows, columns))
+        anywhere = real | (_count(real) == 0)
         wanted &= anywhere
-    wanted |= anywhere & (wanted.count_nonzero(1)[:, None] < n_crops)
+    wanted = torch.where(_count(wanted) < n_crops, anywhere, wanted)
 
-    position = _draw(wanted, n_crops, generator)
+    position = _draw(wanted.flatten(1), n_crops, generator)
     return CropBoxes(top=position // columns, left=position % columns)
 
 
@@ -109,6 +108,10 @@ def _windows(maps: Shaped[Tensor, "B *C H W"], top: Tensor, left: Tensor, size: 
     every = maps.unfold(-2, size, 1).unfold(-2, size, 1)  # B C rows columns s s
     every = every.movedim((-4, -3), (1, 2))  # neighbouring index axes copy whole rows of pixels
     return every[torch.arange(len(maps), device=maps.device)[:, None], top, left]
+
+
+def _count(maps: Bool[Tensor, "B h w"]) -> Int[Tensor, "B 1 1"]:
+    return maps.count_nonzero((1, 2))[:, None, None]
 
 
 def _draw(allowed: Bool[Tensor, "B M"], n: int, generator: torch.Generator | None) -> Int[Tensor, "B n"]:

@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
     patch_tokens: Float[Tensor, "B N D"]
     """After the final norm."""
     aux_patch_tokens: Float[Tensor, "B N D"]
-    """Of block `layer`, without norm."""
+    """Of block `layer`, through `ToCo.aux_norm`."""
     grid: tuple[int, int]
     """(h, w)."""
 
@@ -288,8 +288,8 @@ class ToCo(nn.Module):
     # ---- looking inside
 
     def block_tokens(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B N D"]]:
-        """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]` feeds the auxiliary
-        classifier."""
+        """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]`, through `aux_norm`, feeds the
+        auxiliary classifier."""
         n_prefix = self.encoder.num_prefix_tokens
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
