@@ -175,7 +175,7 @@ def pieces(repeats: int) -> dict[str, dict]:
         "PAR": (
             lambda: baseline.pseudo_label(unit, valid, image_labels, boxes, **betas),
             lambda: labels.pseudo_label(unit, valid, image_labels, valid_box=boxes, **betas),
-            repeats,
+            4 * repeats,
         ),
         "regions, crops and flags": (slow_crops, fast_crops, 10 * repeats),
         "PTC": (slow_ptc, fast_ptc, 5 * repeats),
