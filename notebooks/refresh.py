@@ -2,6 +2,7 @@
 
     python notebooks/refresh.py                  # all of them
     python notebooks/refresh.py train explore    # some
+    python notebooks/refresh.py --text start     # nothing is executed: after a change of text cells only
 
 A notebook runs in its own folder with the Python that runs this script, as under `pytest`. It is written only when
 every cell has run; otherwise the file stays as it was, the failing cell is shown, and the exit code is 1.
@@ -83,8 +84,26 @@ def machine_paths(notebook: NotebookNode) -> list[str]:
 
 def refresh(path: Path, *, timeout: float) -> None:
     """Execute, normalise and rewrite one notebook; the file changes only when all of that went well."""
+    _write(path, normalise(execute(nbformat.read(path, as_version=4), path.parent, timeout=timeout)))
+
+
+def refresh_text(path: Path) -> None:
+    """Normalise and rewrite one notebook with the outputs it has.
+
+    ValueError when a code cell was changed since (its id no longer follows from its content): it has to be executed.
+    """
     notebook = nbformat.read(path, as_version=4)
-    normalise(execute(notebook, path.parent, timeout=timeout))
+    before = [cell.get("id") for cell in notebook.cells]
+    normalise(notebook)
+    pairs = zip(before, notebook.cells, strict=True)
+    changed = [str(i) for i, (old, cell) in enumerate(pairs) if cell.cell_type == "code" and cell.id != old]
+    if changed:
+        raise ValueError(f"code changed in cells {', '.join(changed)} of {path.name}: without --text they are executed")
+    _write(path, notebook)
+
+
+def _write(path: Path, notebook: NotebookNode) -> None:
+    """Replace the file at once; ValueError when the notebook shows a path of this machine."""
     paths = machine_paths(notebook)
     if paths:
         raise ValueError(f"{path.name} shows paths of this machine, which differ elsewhere: {'; '.join(paths)}")
@@ -138,6 +157,7 @@ def _without_temp(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb; none means all")
+    parser.add_argument("--text", action="store_true", help="keep the outputs: only text cells were changed")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one cell may take (default 900)")
     arguments = parser.parse_args()
     known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
@@ -151,7 +171,10 @@ def main() -> int:
     for name in names:
         print(f"{name} ...", flush=True)
         try:
-            refresh(known[name], timeout=arguments.timeout)
+            if arguments.text:
+                refresh_text(known[name])
+            else:
+                refresh(known[name], timeout=arguments.timeout)
         except (CellExecutionError, TimeoutError, ValueError) as error:
             print(f"{name} was left as it was: {error}", file=sys.stderr)
             failed.append(name)

@@ -152,6 +152,27 @@ def test_normalise_keeps_only_what_does_not_change():
     assert [cell.id for cell in refresh.normalise(small_notebook()).cells] == [cell.id for cell in notebook.cells]
 
 
+def test_text_is_refreshed_without_running_but_changed_code_is_refused(tmp_path):
+    path = tmp_path / "small.ipynb"
+    notebook = refresh.normalise(small_notebook())
+    outputs = notebook.cells[0].outputs
+    notebook.cells[2].source = "other text"
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell("a cell between"))
+    nbformat.write(notebook, path)
+    refresh.refresh_text(path)
+    after = read(path)
+    assert [cell.source for cell in after.cells] == ["print()", "a cell between", "print()", "other text"]
+    assert after.cells[0].outputs == outputs
+    assert nbformat.writes(refresh.normalise(read(path))) == nbformat.writes(after)
+
+    after.cells[2].source = "print(1)"
+    nbformat.write(after, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="code changed in cells 2 of small.ipynb"):
+        refresh.refresh_text(path)
+    assert path.read_bytes() == before
+
+
 def test_machine_paths_are_found_in_sources_and_texts_only():
     v4 = nbformat.v4
     picture = v4.new_output("display_data", data={"image/png": "abc /home/x", "text/plain": "<Figure>"})
