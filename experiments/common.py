@@ -154,18 +154,24 @@ def table_with_gaps(variants: dict[str, dict], known: dict[str, dict], *, comman
     """Markdown of every variant, mean and sample standard deviation over the seeds in percent, and the difference of
     the final CAM from today's recipe over the seeds that both have. A variant without a run names the command."""
     lines = ["| variant | seeds | final CAM | auxiliary CAM | segmentation | final CAM - recipe's |", "|---" * 6 + "|"]
-    recipe = {run["seed"]: run["cam_miou"] for run in runs_of({}, known)}
+    recipe = runs_of({}, known)
     for name, overrides in variants.items():
         runs = runs_of(overrides, known)
         if not runs:
             lines.append(f"| {name} | not run | `{command} --variants '{name}'` |{' |' * len(METRICS)}")
             continue
         cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS]
-        gains = [run["cam_miou"] - recipe[run["seed"]] for run in runs if run["seed"] in recipe]
+        gains = gains_over(recipe, runs)
         same = override(tiny(), **overrides) == tiny()
         gain = "the recipe" if same else mean_and_spread(gains) if gains else "-"
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {gain} |")
     return "\n".join(lines)
+
+
+def gains_over(recipe: list[dict], runs: list[dict]) -> list[float]:
+    """Points of the final CAM by which runs are above those of the recipe, for the seeds that both have."""
+    own = {run["seed"]: run["cam_miou"] for run in recipe}
+    return [run["cam_miou"] - own[run["seed"]] for run in runs if run["seed"] in own]
 
 
 def mean_and_spread(values: list[float]) -> str:

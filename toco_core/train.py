@@ -108,7 +108,8 @@ def step_losses(
     terms = {name: images.new_zeros(()) for name in TERMS}
     is_positive = None
     if weights["energy"] > 0:  # now, as it waits for the device, which has least to do at the beginning of a step
-        lattices = energy_lattices(model.denormalise(images).clamp(0, 1))
+        unit = model.denormalise(images).clamp(0, 1)
+        lattices = energy_lattices(unit)
 
     with autocast():
         tokens = model.encode(images)
@@ -163,7 +164,6 @@ def step_losses(
                 whole_label=whole.pseudo_label,
             )
         if weights["energy"] > 0:
-            unit = model.denormalise(images).clamp(0, 1)
             terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box, lattices=lattices)
 
     total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)

@@ -103,8 +103,13 @@ def machine() -> dict:
 
 def gflops(dtype: torch.dtype, size: int = 1024) -> float:
     """Billions of multiplications and additions a second of a large square matrix product."""
+    return 2e-9 * size**3 / min(alternate({"product": product(dtype, size)}, 5)["product"])
+
+
+def product(dtype: torch.dtype, size: int) -> Callable:
+    """A square matrix product, 2 * size**3 multiplications and additions."""
     one = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / min(alternate({"product": lambda: one @ one}, 5)["product"]) / 1e9
+    return lambda: one @ one
 
 
 def write_record(name: str, content: dict) -> Path:

@@ -99,14 +99,8 @@ def draw(record: dict) -> None:
         x = [p[axis] for p in points]
         for key, label in (("seconds", "whole step"), ("par_seconds", "PAR"), ("ptc_seconds", "PTC")):
             ax.plot(x, [p[key] for p in points], "o-", label=label)
-        ax.set(
-            xscale="log",
-            yscale="log",
-            xlabel=names[axis],
-            ylabel="seconds",
-            ylim=(0.001, 30),
-            xlim=(0.8 * x[0], 1.25 * x[-1]),
-        )
+        ax.set(xscale="log", yscale="log", xlabel=names[axis], ylabel="seconds", ylim=(0.001, 30))
+        ax.margins(x=0.15)  # for the labels of the outer points
         ax.set_xticks(x, [str(v) for v in x])
         ax.minorticks_off()
         for p, at in zip(points, x, strict=True):

@@ -12,13 +12,12 @@ experiments/records/benchmarks_step.json, which also names the machine.
 """
 
 import argparse
-import functools
 import statistics
 
 import baseline
 import numpy as np
 import torch
-from measure import LATE, alternate, batch_of, config_of, machine, model_of, ratio, write_record
+from measure import LATE, alternate, batch_of, config_of, machine, model_of, product, ratio, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core import crops, labels, losses
@@ -105,10 +104,12 @@ def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
             "labels": float((wanted.pseudo_label == found.pseudo_label).double().mean()),
             "flags": float((wanted.is_positive == found.is_positive).double().mean()),
         }
-    one = torch.randn(PRODUCT, PRODUCT)
-    sides = {SLOW: slow, "fp32": lambda: fast("fp32"), "bf16": lambda: fast("bf16")}
-    sides |= {
-        f"{p} product": functools.partial(torch.matmul, x, x) for p, x in (("fp32", one), ("bf16", one.bfloat16()))
+    sides = {
+        SLOW: slow,
+        "fp32": lambda: fast("fp32"),
+        "bf16": lambda: fast("bf16"),
+        "fp32 product": product(torch.float32, PRODUCT),
+        "bf16 product": product(torch.bfloat16, PRODUCT),
     }
     seconds = alternate(sides, repeats)
     with model.plain_attention():  # the fused kernel is not counted
