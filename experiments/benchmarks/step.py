@@ -28,7 +28,7 @@ from toco_core.train import attention_of, autocast_of, step_losses
 
 CPU = torch.device("cpu")
 SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96
-PRODUCT = 2048  # side of the matrices of that product
+PRODUCT = 4096  # side of the matrices of that product: takes a second, as a shorter one catches the machine by chance
 SLOW, FAST = "baseline", "toco_core"
 
 
