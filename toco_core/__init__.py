@@ -3,8 +3,4 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
-from ._torchvision import make_importable
-
-make_importable()
-
 __version__ = "0.1.0"
