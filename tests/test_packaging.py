@@ -132,8 +132,8 @@ def test_everything_imported_is_required(folder):
 
 def test_training_evaluating_and_exporting_need_the_core_requirements_only():
     """Modules that are imported without the extras' packages: those who train on a server install no JupyterLab."""
-    core = {canonicalize_name(r.name) for r in required()}
-    hidden = [r.name.lower() for r in everything() if canonicalize_name(r.name) not in core | {"setuptools", "packaging"}]
+    core = {canonicalize_name(r.name) for r in required()} | {"setuptools", "packaging"}
+    hidden = [r.name.lower() for r in everything() if canonicalize_name(r.name) not in core]
     code = f"""
 import sys, importlib.abc
 class Hide(importlib.abc.MetaPathFinder):
