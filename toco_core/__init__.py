@@ -3,4 +3,8 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
+from ._opencv import warn_of_two
+
+warn_of_two()
+
 __version__ = "0.1.0"
