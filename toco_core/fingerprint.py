@@ -50,17 +50,12 @@ def split_fingerprint(split, known: Any = None) -> dict:
     known = known if isinstance(known, dict) else {}
     found: dict[str, Any] = {"n": len(split), "names": _of_texts(split.names)}
     found["classes"] = _of_texts(getattr(split, "class_names", ()))
-    drawing, source = drawing_of(getattr(split, "root", None)), getattr(split, "label_source", None)
-    if drawing:
-        found["drawing"] = drawing
-    elif hasattr(split, "mask_source"):
-        indices = range(len(split))
-        found |= _of_files("images", [split.image_path(i) for i in indices], known)
-        found |= _of_files("masks", [split.mask_source(i) for i in indices], known)
+    found |= _files(split, known)
+    source = getattr(split, "label_source", None)
     same_masks = all(found.get(key) == known.get(key) for key in ("names", "classes", "masks"))
     if source == "masks" and same_masks and "masks" in found and "labels" in known:
         found["labels"] = known["labels"]  # they follow from the masks, all of which would have to be read
-    elif not (drawing and source == "masks"):
+    elif not ("drawing" in found and source == "masks"):
         found["labels"] = _of_bytes(np.ascontiguousarray(split.image_labels, dtype=np.uint8).tobytes())
     return found
 
@@ -80,9 +75,20 @@ def differences(known: Any, found: dict) -> list[str]:
 def file_digests(split, *, masks: bool = True) -> dict[str, str]:
     """What the files of a split hold, for settings of which a kept result is made: `image_files` and `mask_files`, or
     `drawing`; equal for a copy of the data."""
-    found = split_fingerprint(split)
-    wanted = {"images": "image_files", "drawing": "drawing"} | ({"masks": "mask_files"} if masks else {})
-    return {name: found[key] for key, name in wanted.items() if key in found}
+    found = _files(split, {}, masks=masks)
+    names = {"images": "image_files", "masks": "mask_files", "drawing": "drawing"}
+    return {name: found[key] for key, name in names.items() if key in found}
+
+
+def _files(split, known: dict, *, masks: bool = True) -> dict[str, str]:
+    """The digests of what the files of a split hold; nothing for a split that is no `data.Split`."""
+    drawing = drawing_of(getattr(split, "root", None))
+    if drawing or not hasattr(split, "mask_source"):
+        return {"drawing": drawing} if drawing else {}
+    found = _of_files("images", [split.image_path(i) for i in range(len(split))], known)
+    if masks:
+        found |= _of_files("masks", [split.mask_source(i) for i in range(len(split))], known)
+    return found
 
 
 def _of_files(what: str, sources: Sequence[Any], known: dict) -> dict[str, str]:
