@@ -159,6 +159,14 @@ def test_what_the_package_draws_is_the_same_on_every_machine(tmp_path, monkeypat
     assert "labels" in split_fingerprint(given)
 
 
+def test_labels_that_were_given_are_not_those_of_the_masks(root):
+    given = VOCFolder(root, "train", labels={f"img_{i}": [1, 1, 1] for i in range(4)})
+    known = split_fingerprint(given)
+    assert differences(known, split_fingerprint(given, known)) == []
+    found = split_fingerprint(VOCFolder(root, "train"), known)
+    assert differences(known, found) == ["other image-level labels"]
+
+
 # ---- runs
 
 

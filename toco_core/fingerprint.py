@@ -51,8 +51,8 @@ def split_fingerprint(split, known: Any = None) -> dict:
     found: dict[str, Any] = {"n": len(split), "names": _of_texts(split.names)}
     found["classes"] = _of_texts(getattr(split, "class_names", ()))
     found |= _files(split, known)
-    source = getattr(split, "label_source", None)
-    same_masks = all(found.get(key) == known.get(key) for key in ("names", "classes", "masks"))
+    found["labels_from"] = source = getattr(split, "label_source", None)
+    same_masks = all(found.get(key) == known.get(key) for key in ("names", "classes", "masks", "labels_from"))
     if source == "masks" and same_masks and "masks" in found and "labels" in known:
         found["labels"] = known["labels"]  # they follow from the masks, all of which would have to be read
     elif not ("drawing" in found and source == "masks"):
