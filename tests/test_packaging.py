@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import toco_core
+
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "rattler": "py-rattler"}
 
@@ -102,16 +104,16 @@ def test_installed_packages_are_seen(monkeypatch):
 
 
 def test_wheel_and_sdist_hold_every_module_and_the_weights(tmp_path):
-    pytest.importorskip("setuptools", "64")
-    for name in ("pyproject.toml", "setup.py", "requirements.txt", "MANIFEST.in", "README.md"):
+    pytest.importorskip("setuptools", "77")
+    for name in ("pyproject.toml", "setup.py", "requirements.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "toco_core", tmp_path / "toco_core", ignore=ignore)
     package = tmp_path / "toco_core"
     wanted = {p.relative_to(tmp_path).as_posix() for p in package.rglob("*.py")}
-    for pattern in ("weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
+    for pattern in ("py.typed", "weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
         wanted |= {p.relative_to(tmp_path).as_posix() for p in package.glob(pattern)}
-    assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css"}
+    assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css", "typed"}
     wanted.add(stand_in_weights(package))
 
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
@@ -122,8 +124,20 @@ def test_wheel_and_sdist_hold_every_module_and_the_weights(tmp_path):
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert "Requires-Dist: torch==2" in metadata
+    assert "License-Expression: Apache-2.0" in metadata.splitlines()
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
     with tarfile.open(sdist) as archive:
         assert wanted | {"requirements.txt", "setup.py"} <= {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_citation_names_the_paper_and_this_version_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == toco_core.__version__ and citation["license"] == "Apache-2.0"
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "Token Contrast for Weakly-Supervised Semantic Segmentation" and paper["year"] == 2023
+    assert [author["family-names"] for author in paper["authors"]] == ["Ru", "Zheng", "Zhan", "Du"]
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in licence and "9. Accepting Warranty" in licence
 
 
 def test_readme_has_the_line_that_ci_runs():
