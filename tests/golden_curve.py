@@ -26,7 +26,7 @@ from toco_core.config import (
     lr_at,
 )
 from toco_core.model import ToCo
-from toco_core.train import StepInput, crop_generator, step_in_parts, step_losses
+from toco_core.train.loop import StepInput, crop_generator, step_in_parts, step_losses
 
 STORED = Path(__file__).with_suffix(".json")
 STEPS, B, K, SIZE = 10, 4, 3, 48

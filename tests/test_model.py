@@ -451,7 +451,7 @@ def test_mixed_precision_trains():
 def test_importing_the_package_is_light_and_makes_torchvision_importable():
     code = (
         "import sys, toco_core; heavy = {'timm', 'torchvision', 'matplotlib', 'cv2'} & set(sys.modules); "
-        "toco_core._torchvision.make_importable(); import torchvision, timm; "
+        "toco_core.machine.torchvision_shim.make_importable(); import torchvision, timm; "
         "print(sorted(heavy), toco_core.__version__)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -3,7 +3,7 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
-from ._torchvision import make_importable
+from toco_core.machine.torchvision_shim import make_importable
 
 make_importable()
 

@@ -1,5 +1,5 @@
 """`python -m toco_core` and `torchrun -m toco_core`: see `launch`."""
 
-from .launch import main
+from .train.launch import main
 
 main()

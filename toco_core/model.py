@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
-from .tensor_files import load_tensors
+from .machine.files import load_tensors
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
@@ -350,7 +350,7 @@ class ToCo(nn.Module):
     @classmethod
     def from_release(cls, path: str | pathlib.Path, **options) -> "ToCo":
         """Read a checkpoint of the published release; see `release.from_release`."""
-        from .release import from_release
+        from .runs.release import from_release
 
         return from_release(path, **options)
 

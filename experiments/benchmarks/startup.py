@@ -20,10 +20,10 @@ from measure import machine, write_record
 STAGES = {
     "import torch": "import torch",
     "import toco_core": "import toco_core",
-    "a notebook's imports": "from toco_core import viz, notebook, train, evaluate",
-    "the same and timm": "from toco_core import viz, notebook, train, evaluate; import timm",
+    "a notebook's imports": "from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop",
+    "the same and timm": "from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop, timm",
     "the same and a model": """
-from toco_core import viz, notebook, train, evaluate
+from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop
 from toco_core.config import tiny
 from toco_core.model import ToCo
 ToCo(tiny().model, 8)""",
