@@ -3,8 +3,8 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
-from toco_core.machine.torchvision_shim import make_importable
+from ._opencv import warn_of_two
 
-make_importable()
+warn_of_two()
 
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
 from .machine.files import load_tensors
+from .machine.torchvision_shim import make_importable
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
@@ -495,6 +496,7 @@ def build_encoder(config: ModelConfig) -> nn.Module:
 
 
 def _plain_encoder(spec: PlainViT) -> nn.Module:
+    make_importable()
     from timm.models.vision_transformer import VisionTransformer
 
     encoder = VisionTransformer(
@@ -506,6 +508,7 @@ def _plain_encoder(spec: PlainViT) -> nn.Module:
 
 
 def _timm_encoder(name: str, *, download: bool) -> nn.Module:
+    make_importable()
     import timm
 
     architecture = name.partition(".")[0]

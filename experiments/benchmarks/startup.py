@@ -21,7 +21,11 @@ STAGES = {
     "import torch": "import torch",
     "import toco_core": "import toco_core",
     "a notebook's imports": "from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop",
-    "the same and timm": "from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop, timm",
+    "the same and timm": """
+from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop
+from toco_core.machine.torchvision_shim import make_importable
+make_importable()
+import timm""",
     "the same and a model": """
 from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop
 from toco_core.config import tiny
