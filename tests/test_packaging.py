@@ -1,6 +1,7 @@
 """What is installed: one list of requirements everywhere, all modules and weights in the wheel, the README's lines."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from voc_folder import write_voc_folder
 
 import toco_core
 
@@ -23,6 +25,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORTED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "rattler": "py-rattler"}
+ALONGSIDE = ("README.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml")
+FOLDERS_ALONGSIDE = (".ci", "docs", "experiments", "notebooks", "tests")
 IN_CONDA = {
     "torch": "pytorch",
     "opencv-python-headless": "py-opencv",
@@ -165,31 +169,52 @@ def test_one_opencv_is_silent_and_two_are_named(tmp_path):
     assert "opencv-python-headless 5.0.0 and opencv-python 4.12.0 are installed over each other" in warned("two")
 
 
-def test_wheel_and_sdist_hold_every_module_and_the_weights(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Wheel, sdist, and the names of the package's files that both must hold."""
     pytest.importorskip("setuptools", "77")
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "toco_core", tmp_path / "toco_core", ignore=ignore)
-    package = tmp_path / "toco_core"
-    wanted = {p.relative_to(tmp_path).as_posix() for p in package.rglob("*.py")}
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("pyproject.toml", "MANIFEST.in", *ALONGSIDE):
+        shutil.copy(ROOT / name, folder)
+    ignore = shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints")
+    for name in ("toco_core", *FOLDERS_ALONGSIDE):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    package = folder / "toco_core"
+    wanted = {p.relative_to(folder).as_posix() for p in package.rglob("*.py")}
     for pattern in ("py.typed", "weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
-        wanted |= {p.relative_to(tmp_path).as_posix() for p in package.glob(pattern)}
+        wanted |= {p.relative_to(folder).as_posix() for p in package.glob(pattern)}
     assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css", "typed"}
     wanted.add(stand_in_weights(package))
-
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,), (sdist,) = (list((tmp_path / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
+    (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    return wheel, sdist, wanted
+
+
+def test_wheel_holds_every_module_the_weights_the_licence_and_the_notebooks(built):
+    wheel, _, wanted = built
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
-    assert {name for name in names if ".dist-info/" not in name} == wanted
+    (data,) = {name.partition("/")[0] for name in names if ".data/" in name}
+    assert {name for name in names if ".dist-info/" not in name and ".data/" not in name} == wanted
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {name for name in names if ".data/" in name} == {
+        f"{data}/data/share/toco_core/notebooks/{name}" for name in notebooks
+    }
     assert {"Requires-Dist: torch<3,>=2.6", "Provides-Extra: notebooks"} <= set(metadata.splitlines())
     assert "License-Expression: Apache-2.0" in metadata.splitlines()
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+def test_sdist_holds_what_its_own_tests_read(built):
+    _, sdist, wanted = built
     with tarfile.open(sdist) as archive:
-        assert wanted <= {name.partition("/")[2] for name in archive.getnames()}
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in FOLDERS_ALONGSIDE:
+        here = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        wanted |= {p.relative_to(ROOT).as_posix() for p in here if "runs" not in p.parts}
+    assert wanted | set(ALONGSIDE) <= names
 
 
 def test_citation_names_the_paper_and_this_version_and_licence():
@@ -200,6 +225,38 @@ def test_citation_names_the_paper_and_this_version_and_licence():
     assert [author["family-names"] for author in paper["authors"]] == ["Ru", "Zheng", "Zhan", "Du"]
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in licence and "9. Accepting Warranty" in licence
+
+
+def test_the_installed_wheel_trains_and_hands_out_its_notebooks(built, tmp_path):
+    """Away from the checkout, beside what this environment has of the requirements."""
+    prefix = tmp_path / "prefix"
+    options = ["-q", "--no-deps", "--no-index", "--no-compile", "--prefix", prefix]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, built[0]], check=True, capture_output=True)
+    (site,) = prefix.glob("**/site-packages")
+    (script,) = (path for name in ("bin", "Scripts") for path in prefix.glob(f"{name}/toco*"))
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = "import toco_core, sys; assert toco_core.__file__.startswith(sys.argv[1]), toco_core.__file__"
+    run(sys.executable, "-c", where, str(site))
+    run(script, "notebooks", "copies", "--cleared")
+    assert {p.name for p in (tmp_path / "copies").iterdir()} == {p.name for p in (ROOT / "notebooks").glob("*.ipynb")}
+    data = write_voc_folder(tmp_path / "data", splits={"train": range(4), "val": range(4, 6)})
+    fields = [
+        "steps=1",
+        "warmup_steps=0",
+        "ctc_start=0",
+        "ptc_start=0",
+        "batch_size=2",
+        "device=cpu",
+        f"dataset={data}",
+    ]
+    folder = run(sys.executable, "-m", "toco_core", "tiny", *fields).splitlines()[-1]
+    assert (tmp_path / folder / "metrics.json").is_file()
 
 
 def test_readme_has_the_line_that_ci_runs():
