@@ -29,6 +29,7 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
+from toco_core.fingerprint import file_digests
 from toco_core.labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
@@ -175,9 +176,10 @@ def evaluate(
     counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
     kept, todo = None, mine
     if keep is not None:
-        exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
-        settings = {"protocol": protocol, **exact, **_depends_on(model, source, autocast)}
-        kept = share.from_first(KeptEvaluation(keep, settings) if share.first else None)
+        if share.first:
+            exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+            kept = KeptEvaluation(keep, {"protocol": protocol, **exact, **_depends_on(model, source, autocast)})
+        kept = share.from_first(kept)
         todo = counted.add_finished(kept, source.names, mine, batch_size)
     numbers, waiting = iter(todo), deque()
 
@@ -341,7 +343,7 @@ class _Counted:
 
 
 def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
-    """All that an evaluation's numbers depend on besides its arguments; images by their names."""
+    """All that an evaluation's numbers depend on besides its arguments; images and masks by what their files hold."""
     device = model.classifier.weight.device
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
         lowered = torch.is_autocast_enabled(device.type)
@@ -356,6 +358,7 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
         "image_labels": hashlib.sha256(np.ascontiguousarray(source.image_labels).tobytes()).hexdigest(),
         "network": network,
         "weights": weights_hash(model),
+        **file_digests(source),
     }
 
 
