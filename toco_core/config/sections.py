@@ -445,7 +445,8 @@ class TrainConfig(Config):
     precision: str = option(
         "auto",
         """`fp32`, `bf16` (automatic mixed precision), `medium` (float32 whose matrix products are computed in bf16
-        inside; TF32 on CUDA; on a CPU without matrix engines the same as fp32), or `auto`: bf16 where the device gains by it.""",
+        inside; TF32 on CUDA; on a CPU without matrix engines the same as fp32), or `auto`: bf16 where the device gains
+        by it.""",
         one_of=PRECISIONS,
     )
     out_dir: str = option("runs", "Folder in which the run's folder is made.")
