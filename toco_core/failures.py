@@ -15,7 +15,7 @@ import torch
 from .config import TrainConfig
 from .data import Batch
 from .errors import ToCoError
-from .model import ToCo, refuse_wrong_keys
+from .model import ToCo, are_tensors, refuse_wrong_keys, skeleton
 from .runs import Run, read_state
 from .train import StepResult, attention_of, autocast_of, crop_generator, resolve_device, step_losses, to_device
 
@@ -42,12 +42,14 @@ def load_failure(run: Run | Path | str) -> Failure:
     state = read_state(path, ("step", "message", "config", "model", "batch", "names"))
     try:
         config, batch = TrainConfig.from_dict(state["config"]), Batch(names=tuple(state["names"]), **state["batch"])
+        if not are_tensors(state["model"]):
+            raise ToCoError(f"{path}: it holds no tensors by name")
+        refuse_wrong_keys(str(path), state["model"], skeleton(config.model, batch.image_labels.shape[1]).state_dict())
         model = ToCo(
             dataclasses.replace(config.model, pretrained=False),
             batch.image_labels.shape[1],
             dropped_border=config.release.dropped_border,
         )
-        refuse_wrong_keys(str(path), state["model"], model.state_dict())
         model.load_state_dict(state["model"])
     except ToCoError:
         raise

@@ -35,7 +35,7 @@ from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
 from .float64 import in_float64
 from .memory import keep_freed_memory
-from .model import ToCo, Tokens, refuse_wrong_keys
+from .model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
 from .runs import Run, file_digest
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
@@ -512,8 +512,14 @@ def gradient_length(model: ToCo) -> Tensor:
 
 def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
     """Raises ToCoError that says what differs, where a checkpoint is of other classes or of another model."""
+    refuse_other_model(model, found, run, data)
+    model.load_state_dict(found)
+
+
+def refuse_other_model(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """What `load_model_state` raises; the model may be a `skeleton`."""
     wanted, name = model.state_dict(), "classifier.weight"
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not are_tensors(found):
         raise ToCoError(f"{run.folder}: the checkpoint holds no tensors by name")
     if name in found and found[name].ndim == 2 and len(found[name]) != len(wanted[name]):
         raise ToCoError(
@@ -521,7 +527,6 @@ def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: Trai
             f"{len(wanted[name])}: it needs the data set that it was trained on"
         )
     refuse_wrong_keys(f"{run.folder}: the checkpoint is of another model", found, wanted)
-    model.load_state_dict(found)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run) -> None:
@@ -531,7 +536,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run
         for number, values in found["state"].items():
             if any(values[name].shape != shapes[number] for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError(f"the averages of parameter {number} have another shape")
-        optimizer.load_state_dict(found)
+            if set(values) != {"step", "exp_avg", "exp_avg_sq"} or values["step"].numel() != 1:
+                raise ValueError(f"parameter {number} has other values than step, exp_avg and exp_avg_sq")
+            if not all(value.is_floating_point() for value in values.values()):
+                raise ValueError(f"the values of parameter {number} are no floating-point numbers")
+        own = optimizer.state_dict()["param_groups"]  # rates and moments are the config's, not the file's
+        optimizer.load_state_dict({"state": found["state"], "param_groups": own})
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{run.folder}: the checkpoint's optimizer does not fit: {error}") from error
 
@@ -608,6 +618,7 @@ def open_run(
             raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
     data = data or open_data(config.data)
+    refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
     model = ToCo(
         dataclasses.replace(config.model, pretrained=False),
         data.train.n_classes,
