@@ -57,6 +57,29 @@ def test_lattice_equals_the_dictionary(d):
     assert_close(Lattice.build(features).filter(values), slow.lattice_filter(features, values))
 
 
+@pytest.mark.parametrize("groups", (False, True))
+def test_neighbours_are_found_as_by_two_searches(groups):
+    """One direction of each axis is searched for, the other is its inverse."""
+    torch.manual_seed(6)
+    features = 1.5 * torch.randn(300, 3, dtype=torch.float64)
+    group = torch.randint(0, 2, (300,)) if groups else torch.zeros(300, dtype=torch.long)
+    lattice = Lattice.build(features, group if groups else None)
+    origin, rank, _ = crf._enclosing_simplex(features)
+    M = lattice.blur.shape[1] - 1
+    vertex = {}  # (group, coordinates) -> number
+    for p in range(300):
+        for k in range(4):
+            point = tuple((origin[:, p] + k - 4 * (rank[:, p] > 3 - k).long()).tolist())
+            vertex[group[p].item(), point] = lattice.corners[p, k].item()
+    assert sorted(vertex.values()) == list(range(M))
+    assert lattice.blur[:, M].eq(M).all()
+    for (its_group, point), number in vertex.items():
+        for axis in range(4):
+            steps = [tuple(x + sign * (4 * (j == axis) - 1) for j, x in enumerate(point)) for sign in (1, -1)]
+            wanted = [number, *(vertex.get((its_group, step), M) for step in steps)]
+            assert lattice.blur[axis, number].tolist() == wanted
+
+
 def test_lattice_of_one_point():
     values = torch.ones(1, 1, dtype=torch.float64)
     features = torch.tensor([[0.3, -0.8, 1.1]], dtype=torch.float64)

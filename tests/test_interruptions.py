@@ -73,7 +73,7 @@ def test_a_run_in_parts_goes_on_with_the_same_bits(config):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert resumed.run.records() == whole.run.records()
-    in_one = train(override(config, accumulate=1), progress=False).run.records()
+    in_one = train(override(config, accumulate=1, out_dir=config.out_dir + " one"), progress=False).run.records()
     assert whole.run.records()[0]["total"] == pytest.approx(in_one[0]["total"], rel=1e-5)
 
 

@@ -162,7 +162,7 @@ def test_another_model_or_split_or_folder_is_refused(model, source, tmp_path):
     evaluate(model, part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another weights: choose"):
         evaluate(some_model(1), part, **options, keep=tmp_path / "kept")
-    with pytest.raises(ToCoError, match="another image_labels, images: choose"):
+    with pytest.raises(ToCoError, match="another image_files, image_labels, images, mask_files: choose"):
         evaluate(model, source.subset([1]), **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="is not empty and holds no evaluation"):
         evaluate(model, part, **options, keep=tmp_path)

@@ -1,7 +1,7 @@
 """What is installed: one list of requirements everywhere, all modules and weights in the wheel, the README's lines."""
 
 import ast
-import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -13,39 +13,66 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from voc_folder import write_voc_folder
 
 import toco_core
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest there
+
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORTED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "rattler": "py-rattler"}
+ALONGSIDE = ("README.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml")
+FOLDERS_ALONGSIDE = (".ci", "docs", "experiments", "notebooks", "tests")
+IN_CONDA = {
+    "torch": "pytorch",
+    "opencv-python-headless": "py-opencv",
+    "matplotlib": "matplotlib-base",
+    "playwright": "playwright-python",
+}
 
 
-def required():
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+def required(*extras):
+    """Requirements of the package, with those of extras: an extra that names others of this package includes them."""
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    found = {}
+    for requirement in map(Requirement, lines):
+        inner = required(*requirement.extras) if canonicalize_name(requirement.name) == "toco-core" else [requirement]
+        found |= {canonicalize_name(r.name): r for r in inner}
+    return list(found.values())
 
 
-def required_for_tests():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    start = text.index("\ntest = [")
-    listed = ast.literal_eval(text[start + len("\ntest = ") : text.index("\n]", start) + 2])  # no tomllib on 3.10
-    return [Requirement(line) for line in listed]
+def everything():
+    return required(*PROJECT["optional-dependencies"])
 
 
-def environment():
-    """Name -> specifier of environment.yml: conda's specs as rattler reads them, pip's as packaging does."""
+def in_conda():
+    """Name -> clauses of environment.yml, as conda reads them."""
     rattler = pytest.importorskip("rattler")
     content = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert list(content) == ["name", "channels", "dependencies"]
     assert content["channels"] == ["conda-forge"]
-    conda = [line for line in content["dependencies"] if isinstance(line, str)]
-    (pip,) = [line["pip"] for line in content["dependencies"] if not isinstance(line, str)]
-    assert pip[-1] == "-e .[test]"
     specs = {}
-    for line in conda:
+    for line in content["dependencies"]:
         spec = rattler.MatchSpec(line)  # raises where conda could not read it
-        specs[line.split(">")[0].split("=")[0]] = set(str(spec.version or "").split(",")) - {""}
-    return specs | {r.name: clauses(r) for r in map(Requirement, pip[:-1])}
+        name = line.split(">")[0].split("=")[0]
+        assert name not in specs
+        specs[name] = set(str(spec.version or "").split(",")) - {""}
+    return specs
+
+
+def constrained():
+    """Name -> pinned requirements of constraints.txt, one for each marker."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pins.setdefault(canonicalize_name(Requirement(line).name), []).append(Requirement(line))
+    return pins
 
 
 def clauses(requirement):
@@ -66,68 +93,128 @@ def imported(folder):
 
 
 def test_environment_and_requirements_are_in_step():
-    wanted = {r.name: clauses(r) for r in required() + required_for_tests()}
-    found = environment()
-    assert found.pop("python") == {">=3.10"} and 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+    wanted = {IN_CONDA.get(canonicalize_name(r.name), canonicalize_name(r.name)): clauses(r) for r in everything()}
+    wanted["py-opencv"] = {">=4.10.0"}  # conda's versions have no fourth number
+    assert clauses(Requirement(next(d for d in PROJECT["dependencies"] if "opencv" in d))) == {">=4.10.0.84"}
+    found = in_conda()
+    assert found.pop("python") == {PROJECT["requires-python"]}
     assert found.pop("pip") == set()
     assert found == wanted
 
 
+def test_ranges_are_open_and_the_constraints_name_one_version_for_every_python():
+    assert not [str(r) for r in everything() if any(clause.operator in ("==", "===") for clause in r.specifier)]
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "//" not in text and "--hash" not in text and " @ " not in text
+    pins = constrained()
+    assert {str(pin) for name in ("torch", "torchvision") for pin in pins[name]} == {
+        "torch==2.13.0",
+        "torchvision==0.28.0",
+    }
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        for system in ("linux", "darwin", "win32"):
+            where = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": system}
+            for requirement in everything():
+                fitting = [
+                    pin
+                    for pin in pins[canonicalize_name(requirement.name)]
+                    if pin.marker is None or pin.marker.evaluate(where)
+                ]
+                assert len(fitting) == 1, (requirement.name, where)
+                (clause,) = fitting[0].specifier
+                assert clause.operator == "==" and requirement.specifier.contains(clause.version), fitting[0]
+
+
 @pytest.mark.parametrize("folder", ["toco_core", "experiments", "notebooks"])
 def test_everything_imported_is_required(folder):
-    known = {canonicalize_name(r.name) for r in required()}
-    if folder != "toco_core":
-        known |= {canonicalize_name(r.name) for r in required_for_tests()} | {"jupyter-client"}  # part of nbclient
+    extras = {"toco_core": ["notebooks"], "experiments": ["notebooks", "sweep", "test"], "notebooks": ["test"]}[folder]
+    known = {canonicalize_name(r.name) for r in required(*extras)} | {"jupyter-client"}  # part of nbclient
     if folder == "experiments":
         known |= {"pandas", "pyarrow"}  # sweep.py wants them for --parquet only, and says so
     assert {canonicalize_name(IMPORTED_AS.get(name, name)) for name in imported(ROOT / folder)} - known == set()
 
 
-def test_torch_and_torchvision_are_pinned_together():
-    pins = {r.name: str(r.specifier) for r in required()}
-    assert pins["torch"].startswith("==2.") and pins["torchvision"].startswith("==0.")
-    torch_minor, vision_minor = (int(pins[name].split(".")[1]) for name in ("torch", "torchvision"))
-    assert vision_minor == torch_minor + 15  # torchvision 0.N belongs to torch 2.(N - 15)
+def test_training_evaluating_and_exporting_need_the_core_requirements_only():
+    """Modules that are imported without the extras' packages: those who train on a server install no JupyterLab."""
+    core = {canonicalize_name(r.name) for r in required()} | {"setuptools", "packaging"}
+    hidden = [r.name.lower() for r in everything() if canonicalize_name(r.name) not in core]
+    code = f"""
+import sys, importlib.abc
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name.partition(".")[0].lower() in {hidden}: raise ModuleNotFoundError(name, name=name)
+sys.meta_path[:0] = [Hide()]
+import toco_core.train, toco_core.evaluate, toco_core.export, toco_core.launch, toco_core.data, toco_core.viz"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_another_opencv_is_kept(monkeypatch):
-    setup = load_setup(monkeypatch)
-    monkeypatch.setattr(setup, "installed", lambda: {"numpy", "opencv-python"})
-    without = setup.requirements()
-    assert not [line for line in without if "opencv" in line]
-    monkeypatch.setattr(setup, "installed", lambda: {"numpy", "opencv-python-headless"})
-    assert set(setup.requirements()) - set(without) == {str_line("opencv-python-headless")}
+def test_one_opencv_is_silent_and_two_are_named(tmp_path):
+    def install(folder, name, version, files="cv2/__init__.py,,"):
+        info = tmp_path / folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        (info / "RECORD").write_text(files)
+
+    def warned(folder):
+        code = f"import sys; sys.path[:] = [{str(ROOT)!r}, {str(tmp_path / folder)!r}] + {stdlib}; import toco_core"
+        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr
+
+    stdlib = [path for path in sys.path if "site-packages" not in path and path != str(ROOT)]
+    install("one", "opencv-python", "4.12.0")
+    install("conda", "opencv-python", "4.12.0", files="")
+    install("conda", "opencv-python-headless", "4.12.0")
+    install("two", "opencv-python", "4.12.0")
+    install("two", "opencv-python-headless", "5.0.0")
+    assert warned("one") == warned("conda") == ""
+    assert "opencv-python-headless 5.0.0 and opencv-python 4.12.0 are installed over each other" in warned("two")
 
 
-def test_installed_packages_are_seen(monkeypatch):
-    assert {"numpy", "torch", "pytest"} <= load_setup(monkeypatch).installed()
-
-
-def test_wheel_and_sdist_hold_every_module_and_the_weights(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Wheel, sdist, and the names of the package's files that both must hold."""
     pytest.importorskip("setuptools", "77")
-    for name in ("pyproject.toml", "setup.py", "requirements.txt", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "toco_core", tmp_path / "toco_core", ignore=ignore)
-    package = tmp_path / "toco_core"
-    wanted = {p.relative_to(tmp_path).as_posix() for p in package.rglob("*.py")}
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("pyproject.toml", "MANIFEST.in", *ALONGSIDE):
+        shutil.copy(ROOT / name, folder)
+    ignore = shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints")
+    for name in ("toco_core", *FOLDERS_ALONGSIDE):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    package = folder / "toco_core"
+    wanted = {p.relative_to(folder).as_posix() for p in package.rglob("*.py")}
     for pattern in ("py.typed", "weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
-        wanted |= {p.relative_to(tmp_path).as_posix() for p in package.glob(pattern)}
+        wanted |= {p.relative_to(folder).as_posix() for p in package.glob(pattern)}
     assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css", "typed"}
     wanted.add(stand_in_weights(package))
-
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,), (sdist,) = (list((tmp_path / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
+    (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    return wheel, sdist, wanted
+
+
+def test_wheel_holds_every_module_the_weights_the_licence_and_the_notebooks(built):
+    wheel, _, wanted = built
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
-    assert {name for name in names if ".dist-info/" not in name} == wanted
-    assert "Requires-Dist: torch==2" in metadata
+    (data,) = {name.partition("/")[0] for name in names if ".data/" in name}
+    assert {name for name in names if ".dist-info/" not in name and ".data/" not in name} == wanted
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {name for name in names if ".data/" in name} == {
+        f"{data}/data/share/toco_core/notebooks/{name}" for name in notebooks
+    }
+    assert {"Requires-Dist: torch<3,>=2.6", "Provides-Extra: notebooks"} <= set(metadata.splitlines())
     assert "License-Expression: Apache-2.0" in metadata.splitlines()
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+def test_sdist_holds_what_its_own_tests_read(built):
+    _, sdist, wanted = built
     with tarfile.open(sdist) as archive:
-        assert wanted | {"requirements.txt", "setup.py"} <= {name.partition("/")[2] for name in archive.getnames()}
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in FOLDERS_ALONGSIDE:
+        here = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        wanted |= {p.relative_to(ROOT).as_posix() for p in here if "runs" not in p.parts}
+    assert wanted | set(ALONGSIDE) <= names
 
 
 def test_citation_names_the_paper_and_this_version_and_licence():
@@ -140,17 +227,44 @@ def test_citation_names_the_paper_and_this_version_and_licence():
     assert "Version 2.0, January 2004" in licence and "9. Accepting Warranty" in licence
 
 
+def test_the_installed_wheel_trains_and_hands_out_its_notebooks(built, tmp_path):
+    """Away from the checkout, beside what this environment has of the requirements."""
+    prefix = tmp_path / "prefix"
+    options = ["-q", "--no-deps", "--no-index", "--no-compile", "--prefix", prefix]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, built[0]], check=True, capture_output=True)
+    (site,) = prefix.glob("**/site-packages")
+    (script,) = (path for name in ("bin", "Scripts") for path in prefix.glob(f"{name}/toco*"))
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = "import toco_core, sys; assert toco_core.__file__.startswith(sys.argv[1]), toco_core.__file__"
+    run(sys.executable, "-c", where, str(site))
+    run(script, "notebooks", "copies", "--cleared")
+    assert {p.name for p in (tmp_path / "copies").iterdir()} == {p.name for p in (ROOT / "notebooks").glob("*.ipynb")}
+    data = write_voc_folder(tmp_path / "data", splits={"train": range(4), "val": range(4, 6)})
+    fields = [
+        "steps=1",
+        "warmup_steps=0",
+        "ctc_start=0",
+        "ptc_start=0",
+        "batch_size=2",
+        "device=cpu",
+        f"dataset={data}",
+    ]
+    folder = run(sys.executable, "-m", "toco_core", "tiny", *fields).splitlines()[-1]
+    assert (tmp_path / folder / "metrics.json").is_file()
+
+
 def test_readme_has_the_line_that_ci_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = subprocess.run(["bash", ROOT / ".ci" / "run", "--line"], check=True, capture_output=True, text=True).stdout
     assert readme.count(f"\n{shown}") == 1
-    assert 'pip install -e ".[test]"' in shown
-    assert "\npython -m venv .venv && . .venv/bin/activate && pip install -e . && papermill notebooks/" in readme
-
-
-def str_line(name):
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return next(line for line in lines if line.startswith(name))
+    assert "&& pip install -e '.[test]' -c constraints.txt &&" in shown.replace('"', "'")
+    assert '.venv/bin/activate && pip install -e ".[notebooks]" -c constraints.txt && papermill notebooks/' in readme
 
 
 def stand_in_weights(package):
@@ -158,14 +272,3 @@ def stand_in_weights(package):
     (package / "weights").mkdir(exist_ok=True)
     (package / "weights" / "stand_in.safetensors").write_bytes(b"")
     return "toco_core/weights/stand_in.safetensors"
-
-
-def load_setup(monkeypatch):
-    """setup.py as a module, without installing anything."""
-    import setuptools
-
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("toco_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

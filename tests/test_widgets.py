@@ -1,5 +1,6 @@
 """The explorer without a browser: what it shows agrees with the library, and wrong use is told and survived."""
 
+import html.parser
 import io
 import json
 import shlex
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import cv2
+import ipywidgets
 import nbformat
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from toco_core.labels import region_mask
 from toco_core.model import ToCo
 from toco_core.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
+from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScoring, count, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
@@ -689,6 +692,97 @@ def test_tables_name_what_was_measured(session):
     assert "&lt;this&gt;" in table and "<td>cat</td>" in table and "sheep" not in table
     assert report.numbers_html(None, names, "x").endswith("no ground truth")
     assert report.notes_html([]) == "" and "&lt;b&gt;" in report.notes_html(["<b>"])
+
+
+EVIL = "<img src=x onerror=alert(1)>\"' onclick=alert(2) &amp <script>"
+
+
+class Elements(html.parser.HTMLParser):
+    """What a browser would make of a piece of HTML: its tags, its attributes, its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def panels(widget):
+    if isinstance(widget, ipywidgets.HTML):
+        yield widget
+    for child in getattr(widget, "children", ()):
+        yield from panels(child)
+
+
+def hostile_explorer(tmp_path):
+    """Folder, file, class, split, model, run and saving folder all have a name that is HTML."""
+    root = tmp_path / f"data{EVIL}"
+    root.mkdir()
+    rows = ["file,tags,split,mask"]
+    quoted = EVIL.replace('"', '""')
+    for i in range(2):
+        Image.fromarray(np.full((16, 24, 3), 40 * i, np.uint8)).save(root / f"{EVIL}{i}.png")
+        mask = np.full((16, 24), 1, np.uint8)
+        Image.fromarray(mask).save(root / f"{EVIL}{i}-mask.png")
+        rows.append(f'"{quoted}{i}.png","class{quoted}","split{quoted}","{quoted}{i}-mask.png"')
+    (root / f"{EVIL}9.png").write_bytes(b"no picture")
+    rows.append(f'"{quoted}9.png","class{quoted}","split{quoted}",')
+    (root / "tags.csv").write_text("\n".join(rows) + "\n")
+    (root / "classes.txt").write_text(f"background\nclass{EVIL}\n")
+    subjects = Subjects()
+    for name in (f"one{EVIL}", f"two{EVIL}"):
+        subjects.add(make_subject(name, class_names=("background", f"class{EVIL}")))
+    return Explorer(Session(open_pictures(root, f"split{EVIL}"), subjects), folder=str(tmp_path / f"out{EVIL}"))
+
+
+def test_no_name_becomes_html(tmp_path):
+    explorer = hostile_explorer(tmp_path)
+    seen = {}
+
+    def check():
+        for panel in panels(explorer):
+            found = Elements(panel.value)
+            assert not found.tags & {"img", "script"} and not {a for a in found.attributes if a.startswith("on")}
+            seen[id(panel)] = seen.get(id(panel), "") + found.text
+
+    explorer.go(0)
+    for show in ("image", "CAM", "seed label", "segmentation", "ground truth"):
+        explorer.set(show=show, cam="final")
+        explorer._sample()
+        check()
+    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+        button.click()
+        check()
+    explorer.compare.value = True
+    explorer.score.click()
+    explorer.settle()
+    check()
+    explorer.search.value = f"nothing{EVIL}"
+    check()
+    explorer._do(lambda: explorer.go(f"nothing{EVIL}"))
+    check()
+    explorer._do(lambda: explorer.go(2))  # a file that is no image, told by name
+    check()
+    for part in ("position", "saved", "notes", "numbers", "split_numbers"):
+        assert EVIL in seen[id(getattr(explorer, part))], part
+    assert all(EVIL in seen[id(legend)] for legend in explorer.legends)
+
+
+def test_markup_is_made_of_elements():
+    made = element("a", "<b>", element("i", "x & y"), class_="k", title="\"'<", text_anchor="end")
+    assert made == (
+        '<a class="k" title="&quot;&#x27;&lt;" text-anchor="end">&lt;b&gt;<i>x &amp; y</i></a>'
+    ) and isinstance(made, Markup)
+    assert joined(["<", element("br"), "&"], "<>") == "&lt;&lt;&gt;<br></br>&lt;&gt;&amp;"
+    panel = Panel()
+    panel.put("<i>", element("b", "x"))
+    assert panel.value == "&lt;i&gt;<b>x</b>"
 
 
 def test_slider_is_quick(session):

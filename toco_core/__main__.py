@@ -1,5 +1,31 @@
-"""`python -m toco_core` and `torchrun -m toco_core`: see `launch`."""
+"""One command line: `toco ...`, `python -m toco_core ...` and `torchrun -m toco_core ...`.
 
-from .launch import main
+toco notebooks <folder>    copies the notebooks
+toco lab <folder>          opens JupyterLab on them
+toco <recipe> ...          trains: see `launch`
+"""
 
-main()
+import importlib
+import sys
+
+from .errors import ToCoError
+
+COMMANDS = {  # name -> "module:function", which takes the arguments after the name and returns the exit status
+    "notebooks": "toco_core.shipped_notebooks:copy_command",
+    "lab": "toco_core.shipped_notebooks:lab_command",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; every other first word is a recipe to train."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = COMMANDS.get(arguments[0] if arguments else "")
+    module, _, function = (command or "toco_core.launch:main").partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(arguments if command is None else arguments[1:]) or 0
+    except ToCoError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

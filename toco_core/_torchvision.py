@@ -1,47 +1,54 @@
-"""Let a torchvision that was built for CUDA be imported beside a CPU build of torch.
+"""Import a torchvision that was built for another PyTorch, so that timm can be imported.
 
-timm imports torchvision, and torchvision's registration code dies with "operator torchvision::nms does not exist" where
-its compiled library cannot be loaded. Nothing that a vision transformer needs is in that library, so it is enough that
-the two operators are *declared*. Where the library can be loaded, nothing is declared and torchvision is left alone.
+timm imports torchvision. A torchvision whose compiled library does not load beside the installed torch (one for CUDA
+beside a torch for the CPU) ends its import with "operator torchvision::nms does not exist". A vision transformer needs
+nothing from that library: a *declaration* of the two operators is enough. A torchvision that can be imported is left
+alone; to declare its operators before it does would end the process.
 """
 
-import importlib.util
-import pathlib
+import importlib
+import sys
 
-_kept = []  # a torch.library.Library withdraws its declarations when it is freed
+MISSING_OPERATOR = "operator torchvision::nms does not exist"
 
-_SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared = []  # keeps the torch.library.Library alive: a freed one withdraws its declarations
 
 
 def make_importable() -> None:
-    """Run before the first import of torchvision or timm; more than once is harmless."""
-    import sys
+    """Import torchvision, with its operators declared where its library does not load.
 
-    if _kept or "torchvision" in sys.modules:
+    Call it before the first import of timm; a second call does nothing. A missing torchvision is left to timm's own
+    message; any other error of its import is passed on.
+    """
+    if "torchvision" in sys.modules:
         return
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+    except RuntimeError as error:
+        if MISSING_OPERATOR not in str(error):
+            raise
+        _drop_half_imported()
+        if not _declared:
+            _declare_operators()
+        importlib.import_module("torchvision")
+
+
+def _drop_half_imported() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
+def _declare_operators() -> None:
     import torch
 
-    if _library_loads(torch, pathlib.Path(spec.origin).parent):
-        return
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in _SCHEMAS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
-    _kept.append(library)
-
-
-def _library_loads(torch, folder: pathlib.Path) -> bool:
-    """Whether torchvision's compiled operators can be registered, by loading them as torchvision itself will."""
-    for library in sorted(folder.glob("_C.*")):
-        try:
-            torch.ops.load_library(str(library))
-            return True
-        except OSError:
-            continue
-    return False
+    for schema in _SCHEMAS:
+        library.define(schema)
+    _declared.append(library)

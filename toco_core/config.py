@@ -463,15 +463,37 @@ class TrainConfig(Config):
         if self.crops.local_size > self.data.crop_size:
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
 
-    def short_hash(self) -> str:
+    def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
-        does not count)."""
-        values = self.to_dict()
+        does not count) and however it is computed (see `named`).
+
+        every_field: what older versions named it.
+        """
+        config = self if every_field else self.named()
+        values = config.to_dict()
         del values["out_dir"]
         for name, section in values.items():
             if isinstance(section, dict):
-                values[name] = getattr(self, name).without_later_defaults()
+                values[name] = getattr(config, name).without_later_defaults()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+    def named(self) -> "TrainConfig":
+        """The config with the recipes' values in those fields that are no part of the experiment.
+
+        `workers`, `cache` and `log_interval` move no bit of the weights. `accumulate` moves their rounding, as the
+        number of processes does, which no config holds. So a run that stopped goes on with other values of these. All
+        others count: `device` and `precision` are other arithmetic, which is compared in experiments; `eval_interval`
+        decides which state is the best and which numbers are kept.
+        """
+        official = self.data.train_split == "train_aug" or self.data.val_split == "val_part"  # VOC and COCO
+        workers, cache = 10 if official else 0, self.model.backbone == "scenes_vit_nano"
+        return override(self, workers=workers, cache=cache, log_interval=10, accumulate=1)
+
+    def resolved(self) -> "TrainConfig":
+        """The config with `dataset` and `weights`, where they are paths, from the root on and without links: one name
+        for one place, whatever folder this process is in."""
+        dataset = self.data.dataset if self.data.dataset == "scenes" else _real_path(self.data.dataset)
+        return override(self, dataset=dataset, weights=self.model.weights and _real_path(self.model.weights))
 
 
 def voc(dataset: str = "VOCdevkit/VOC2012") -> TrainConfig:
@@ -622,6 +644,13 @@ def did_you_mean(name: str, known, otherwise: str | None = None) -> str:
     if near:
         return f": did you mean {' or '.join(near)}?"
     return f": known are {', '.join(sorted(known))}" if otherwise is None else otherwise
+
+
+def _real_path(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # no path at all: whoever opens it says so
+        return path
 
 
 def _is_config(kind) -> bool:

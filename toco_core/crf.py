@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
@@ -223,7 +224,7 @@ def dense_crf(
     weights = (position_weight, appearance_weight)
     kernels = [(weight, lattice.filter) for weight, lattice in zip(weights, lattices, strict=True) if weight]
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
-        belief = mean_field(_at_least_float32(probs).flatten(1).T, kernels, iterations)
+        belief = mean_field(_at_least_float32(probs).flatten(1).T.contiguous(), kernels, iterations)
     return belief.T.unflatten(1, (H, W))
 
 
@@ -357,19 +358,27 @@ def _connect(origin: Tensor, rank: Tensor, weights: Tensor, groups: Tensor | Non
     corners[order] = first.cumsum(0) - 1
 
     steps = [axes * strides[j] - sum(strides[:d]) for j in range(d)] + [-sum(strides[:d])]
-    steps = torch.tensor([[s, -s] for s in steps]).to(device, non_blocking=True)
-    wanted = table + steps[..., None]  # axes 2 M
-    found = torch.searchsorted(table, wanted).clamp(max=M - 1)
-    neighbours = found.masked_fill(table[found] != wanted, M)
-    itself = torch.arange(M, device=device).expand(axes, 1, M)
+    wanted = table + torch.tensor(steps).to(device, non_blocking=True)[:, None]  # axes M
+    found = _search_ascending(table, wanted).clamp_(max=M - 1)
+    after = F.pad(found.masked_fill_(table[found] != wanted, M), (0, 1), value=M)
+    itself = torch.arange(M + 1, device=device).expand(axes, -1)
+    before = torch.full_like(after, M).scatter_(1, after, itself)  # if one is after the other, the other is before it
+    before[:, M] = M  # where the scatter put those that have none after them
     return Lattice(
         corners=corners.view(P, axes),
         weights=weights.T.contiguous(),
         splat_points=order.div(axes, rounding_mode="floor"),
         splat_weights=weights.T.flatten()[order],
         splat_starts=F.pad(starts, (0, 1), value=keys.numel()),
-        blur=F.pad(torch.cat([itself, neighbours], dim=1), (0, 1), value=M).transpose(1, 2).contiguous(),
+        blur=torch.stack([itself, after, before], dim=2),
     )
+
+
+def _search_ascending(table: Int[Tensor, " M"], wanted: Int[Tensor, "A M"]) -> Int[Tensor, "A M"]:
+    """torch.searchsorted; rows that ascend are faster in NumPy, which starts from the place that it found last."""
+    if table.device.type != "cpu":
+        return torch.searchsorted(table, wanted)
+    return torch.from_numpy(np.searchsorted(table.numpy(), wanted.numpy()))
 
 
 def _weighted_sum(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:

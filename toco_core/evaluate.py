@@ -29,6 +29,7 @@ from .data import EvalItem, evaluation_items, to_unit
 from .data.augment import resize
 from .distributed import ALONE, Share
 from .errors import ToCoError
+from .fingerprint import file_digests
 from .kept import ImageCounts, KeptEvaluation
 from .labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from .metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
@@ -175,9 +176,10 @@ def evaluate(
     counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
     kept, todo = None, mine
     if keep is not None:
-        exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
-        settings = {"protocol": protocol, **exact, **_depends_on(model, source, autocast)}
-        kept = share.from_first(KeptEvaluation(keep, settings) if share.first else None)
+        if share.first:
+            exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+            kept = KeptEvaluation(keep, {"protocol": protocol, **exact, **_depends_on(model, source, autocast)})
+        kept = share.from_first(kept)
         todo = counted.add_finished(kept, source.names, mine, batch_size)
     numbers, waiting = iter(todo), deque()
 
@@ -341,7 +343,7 @@ class _Counted:
 
 
 def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
-    """All that an evaluation's numbers depend on besides its arguments; images by their names."""
+    """All that an evaluation's numbers depend on besides its arguments; images and masks by what their files hold."""
     device = model.classifier.weight.device
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
         lowered = torch.is_autocast_enabled(device.type)
@@ -356,6 +358,7 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
         "image_labels": hashlib.sha256(np.ascontiguousarray(source.image_labels).tobytes()).hexdigest(),
         "network": network,
         "weights": weights_hash(model),
+        **file_digests(source),
     }
 
 

@@ -42,6 +42,7 @@ from .data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, 
 from .data.files import palette_png
 from .errors import ToCoError
 from .evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
+from .fingerprint import file_digests
 from .labels import IGNORE, merged_logits, pseudo_label, valid_cam
 from .model import ToCo
 from .runs import claim_folder, weights_hash, write_whole
@@ -222,6 +223,7 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
     else:
         settings |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
     settings |= {"crf": crf, "images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}
+    settings |= file_digests(source, masks=False)
     return json.loads(json.dumps(settings))
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._torchvision import make_importable
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
 from .tensor_files import load_tensors
@@ -507,6 +508,7 @@ def build_encoder(config: ModelConfig) -> nn.Module:
 
 
 def _plain_encoder(spec: PlainViT) -> nn.Module:
+    make_importable()
     from timm.models.vision_transformer import VisionTransformer
 
     encoder = VisionTransformer(
@@ -518,6 +520,7 @@ def _plain_encoder(spec: PlainViT) -> nn.Module:
 
 
 def _timm_encoder(name: str, *, download: bool) -> nn.Module:
+    make_importable()
     import timm
 
     architecture = name.partition(".")[0]

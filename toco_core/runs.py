@@ -24,10 +24,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 
 from .config import TrainConfig
+from .data import TrainVal
 from .errors import ToCoError
+from .fingerprint import data_fingerprint, differences
 from .machine.intake import read_json, read_text
 from .tensor_files import load_tensors
 
@@ -42,11 +45,17 @@ class Run:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Run":
-        """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs"."""
-        dataset = Path(config.data.dataset).name or "data"
-        name = f"{dataset}-layer{config.model.layer}-seed{config.seed}-{config.short_hash()}"
+        """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
+
+        Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
+        of the package began, under a name with the path as it is written or with every field, is found.
+        """
         default = config.out_dir == TrainConfig().out_dir
-        return cls(Path(default and os.environ.get("TOCO_RUNS") or config.out_dir) / name)
+        folder, resolved = Path(default and os.environ.get("TOCO_RUNS") or config.out_dir), config.resolved()
+        name = _run_name(resolved, resolved.short_hash())
+        earlier = _run_name(config, config.short_hash()), _run_name(config, config.short_hash(every_field=True))
+        there = (n for n in (name, *earlier) if os.path.isfile(folder / n / "config.json"))
+        return cls(folder / next(there, name))
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
@@ -68,6 +77,32 @@ class Run:
             yield
         finally:
             lock.release()
+
+    def refuse_other_data(self, data: TrainVal, weights: str | None = None) -> None:
+        """Raise ToCoError where the run began with other data, or with another content of the file `weights`, than
+        these: its result is not theirs. A run without a manifest cannot be compared."""
+        if not (self.folder / "manifest.json").is_file():
+            return
+        known = self.manifest()
+        parts = known.get("fingerprint")
+        differs = []
+        if isinstance(parts, dict):
+            found = data_fingerprint(data, parts)
+            differs += [f"{part} has {d}" for part in found for d in differences(parts.get(part), found[part])]
+        elif isinstance(known.get("data_sha256"), str) and known["data_sha256"] != data_digest(data):
+            sizes = known["data"] if isinstance(known.get("data"), dict) else {}
+            for part, n in (("train", len(data.train)), ("val", len(data.val))):
+                if sizes.get(part, n) != n:
+                    differs.append(f"{part} has {n} images, not {sizes[part]}")
+            differs = differs or ["names or image-level labels are others"]
+        before = known.get("weights_sha256")
+        if weights and isinstance(before, str) and os.path.isfile(weights) and file_digest(weights) != before:
+            differs.append(f"the file {weights} has other weights")
+        if differs:
+            raise ToCoError(
+                f"{self.folder} was trained on something else: {', '.join(differs)}; train(..., resume=False) replaces "
+                f"that run, another out_dir keeps both"
+            )
 
     def begin(self, config: TrainConfig, **facts) -> None:
         """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder
@@ -237,6 +272,14 @@ def manifest() -> dict:
     }
 
 
+def data_digest(data: TrainVal) -> str:
+    """Changes with any name, any image-level label, or their order, in either split."""
+    digest = hashlib.sha256()
+    for split in data[:2]:
+        digest.update(json.dumps([list(split.names), np.asarray(split.image_labels).tolist()]).encode())
+    return digest.hexdigest()
+
+
 def file_digest(path: Path | str) -> str:
     """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -253,6 +296,11 @@ def weights_hash(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _run_name(config: TrainConfig, digits: str) -> str:
+    dataset = Path(config.data.dataset).name or "data"
+    return f"{dataset}-layer{config.model.layer}-seed{config.seed}-{digits}"
 
 
 def _git_state() -> dict | None:

@@ -12,6 +12,7 @@ Where the data set has no part "test", the scores are of val, on which the thres
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,14 @@ from .config import TrainConfig
 from .data import Split, TrainVal, open_source, split_names
 from .errors import ToCoError
 from .evaluate import Evaluation
+from .fingerprint import differences, split_fingerprint
 from .labels import pseudo_label
 from .metrics import OpenCounts
 from .runs import Run
 from .similarity import similarity_of_split
-from .train import Opened, evaluate_as, open_data, train
+from .train import Opened, evaluate_as, open_data, train, weights_file
 
+FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
 SCORED = ("cam", "aux_cam", "pseudo_label", "seg")
 
 
@@ -58,11 +61,16 @@ class Scored(NamedTuple):
 
 
 def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Scored:
-    """The scores of a config's run: from its folder, or after training it."""
-    run = Run.of(config)
-    found = read_scores(run)
+    """The scores of a config's run: from its folder, or after training it.
+
+    Raises ToCoError as `train` does, also for a finished run of other data or other weights.
+    """
+    data, run = data or open_data(config.data), Run.of(config)
+    if run.finished:
+        run.refuse_other_data(data, weights_file(config))
+    found = _scores_of(run, data)
     if found is None:
-        trained = train(config, data=data or open_data(config.data), progress=progress)
+        trained = train(config, data=data, progress=progress)
         opened = Opened(trained.model, config, trained.run, trained.data)
         found = score_run(opened, validation=trained.validation, progress=progress)
     return Scored(config, run, found)
@@ -82,10 +90,10 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
 
     `validation`: its evaluation on val, where that is at hand.
     """
-    found = read_scores(opened.run)
+    model, config, run, data = opened
+    found = _scores_of(run, data)
     if found is not None:
         return found
-    model, config, run, data = opened
     pseudo = OpenCounts(model.n_classes)
     part, source = reported_part(data)
     if part == "test":
@@ -110,7 +118,7 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
         token_similarity=[round(value, 4) for value in similarity_of_split(model, data.val, config)],
     )
     if run.finished:
-        run.keep_scores(found._asdict())
+        run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(source)})
     return found
 
 
@@ -119,6 +127,7 @@ def read_scores(run: Run) -> RunScores | None:
     values = run.scores()
     if values is None:
         return None
+    values = {name: value for name, value in values.items() if name != FINGERPRINT}
     if set(values) != set(RunScores._fields):
         raise ToCoError(f"{run.folder}/scores.json is of another version: delete it, and the run is scored again")
     try:
@@ -126,6 +135,20 @@ def read_scores(run: Run) -> RunScores | None:
     except (AttributeError, TypeError, ValueError) as error:
         raise ToCoError(f"{run.folder}/scores.json holds no scores per class: {error}") from error
     return RunScores(**values | {"iou": iou})
+
+
+def _scores_of(run: Run, data: TrainVal) -> RunScores | None:
+    """What is kept, where it was found on these images and masks; None where there is nothing or it was not."""
+    found, known = read_scores(run), (run.scores() or {}).get(FINGERPRINT)
+    if found is None or known is None:
+        return found
+    part, source = reported_part(data)
+    differs = differences(known, split_fingerprint(source, known))
+    if differs or part != found.part:
+        more = ", ".join(differs) or "other masks"
+        warnings.warn(f"{run.folder} is scored again: {part} has {more} than when it was scored", stacklevel=3)
+        return None
+    return found
 
 
 def _count_pseudo_labels(counts: OpenCounts, config: TrainConfig):

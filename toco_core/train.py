@@ -8,8 +8,6 @@ encoder sees every picture once: main image, second global view, local views, th
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import sys
 import time
@@ -17,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -33,10 +30,11 @@ from .data.augment import IMAGE_COLOUR
 from .distributed import ALONE, Share
 from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
+from .fingerprint import data_fingerprint
 from .float64 import in_float64
 from .memory import keep_freed_memory
 from .model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
-from .runs import Run, file_digest
+from .runs import Run, data_digest, file_digest
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -361,13 +359,16 @@ def train(
     if state is not None:
         load_model_state(model, state["model"], run, data)
         load_optimizer_state(optimizer, state["optimizer"], run)
+        if share.first:
+            run.refuse_other_data(data, weights_file(config))
         start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
     elif share.first:
         run.begin(
             config,
             data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
             data_sha256=data_digest(data),
-            weights_sha256=file_digest(config.model.weights) if config.model.weights else None,
+            fingerprint=data_fingerprint(data),
+            weights_sha256=file_digest(weights_file(config)) if weights_file(config) else None,
             processes=share.n,
             device=str(device),
             precision=resolve_precision(config.precision, device),
@@ -473,14 +474,6 @@ def train(
                 | ({"skipped": skipped} if skipped else {})
             )
     return Trained(model, run, data, validation)
-
-
-def data_digest(data: TrainVal) -> str:
-    """Changes with any name, any image-level label, or their order, in either split."""
-    digest = hashlib.sha256()
-    for split in data[:2]:
-        digest.update(json.dumps([list(split.names), np.asarray(split.image_labels).tolist()]).encode())
-    return digest.hexdigest()
 
 
 def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
@@ -598,18 +591,23 @@ class Opened(NamedTuple):
 
 
 def trained_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Opened:
-    """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with."""
+    """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with.
+
+    Raises ToCoError as `train` does, also for a finished run of other data or other weights.
+    """
     data, run = data or open_data(config.data), Run.of(config)
     if not run.finished:
         train(config, data=data, progress=progress)
-    return open_run(run.folder, data=data, device=config.device)
+    run.refuse_other_data(data, weights_file(config))
+    return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 
 
 def open_run(
     folder: Path | str, *, data: TrainVal | None = None, device: str = "auto", checkpoint: str = "last"
 ) -> Opened:
     """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
-    there is none, or it is of other classes or of another layout."""
+    there is none, or it is of other classes or of another layout, and where `data` are given that it was not trained
+    on."""
     run = Run(folder)
     config, state = run.config(), run.load(checkpoint)
     if state is None:
@@ -617,7 +615,7 @@ def open_run(
             kept = ", ".join(map(str, run.kept_steps())) or "no steps"
             raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
-    data = data or open_data(config.data)
+    given, data = data is not None, data or open_data(config.data)
     refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
     model = ToCo(
         dataclasses.replace(config.model, pretrained=False),
@@ -625,6 +623,8 @@ def open_run(
         dropped_border=config.release.dropped_border,
     )
     load_model_state(model, state["model"], run, data)
+    if given:
+        run.refuse_other_data(data)
     return Opened(model.to(resolve_device(device)).eval(), config, run, data)
 
 
@@ -705,6 +705,11 @@ def _when_done(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def weights_file(config: TrainConfig) -> str | None:
+    """The file that the encoder begins with; None where it begins with others or at random."""
+    return config.model.weights if config.model.pretrained else None
 
 
 def open_data(config: DataConfig) -> TrainVal:

@@ -21,7 +21,11 @@ STAGES = {
     "import torch": "import torch",
     "import toco_core": "import toco_core",
     "a notebook's imports": "from toco_core import viz, notebook, train, evaluate",
-    "the same and timm": "from toco_core import viz, notebook, train, evaluate; import timm",
+    "the same and timm": """
+from toco_core import viz, notebook, train, evaluate
+from toco_core._torchvision import make_importable
+make_importable()
+import timm""",
     "the same and a model": """
 from toco_core import viz, notebook, train, evaluate
 from toco_core.config import tiny

@@ -1,1 +1,1 @@
-"""The machine that the method runs on: its files and what they may ask of it."""
+"""What depends on the machine: devices, processes, files."""

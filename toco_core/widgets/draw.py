@@ -5,7 +5,6 @@ have PASCAL VOC's colours, what is ignored is hatched grey.
 """
 
 import functools
-import html
 from collections.abc import Sequence
 
 import cv2
@@ -16,6 +15,7 @@ from toco_core import viz
 from toco_core.data.scenes import voc_palette
 from toco_core.labels import IGNORE
 from toco_core.widgets.analysis import Crop
+from toco_core.widgets.markup import Markup, element, joined
 
 SIDE = 448  # longer side of the picture, pixels
 DARK, LIGHT = (20, 20, 20), (255, 255, 255)
@@ -158,7 +158,7 @@ def encoded(picture: np.ndarray, *, kind: str = "jpeg") -> bytes:
     return cv2.imencode(name, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
-def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: int = 310, height: int = 190) -> str:
+def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: int = 310, height: int = 190) -> Markup:
     """Values in [-1, 1] after each block, one line per name; takes the page's text colour, light or dark."""
     left, right, top, bottom = 44, 12, 26, 40
     depth = max(len(values) for values in curves.values())
@@ -170,60 +170,57 @@ def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: i
     def y(value: float) -> float:
         return top + (1 - value) / (1 - low) * (height - top - bottom)
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="similarity by block" style="font:11px sans-serif;fill:currentColor">'
-    ]
+    parts = []
     for tick in np.linspace(low, 1, 5):
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="currentColor" '
-            f'opacity=".15"/><text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.2g}</text>'
-        )
+        at = f"{y(tick):.1f}"
+        parts.append(element("line", x1=left, x2=width - right, y1=at, y2=at, stroke="currentColor", opacity=".15"))
+        parts.append(element("text", f"{tick:.2g}", x=left - 6, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
     for number in range(1, depth + 1):
         if depth <= 14 or number % 2 == 0:
-            at = f'x="{x(number):.1f}" y="{height - bottom + 15}" text-anchor="middle"'
-            parts.append(f"<text {at}>{number}</text>")
+            at = {"x": f"{x(number):.1f}", "y": height - bottom + 15}
+            parts.append(element("text", str(number), **at, text_anchor="middle"))
     for number, dash in ((layer, "3 3"), (block, "")):
         if 1 <= number <= depth:
-            parts.append(
-                f'<line x1="{x(number):.1f}" x2="{x(number):.1f}" y1="{top}" y2="{height - bottom}" '
-                f'stroke="currentColor" opacity=".5" stroke-dasharray="{dash}"/>'
-            )
-    for (name, values), colour in zip(curves.items(), ("#d55e00", "#0072b2"), strict=False):
-        places = [(x(i), y(value)) for i, value in enumerate(values, 1)]
-        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{colour}"/>' for px, py in places]
-    legend = " ".join(
-        f'<tspan fill="{colour}">● {html.escape(name)}</tspan>'
-        for name, colour in zip(curves, ("#d55e00", "#0072b2"), strict=False)
+            at = {"x1": f"{x(number):.1f}", "x2": f"{x(number):.1f}", "y1": top, "y2": height - bottom}
+            parts.append(element("line", **at, stroke="currentColor", opacity=".5", stroke_dasharray=dash))
+    colours = ("#d55e00", "#0072b2")
+    for values, colour in zip(curves.values(), colours, strict=False):
+        places = [(f"{x(i):.1f}", f"{y(value):.1f}") for i, value in enumerate(values, 1)]
+        points = " ".join(",".join(place) for place in places)
+        parts.append(element("polyline", points=points, fill="none", stroke=colour, stroke_width=2))
+        parts += [element("circle", cx=px, cy=py, r=2.6, fill=colour) for px, py in places]
+    legend = [element("tspan", f"● {name}", fill=colour) for name, colour in zip(curves, colours, strict=False)]
+    parts.append(element("text", joined(legend, " "), x=left, y=14))
+    below = f"block (solid: chosen, dashed: auxiliary, {layer})"
+    parts.append(element("text", below, x=(left + width - right) / 2, y=height - 8, text_anchor="middle"))
+    return element(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label="similarity by block",
+        style="font:11px sans-serif;fill:currentColor",
     )
-    parts.append(f'<text x="{left}" y="14">{legend}</text>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
-        f"block (solid: chosen, dashed: auxiliary, {layer})</text></svg>"
-    )
-    return "".join(parts)
 
 
-def colour_bar(kind: str, *, top: float = 1.0) -> str:
+def colour_bar(kind: str, *, top: float = 1.0) -> Markup:
     """HTML of a scale: `CAM` 0..1, `similarity` -1..1, or `attention` 0..`top`."""
     tables = {"CAM": CAM_COLOURS, "similarity": SIMILARITY_COLOURS, "attention": ATTENTION_COLOURS}
-    table, ends = tables[kind], ("−1" if kind == "similarity" else "0", f"{top:.3g}")
+    table, low = tables[kind], "−1" if kind == "similarity" else "0"
     stops = ",".join(f"rgb({r},{g},{b})" for r, g, b in table[::15].tolist())
-    bar = f'<span class="toco-bar" style="background:linear-gradient(90deg,{stops})"></span>'
-    return f'<span class="toco-scale">{ends[0]} {bar} {ends[1]}</span>'
+    bar = element("span", class_="toco-bar", style=f"background:linear-gradient(90deg,{stops})")
+    return element("span", f"{low} ", bar, f" {top:.3g}", class_="toco-scale")
 
 
-def label_key(names: dict[int, str], *, ignored: bool) -> str:
+def label_key(names: dict[int, str], *, ignored: bool) -> Markup:
     """HTML that names the colours of labels: number -> name."""
-    chips = [
-        f'<span class="toco-chip"><i style="background:rgb({",".join(map(str, LABEL_COLOURS[k].tolist()))})"></i>'
-        f"{html.escape(name)}</span>"
-        for k, name in names.items()
-    ]
+    colours = [(f"rgb({','.join(map(str, LABEL_COLOURS[k].tolist()))})", name) for k, name in names.items()]
     if ignored:
         light, dark = (f"rgb{grey}" for grey in viz.IGNORE_GREYS)
-        stripes = f"repeating-linear-gradient(135deg,{light} 0 3px,{dark} 3px 5px)"
-        chips.append(f'<span class="toco-chip"><i style="background:{stripes}"></i>uncertain</span>')
-    return "".join(chips)
+        colours.append((f"repeating-linear-gradient(135deg,{light} 0 3px,{dark} 3px 5px)", "uncertain"))
+    return joined(
+        element("span", element("i", style=f"background:{colour}"), name, class_="toco-chip")
+        for colour, name in colours
+    )

@@ -5,7 +5,6 @@ working. Setting a control's value from Python does the same as moving it.
 """
 
 import base64
-import html
 import io
 import threading
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report
 from toco_core.widgets.canvas import Canvas, Filmstrip
+from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import Session, View, written
 from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN
@@ -109,7 +109,7 @@ class Explorer(w.VBox):
         self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **narrow_label)
         self.film = Filmstrip()
         self.back, self.forth = (_button(word, tip) for word, tip in (("‹", "previous page"), ("›", "next page")))
-        self.position = w.HTML()
+        self.position = Panel()
         self.model = w.Dropdown(options=session.subjects.names, description="model", **narrow_label)
         self.compare = w.ToggleButton(
             description="compare", tooltip="two pictures side by side", layout=w.Layout(width="86px")
@@ -117,8 +117,8 @@ class Explorer(w.VBox):
         self.side = w.ToggleButtons(options=[("A", 0), ("B", 1)], style={"button_width": "34px"})
         self.linked = w.Checkbox(value=True, description="controls move both", indent=False)
         self.canvases = [Canvas(), Canvas()]
-        self.legends = [w.HTML(), w.HTML()]
-        self.notes, self.numbers = w.HTML(), w.HTML(layout=w.Layout(max_height="260px"))
+        self.legends = [Panel(), Panel()]
+        self.notes, self.numbers = Panel(), Panel(layout=w.Layout(max_height="260px"))
 
         unit = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **slider}
         self.controls: dict[str, w.Widget] = {
@@ -147,20 +147,20 @@ class Explorer(w.VBox):
             options=["compares a patch", "places a crop"], description="click", style={"button_width": "125px"}
         )
         self.sample, self.clear = _button("sample crops", "draw crops as in training"), _button("clear", "no crops")
-        self.crop_table = w.HTML()
+        self.crop_table = Panel()
         self.maps = [Canvas(width=SMALL, label="cosine similarity to the framed patch"), Canvas(width=SMALL)]
         self.maps[0].words = "cosine; click another patch to compare it"
         self.maps[1].label = "attention of the class token"
-        self.curve, self.map_titles = w.HTML(), [w.HTML(), w.HTML()]
+        self.curve, self.map_titles = Panel(), [Panel(), Panel()]
         self.score, self.stop = _button("score the split", "all images"), _button("stop", "stop scoring")
         self.stop.disabled = True
         self.progress = w.IntProgress(layout=w.Layout(width="160px", visibility="hidden"))
-        self.split_numbers = w.HTML(layout=w.Layout(max_height="200px"))
+        self.split_numbers = Panel(layout=w.Layout(max_height="200px"))
         self.copy = _button("copy as parameters", "the papermill line")
         self.line = w.Textarea(rows=5, layout=w.Layout(width="auto"))
         self.save_name = w.Text(description="folder", value=self.folder, **full)
         self.save_png, self.save_svg = _button("figure PNG", "save"), _button("figure SVG", "save")
-        self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), w.HTML()
+        self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), Panel()
 
     def _arrange(self) -> None:
         c, wrap = self.controls, w.Layout(flex_flow="row wrap", align_items="center")
@@ -363,11 +363,11 @@ class Explorer(w.VBox):
         path = f"{self.save_name.value or '.'}/{self._file_name()}.{kind}"
         with mpl.rc_context({"svg.hashsalt": "toco"}):
             options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
-            self.saved.value = f"saved {written(path, lambda p: self.figure().savefig(p, **options))}"
+            self.saved.put(f"saved {written(path, lambda p: self.figure().savefig(p, **options))}")
 
     def _save_label(self) -> None:
         path = f"{self.save_name.value or '.'}/{self._file_name()}-label.png"
-        self.saved.value = f"saved {self.session.save_label(path, side=self.session.active)}"
+        self.saved.put(f"saved {self.session.save_label(path, side=self.session.active)}")
 
     def _file_name(self) -> str:
         name = self.session.picture.name.replace("/", "_")
@@ -390,7 +390,7 @@ class Explorer(w.VBox):
             title = f"{found.done} of {found.total} images: {what}"
             skipped = f"{len(found.skipped)} skipped, first: {found.skipped[0]}" if found.skipped else ""
             notes = [word for word in (f"scoring stopped: {problem}" if problem else "", skipped) if word]
-            self.split_numbers.value = report.numbers_html(found.numbers, names, title) + report.notes_html(notes)
+            self.split_numbers.put(report.numbers_html(found.numbers, names, title), report.notes_html(notes))
             if self.scoring.over:
                 self.stop.disabled = True
                 self._fill_film()  # with the IoU on each thumbnail
@@ -425,11 +425,11 @@ class Explorer(w.VBox):
                 self.canvases[i].picture = draw.encoded(view.picture)
                 self.canvases[i].width = NARROW if len(session.sides) == 2 else WIDE
                 self.canvases[i].label = f"{session.picture.name}: {session.sides[i].settings.show}"
-            self.legends[i].value = self._legend(i, view)
-        self.numbers.value = "".join(self._numbers_table(i, view) for i, view in enumerate(self._seen))
+            self.legends[i].put(self._legend(i, view))
+        self.numbers.put(*(self._numbers_table(i, view) for i, view in enumerate(self._seen)))
         crops, _ = session.crops(session.active)
         threshold = session.subject(session.active).config.crops.positive_threshold
-        self.crop_table.value = report.crops_html(crops, threshold)
+        self.crop_table.put(report.crops_html(crops, threshold))
         if tokens:
             self._draw_tokens()
         self._show_notes()
@@ -443,36 +443,29 @@ class Explorer(w.VBox):
         head = min(settings.head, len(found.attention))
         picture, top = draw.attention_picture(found.attention, size, head=head)
         self.maps[1].picture = draw.encoded(picture)
-        self.map_titles[0].value = (
-            f'<div class="toco-heading">similar to the frame, block {settings.block}</div>'
-            f"{draw.colour_bar('similarity')}"
-        )
+        title = report.heading(f"similar to the frame, block {settings.block}")
+        self.map_titles[0].put(title, draw.colour_bar("similarity"))
         which = f"head {head} of {len(found.attention)}" if head else f"mean of {len(found.attention)} heads"
         self.maps[1].words = f"{which}; 1 would be an even spread"
-        self.map_titles[1].value = (
-            f'<div class="toco-heading">class token looks at, block {settings.block}</div>'
-            f"{draw.colour_bar('attention', top=top)}"
-        )
+        title = report.heading(f"class token looks at, block {settings.block}")
+        self.map_titles[1].put(title, draw.colour_bar("attention", top=top))
         names = "AB" if len(session.sides) == 2 else ["all other patches"]
         curves = {name: session.tokens(i).by_block for i, name in enumerate(names)}
         layer = session.subject(side).model.layer
-        self.curve.value = (
-            '<div class="toco-heading">the framed patch: mean similarity to all others</div>'
-            + draw.curve_svg(curves, block=settings.block, layer=layer)
-        )
+        title = report.heading("the framed patch: mean similarity to all others")
+        self.curve.put(title, draw.curve_svg(curves, block=settings.block, layer=layer))
 
-    def _legend(self, i: int, view: View) -> str:
+    def _legend(self, i: int, view: View) -> Markup:
         session, settings = self.session, self.session.sides[i].settings
-        name = f"{'AB'[i]}: {session.sides[i].subject}"
-        head = f'<div class="toco-heading">{html.escape(name)}</div>' if len(session.sides) == 2 else ""
+        head = report.heading(f"{'AB'[i]}: {session.sides[i].subject}") if len(session.sides) == 2 else Markup()
         if settings.show == "CAM":
-            return head + draw.colour_bar("CAM")
+            return joined([head, draw.colour_bar("CAM")])
         if view.label is None or settings.show == "image":
             return head
         names, places = session.joint(i).names, np.unique(view.label).tolist()
-        return head + draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)
+        return joined([head, draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)])
 
-    def _numbers_table(self, i: int, view: View) -> str:
+    def _numbers_table(self, i: int, view: View) -> Markup:
         session, settings = self.session, self.session.sides[i].settings
         what = "CAM label" if settings.show in ("image", "CAM") else settings.show
         title = f"{'AB'[i] if len(session.sides) == 2 else 'this image'}: {what}"
@@ -484,9 +477,7 @@ class Explorer(w.VBox):
         notes = [self.problem] if self.problem else []
         for view in getattr(self, "_seen", []):
             notes += view.notes
-        value = report.notes_html(list(dict.fromkeys(notes)))
-        if self.notes.value != value:
-            self.notes.value = value
+        self.notes.put(report.notes_html(list(dict.fromkeys(notes))))
 
     def _hint(self) -> str:
         return "point: values · click or arrow keys: choose a patch · n, p: next, previous image"
@@ -571,9 +562,8 @@ class Explorer(w.VBox):
             ]
             self.film.chosen = self.session.index
         pages = (len(self.order) - 1) // PER_PAGE + 1
-        self.position.value = (
-            f"<b>{self.session.picture.name}</b>&ensp;page {self.page + 1} of {pages}, {len(self.order)} images&ensp;"
-        )
+        where = f"\u2002page {self.page + 1} of {pages}, {len(self.order)} images\u2002"
+        self.position.put(element("b", self.session.picture.name), where)
 
     def _thumbnail(self, index: int) -> str:
         if index not in self._thumbnails:

@@ -1,6 +1,5 @@
 """What the explorer says in words and tables (HTML), and its figure for paper (matplotlib)."""
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,47 +10,51 @@ from matplotlib.ticker import MaxNLocator
 from toco_core import viz
 from toco_core.widgets import draw
 from toco_core.widgets.analysis import Crop
+from toco_core.widgets.markup import LINE_BREAK, Markup, element, joined
 from toco_core.widgets.scoring import Numbers
 from toco_core.widgets.session import Session
 
 
-def notes_html(notes: Sequence[str]) -> str:
+def heading(text: str) -> Markup:
+    """The line above a table, a scale or a picture."""
+    return element("div", text, class_="toco-heading")
+
+
+def notes_html(notes: Sequence[str]) -> Markup:
     """Messages, one a line; nothing for none."""
-    lines = "<br>".join(html.escape(note) for note in notes)
-    return f'<div class="toco-notes" role="status">{lines}</div>' if lines else ""
+    return element("div", joined(notes, LINE_BREAK), class_="toco-notes", role="status") if any(notes) else Markup()
 
 
-def numbers_html(found: Numbers | None, names: Sequence[str], title: str, *, missing: str = "no ground truth") -> str:
+def numbers_html(
+    found: Numbers | None, names: Sequence[str], title: str, *, missing: str = "no ground truth"
+) -> Markup:
     """A table of IoU, precision and recall per class that truth or prediction shows, in percent; or what is missing."""
     if found is None:
-        return f'<div class="toco-heading">{html.escape(title)}</div>{html.escape(missing)}'
-    scores, rows = found.scores, []
+        return joined([heading(title), missing])
+    scores, rows = found.scores, [_row("th", "%", "IoU", "precision", "recall")]
+    rows.append(_row("th", "mean IoU", _percent(scores.miou), "", ""))
     for k, name in enumerate(names):
         values = scores.iou[k], scores.precision[k], scores.recall[k]
         if not all(np.isnan(v) for v in values):
-            cells = "".join(f"<td>{'–' if np.isnan(v) else f'{100 * v:.1f}'}</td>" for v in values)
-            rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    mean = f"<tr><th>mean IoU</th><th>{_percent(scores.miou)}</th><th></th><th></th></tr>"
+            rows.append(_row("td", name, *(_percent(v) for v in values)))
     some = "" if found.coverage > 0.9995 else f", on the {100 * found.coverage:.0f} % of pixels that it decides"
-    return (
-        f'<div class="toco-heading">{html.escape(title + some)}</div><table class="toco-table"><tr><th>%</th>'
-        f"<th>IoU</th><th>precision</th><th>recall</th></tr>{mean}{''.join(rows)}</table>"
-    )
+    return joined([heading(title + some), element("table", *rows, class_="toco-table")])
 
 
-def crops_html(crops: Sequence[Crop], threshold: float) -> str:
+def crops_html(crops: Sequence[Crop], threshold: float) -> Markup:
     """A table of the local views."""
     if not crops:
-        return "no crops yet: sample them, or click on the picture with <i>click places a crop</i>"
-    rows = "".join(
-        f"<tr><td>{i}</td><td>{'positive' if c.is_positive else 'negative'}</td><td>{c.ratio:.2f}</td>"
-        f"<td>{c.similarity:+.2f}</td></tr>"
-        for i, c in enumerate(crops, 1)
-    )
-    return (
-        f'<table class="toco-table"><tr><th>crop</th><th>flag</th><th>ratio (&gt; {threshold:g})</th>'
-        f"<th>similarity</th></tr>{rows}</table>"
-    )
+        where = element("i", "click places a crop")
+        return joined(["no crops yet: sample them, or click on the picture with ", where])
+    rows = [_row("th", "crop", "flag", f"ratio (> {threshold:g})", "similarity")]
+    for i, crop in enumerate(crops, 1):
+        flag = "positive" if crop.is_positive else "negative"
+        rows.append(_row("td", str(i), flag, f"{crop.ratio:.2f}", f"{crop.similarity:+.2f}"))
+    return element("table", *rows, class_="toco-table")
+
+
+def _row(tag: str, *cells: str) -> Markup:
+    return element("tr", *(element(tag, cell) for cell in cells))
 
 
 def figure(session: Session) -> Figure:

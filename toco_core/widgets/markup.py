@@ -1,0 +1,50 @@
+"""HTML of the explorer, built in one place: text is escaped here or nowhere.
+
+    element("tr", element("td", name), element("td", "0.31"))
+
+Names of files, classes, splits and folders come from strangers, and `ipywidgets.HTML` puts what it is given into the
+page: a photograph called `<img src=x onerror=...>` would run in the reader's browser, with the reader's cookie.
+"""
+
+import html
+from collections.abc import Iterable
+
+import ipywidgets as w
+
+
+class Markup(str):
+    """HTML from `element` and `joined`: shown as it is, whereas any other text is escaped."""
+
+
+def joined(parts: Iterable[str], between: str = "") -> Markup:
+    """Concatenate parts: `Markup` as it is, all other text escaped."""
+    return Markup(_escaped(between).join(_escaped(part) for part in parts))
+
+
+def element(tag: str, *parts: str, **attributes: str | float) -> Markup:
+    """Build `<tag attributes>parts</tag>`, parts as `joined` takes them.
+
+    Attributes are escaped and quoted. An underscore in a name stands for a dash, one at its end for nothing (`class_`,
+    `text_anchor`). Without parts of any kind the element is still closed.
+    """
+    pairs = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items()
+    )
+    return Markup(f"<{tag}{pairs}>{joined(parts)}</{tag}>")
+
+
+LINE_BREAK = Markup("<br>")
+
+
+class Panel(w.HTML):
+    """An HTML widget that is filled by `put` alone."""
+
+    def put(self, *parts: str) -> None:
+        """Show the parts, as `joined` takes them; what is shown already is not sent again."""
+        value = str(joined(parts))
+        if self.value != value:
+            self.value = value
+
+
+def _escaped(part: str) -> str:
+    return str(part) if isinstance(part, Markup) else html.escape(str(part))
