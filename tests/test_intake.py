@@ -120,10 +120,10 @@ def test_limits_are_raised_by_name(tmp_path):
         ("image_pixels=inf", "image_pixels = 'inf' is not allowed"),
     ],
 )
-def test_limits_that_are_not_understood(tmp_path, monkeypatch, text, message):
+def test_limits_that_are_not_understood(monkeypatch, text, message):
     monkeypatch.setenv("TOCO_LIMITS", text)
     with pytest.raises(ToCoError, match=message):
-        read_image(tmp_path / "a.png")
+        limit("image_pixels")
 
 
 def many_scans(side, scans):
