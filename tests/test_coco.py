@@ -17,8 +17,9 @@ from growth import memory_growth
 from PIL import Image
 from pycocotools import mask as rle
 
-from toco_core.data import COCOFolder, coco, open_train_val, split_names
-from toco_core.data.coco import _counts, _runs
+from toco_core.data import COCOFolder, open_train_val, split_names
+from toco_core.data.layouts import coco
+from toco_core.data.layouts.coco import _counts, _runs
 from toco_core.errors import ToCoError
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, smooth_image, write_voc_folder
 
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_source, read_image, read_mask
-from toco_core.data.npy import read_npy_labels
-from toco_core.data.sbd import read_sbd_mask
+from toco_core.data.layouts.npy import read_npy_labels
+from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import DEFAULTS, limit, read_bytes, set_limits
 from toco_core.model import read_tensors
-from toco_core.runs import Run
+from toco_core.runs.folder import Run
 
 READ = {
     "image.jpg": read_image,

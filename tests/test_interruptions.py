@@ -13,11 +13,11 @@ import torch
 from killed_training import config_of
 from voc_folder import write_voc_folder
 
-import toco_core.train as training
+import toco_core.train.loop as training
 from toco_core.config import override
 from toco_core.errors import ToCoError
-from toco_core.runs import Run
-from toco_core.train import open_run, train
+from toco_core.runs.folder import Run
+from toco_core.train.loop import open_run, train
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("TOCO_KILLS", "20"))

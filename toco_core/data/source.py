@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from toco_core.data import coco, tags, voc
+from toco_core.data.layouts import coco, tags, voc
 from toco_core.data.split import BROKEN, Split, TrainVal, holdout
 from toco_core.errors import ToCoError
 
