@@ -27,6 +27,7 @@ from .crf import dense_crf
 from .crf_workers import CRFWorkers
 from .data import EvalItem, evaluation_items, to_unit
 from .data.augment import resize
+from .data.loader import loader_errors
 from .distributed import ALONE, Share
 from .errors import ToCoError
 from .fingerprint import file_digests
@@ -120,6 +121,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@loader_errors()
 def evaluate(
     model: ToCo,
     source,

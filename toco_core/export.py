@@ -40,6 +40,7 @@ from .config import TrainConfig
 from .crf import crf_label, dense_crf
 from .data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
 from .data.files import palette_png
+from .data.loader import loader_errors
 from .errors import ToCoError
 from .evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
 from .fingerprint import file_digests
@@ -68,6 +69,7 @@ class Exported(NamedTuple):
     pixels: dict[str, float]  # share of all pixels per class name, and "ignored"
 
 
+@loader_errors()
 def export(
     model: ToCo,
     source: Split,

@@ -27,6 +27,7 @@ from .config import DataConfig, TrainConfig, lr_at
 from .crf import dense_energy_loss, energy_lattices
 from .data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from .data.augment import IMAGE_COLOUR
+from .data.loader import loader_errors
 from .distributed import ALONE, Share
 from .errors import ToCoError
 from .evaluate import Evaluation, eval_size, evaluate
@@ -539,7 +540,8 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
 
     try:
-        yield
+        with loader_errors():
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"training was stopped; {left()}") from None
     except ToCoError as error:
