@@ -15,14 +15,14 @@ import torch
 from killed_training import config_of
 from voc_folder import write_voc_folder
 
-import toco_core.train as training
+import toco_core.train.loop as training
 from toco_core.config import override
 from toco_core.data import loader
 from toco_core.errors import ToCoError
-from toco_core.export import export
 from toco_core.model import ToCo
-from toco_core.runs import Run
-from toco_core.train import evaluate_as, open_run, train
+from toco_core.predict.export import export
+from toco_core.runs.folder import Run
+from toco_core.train.loop import evaluate_as, open_run, train
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("TOCO_KILLS", "20"))

@@ -9,12 +9,12 @@ import torch
 from small_config import stir
 from voc_folder import write_voc_folder
 
-import toco_core.evaluate as evaluation
+import toco_core.evaluation.evaluate as evaluation
 from toco_core.config import ModelConfig
 from toco_core.data import VOCFolder, read_mask
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate
-from toco_core.metrics import ConfusionMatrix
+from toco_core.evaluation.evaluate import evaluate
+from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
 
 K, N, BATCH = 3, 7, 2

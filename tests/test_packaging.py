@@ -144,7 +144,7 @@ class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *_):
         if name.partition(".")[0].lower() in {hidden}: raise ModuleNotFoundError(name, name=name)
 sys.meta_path[:0] = [Hide()]
-import toco_core.train, toco_core.evaluate, toco_core.export, toco_core.launch, toco_core.data, toco_core.viz"""
+import toco_core.train.launch, toco_core.evaluation.evaluate, toco_core.predict.export, toco_core.data, toco_core.viz"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
