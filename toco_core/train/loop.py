@@ -27,6 +27,7 @@ from toco_core.config import DataConfig, TrainConfig, lr_at
 from toco_core.crf import dense_energy_loss, energy_lattices
 from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
+from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, eval_size, evaluate
 from toco_core.fingerprint import data_fingerprint
@@ -549,7 +550,8 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
 
     try:
-        yield
+        with loader_errors():
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"training was stopped; {left()}") from None
     except ToCoError as error:
