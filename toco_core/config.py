@@ -455,6 +455,12 @@ class TrainConfig(Config):
         above=0,
     )
     log_interval: int = option(10, "Steps between logged losses.", at_least=1)
+    log_to: str = option(
+        "",
+        """Tracker that also gets losses, rates, scores and pictures: `tensorboard` or `trackio` (see `trackers`);
+        empty: none. Like `out_dir` it does not name the run.""",
+        one_of=("", "tensorboard", "trackio"),
+    )
 
     def check(self):
         name, _, number = self.device.partition(":")
@@ -465,9 +471,9 @@ class TrainConfig(Config):
 
     def short_hash(self) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
-        does not count)."""
+        and `log_to` do not count)."""
         values = self.to_dict()
-        del values["out_dir"]
+        del values["out_dir"], values["log_to"]
         for name, section in values.items():
             if isinstance(section, dict):
                 values[name] = getattr(self, name).without_later_defaults()
