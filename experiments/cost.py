@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 
 from toco_core.config import coco, voc
-from toco_core.runs import write_whole
-from toco_core.train import attention_of, autocast_of, step_losses
+from toco_core.runs.folder import write_whole
+from toco_core.train.loop import attention_of, autocast_of, step_losses
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from measure import LATE, batch_of, config_of, machine, model_of, seconds_of  # noqa: E402

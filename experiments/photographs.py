@@ -18,10 +18,10 @@ import torch
 from common import RECORDS, mean_and_spread
 from loss_terms import VARIANTS
 
-from toco_core.assess import assess
 from toco_core.config import override, photographs
-from toco_core.runs import write_whole
-from toco_core.train import evaluate_as, trained_run
+from toco_core.evaluation.protocols import assess
+from toco_core.runs.folder import write_whole
+from toco_core.train.loop import evaluate_as, trained_run
 
 RECORD = RECORDS / "photographs.json"
 KINDS = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}

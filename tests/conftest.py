@@ -9,6 +9,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 _hook = install_import_hook("toco_core", "shape_check.check")
 
-from toco_core._torchvision import make_importable  # noqa: E402
+from toco_core.machine.torchvision_shim import make_importable  # noqa: E402
 
 make_importable()  # some tests import timm by themselves

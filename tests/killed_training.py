@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from small_config import small_recipe
 
-from toco_core import runs
 from toco_core.config import override
-from toco_core.runs import Run
-from toco_core.train import train
+from toco_core.runs import folder as runs
+from toco_core.runs.folder import Run
+from toco_core.train.loop import train
 
 SMALL = {
     "backbone": "plain_vit(image=32, patch=8, width=32, depth=2, heads=2, mlp=64)", "pretrained": False, "layer": 1,

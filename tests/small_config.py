@@ -6,7 +6,7 @@ import torch
 
 from toco_core.config import ModelConfig, TrainConfig, override, tiny
 from toco_core.model import ToCo
-from toco_core.train import train
+from toco_core.train.loop import train
 
 
 def small_recipe() -> TrainConfig:

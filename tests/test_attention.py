@@ -6,10 +6,10 @@ import torch
 from small_config import stir
 from torch.testing import assert_close
 
-from toco_core.attention import class_token_attention, class_token_attention_by_block
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
+from toco_core.predict.tokens import class_token_attention, class_token_attention_by_block
 
 HEADS, WIDTH = 3, 12
 BACKBONE = f"plain_vit(image=24, patch=8, width={WIDTH}, depth=4, heads={HEADS}, mlp=20)"

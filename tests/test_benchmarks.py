@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
-from toco_core.evaluate import CAMCounts, evaluate
-from toco_core.metrics import ConfusionMatrix
+from toco_core.evaluation.evaluate import CAMCounts, evaluate
+from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
-from toco_core.train import StepInput, step_losses
+from toco_core.train.loop import StepInput, step_losses
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 SMALL = {

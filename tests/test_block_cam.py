@@ -10,7 +10,7 @@ from small_config import stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-from toco_core.block_cam import (
+from toco_core.analysis.layer_probe import (
     fitted_classifier,
     own_classifiers,
     probe_classifiers,
@@ -21,9 +21,9 @@ from toco_core.cam import multi_scale_cam
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.data import VOCFolder, evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.metrics import ConfusionMatrix
+from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
-from toco_core.similarity import tokens_by_block
+from toco_core.predict.tokens import tokens_by_block
 
 BACKBONE = "plain_vit(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)"
 CONFIG = override(

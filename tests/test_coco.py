@@ -15,7 +15,7 @@ from coco_folder import (
 from pycocotools import mask as rle
 
 from toco_core.data import COCOFolder, open_train_val, split_names
-from toco_core.data.coco import _counts, _decoded
+from toco_core.data.layouts.coco import _counts, _decoded
 from toco_core.errors import ToCoError
 
 

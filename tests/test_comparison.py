@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from toco_core.comparison import (
+from toco_core.config import override, tiny, voc
+from toco_core.errors import ToCoError
+from toco_core.runs.comparison import (
     class_differences,
     config_differences,
     found_runs,
@@ -12,9 +14,7 @@ from toco_core.comparison import (
     short_names,
     shown,
 )
-from toco_core.config import override, tiny, voc
-from toco_core.errors import ToCoError
-from toco_core.runs import Run
+from toco_core.runs.folder import Run
 
 
 def run_of(folder, config):

@@ -212,6 +212,13 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     assert override(config, pooling="mean").short_hash() != earlier
 
 
+def test_names_of_runs_stay_the_same():
+    """Folders of earlier versions are found by these digits: code may move, fields may come, they stay."""
+    assert voc().short_hash() == "3fdb239269"
+    assert coco().short_hash() == "a9a6c9a576"
+    assert override(voc(), seed=3, layer=9, accumulate=2, pooling="topk").short_hash(every_field=True) == "bdacc70d92"
+
+
 def test_override_changes_only_what_is_named():
     config = override(voc(), layer=9, beta_l=0.8, beta_h=0.9, steps=3, warmup_steps=1, weights="", cam_scales=[1])
     assert (config.model.layer, config.labels.beta_l, config.labels.beta_h) == (9, 0.8, 0.9)

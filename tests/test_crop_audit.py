@@ -10,14 +10,14 @@ from small_config import small_recipe, stirred_model
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-from toco_core import crop_audit as audit
 from toco_core import crops, labels
+from toco_core.analysis import crop_audit as audit
+from toco_core.analysis.label_quality import ImageCAMs, cams_of_split
 from toco_core.config import override
 from toco_core.data import VOCFolder, training_views
 from toco_core.errors import ToCoError
-from toco_core.label_quality import ImageCAMs, cams_of_split
 from toco_core.losses import ctc_loss
-from toco_core.train import StepInput, step_losses, view_options
+from toco_core.train.loop import StepInput, step_losses, view_options
 
 K = 3
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [0, 0, 0]}

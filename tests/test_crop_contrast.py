@@ -7,8 +7,8 @@ from small_config import stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
+from toco_core.analysis.crop_contrast import CropContrast, crop_contrast, object_share
 from toco_core.config import ModelConfig, override, tiny
-from toco_core.crop_contrast import CropContrast, crop_contrast, object_share
 from toco_core.crops import CropBoxes, sample_crops
 from toco_core.data import VOCFolder, evaluation_items, to_unit
 from toco_core.model import ToCo

@@ -9,14 +9,14 @@ from small_config import small_recipe
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-import toco_core.evaluate as evaluation
+import toco_core.evaluation.evaluate as evaluation
 from toco_core import losses
 from toco_core.config import ReleaseBehaviour, override
 from toco_core.crops import CropBoxes
 from toco_core.data import training_views
-from toco_core.evaluate import merged_label
+from toco_core.evaluation.evaluate import merged_label
 from toco_core.model import ToCo
-from toco_core.train import StepInput, step_losses, train, view_options
+from toco_core.train.loop import StepInput, step_losses, train, view_options
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 OFF = ReleaseBehaviour(**{f.name: False for f in dataclasses.fields(ReleaseBehaviour)})

@@ -8,15 +8,17 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-from toco_core import distributed, launch, losses
+from toco_core import losses
 from toco_core.config import override, tiny
 from toco_core.data import open_train_val
-from toco_core.distributed import ALONE, Share
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate
+from toco_core.evaluation.evaluate import evaluate
+from toco_core.machine import distributed
+from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
-from toco_core.runs import Run
-from toco_core.train import StepInput, crop_generator, step_in_parts, step_losses, train
+from toco_core.runs.folder import Run
+from toco_core.train import launch
+from toco_core.train.loop import StepInput, crop_generator, step_in_parts, step_losses, train
 
 K, B = 3, 4
 ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}

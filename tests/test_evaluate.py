@@ -8,15 +8,15 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-import toco_core.evaluate as evaluation
+import toco_core.evaluation.evaluate as evaluation
 from toco_core import labels
 from toco_core.config import ModelConfig, override
 from toco_core.crf import dense_crf
 from toco_core.data import EvalItem, VOCFolder
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
-from toco_core.evaluate import CAMCounts, evaluate, look, strongest
-from toco_core.metrics import ConfusionMatrix, multi_label_scores
+from toco_core.evaluation.evaluate import CAMCounts, evaluate, look, strongest
+from toco_core.evaluation.metrics import ConfusionMatrix, multi_label_scores
 from toco_core.model import ToCo
 
 K = 3

@@ -11,16 +11,16 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 
-import toco_core.export as exporting
+import toco_core.predict.export as exporting
+from toco_core.analysis.second_stage import crop_with_mask, train_segmentation
 from toco_core.config import override
 from toco_core.data import VOC_CLASSES, COCOFolder, VOCFolder, open_source
 from toco_core.data.augment import resize
 from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate, look
-from toco_core.export import METHODS, cam_crf_label, export, palette_png, voc_archive, weights_hash
+from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo
-from toco_core.supervised import crop_with_mask, train_segmentation
+from toco_core.predict.export import METHODS, cam_crf_label, export, palette_png, voc_archive, weights_hash
 
 K = 3
 SMALL = {
@@ -258,7 +258,7 @@ def test_the_archive_for_the_evaluation_server(model, config, tmp_path):
 
 
 def test_the_command(model, source, config, tmp_path, capsys):
-    from toco_core.train import train
+    from toco_core.train.loop import train
 
     write_list(source.root, "val", ["img_4"])
     short = override(config, dataset=str(source.root), steps=1, batch_size=2, warmup_steps=0, out_dir=str(tmp_path))

@@ -11,9 +11,9 @@ from voc_folder import write_voc_folder
 from toco_core import losses
 from toco_core.config import override
 from toco_core.errors import ToCoError
-from toco_core.failures import is_finite, load_failure, replay
-from toco_core.runs import Run
-from toco_core.train import train
+from toco_core.runs.folder import Run
+from toco_core.train.failures import is_finite, load_failure, replay
+from toco_core.train.loop import train
 
 
 @pytest.fixture

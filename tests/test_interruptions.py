@@ -13,11 +13,11 @@ import torch
 from killed_training import config_of
 from voc_folder import write_voc_folder
 
-import toco_core.train as training
+import toco_core.train.loop as training
 from toco_core.config import override
 from toco_core.errors import ToCoError
-from toco_core.runs import Run
-from toco_core.train import open_run, train
+from toco_core.runs.folder import Run
+from toco_core.train.loop import open_run, train
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("TOCO_KILLS", "20"))
@@ -73,7 +73,7 @@ def test_a_run_in_parts_goes_on_with_the_same_bits(config):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert resumed.run.records() == whole.run.records()
-    in_one = train(override(config, accumulate=1), progress=False).run.records()
+    in_one = train(override(config, accumulate=1, out_dir=config.out_dir + " one"), progress=False).run.records()
     assert whole.run.records()[0]["total"] == pytest.approx(in_one[0]["total"], rel=1e-5)
 
 

@@ -9,12 +9,12 @@ import torch
 from small_config import stir
 from voc_folder import write_voc_folder
 
-import toco_core.evaluate as evaluation
+import toco_core.evaluation.evaluate as evaluation
 from toco_core.config import ModelConfig
 from toco_core.data import VOCFolder, read_mask
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate
-from toco_core.metrics import ConfusionMatrix
+from toco_core.evaluation.evaluate import evaluate
+from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
 
 K, N, BATCH = 3, 7, 2
@@ -162,7 +162,7 @@ def test_another_model_or_split_or_folder_is_refused(model, source, tmp_path):
     evaluate(model, part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another weights: choose"):
         evaluate(some_model(1), part, **options, keep=tmp_path / "kept")
-    with pytest.raises(ToCoError, match="another image_labels, images: choose"):
+    with pytest.raises(ToCoError, match="another image_files, image_labels, images, mask_files: choose"):
         evaluate(model, source.subset([1]), **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="is not empty and holds no evaluation"):
         evaluate(model, part, **options, keep=tmp_path)

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
+from toco_core.analysis.map_scores import highest, map_scores, outline, outline_f
 from toco_core.errors import ToCoError
-from toco_core.map_scores import highest, map_scores, outline, outline_f
 
 
 def random_case(seed, height=13, width=17):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from toco_core.memory import keep_freed_memory
+from toco_core.machine.device import keep_freed_memory
 
 
 def test_both_thresholds_are_raised_where_glibc_is_there(monkeypatch):

@@ -6,8 +6,8 @@ import reference_labels as slow
 import torch
 from torch.testing import assert_close
 
-from toco_core import metrics
 from toco_core.errors import ToCoError
+from toco_core.evaluation import metrics
 
 
 def maps(n_classes, size=(13, 21), seed=0, absent=()):

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from toco_core.config import override, photographs, tiny, voc
+from toco_core.config.parameters import Parameters, as_list, questions
 from toco_core.errors import ToCoError
-from toco_core.notebook import Parameters, as_list, questions
 
 
 def notebook(own=(), before=None, **given):

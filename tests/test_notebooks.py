@@ -107,7 +107,10 @@ def test_every_parameter_is_used_later(path):
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 used.add(node.value)  # picked by name, as in `globals()["layer"]`
             elif isinstance(node, ast.Attribute) and ast.unparse(node) == "parameters.config":
-                used |= {"recipe", *field_sections()}  # reads every field of the config, see toco_core.notebook
+                used |= {
+                    "recipe",
+                    *field_sections(),
+                }  # reads every field of the config, see config.parameters
             elif isinstance(node, ast.Attribute) and ast.unparse(node) == "Settings.help":
                 used |= set(Settings.help())  # picks every setting of the explorer by name
             elif isinstance(node, ast.Attribute) and ast.unparse(node) == "session.restore":

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from toco_core.config import voc
 from toco_core.data import VOC_CLASSES
-from toco_core.published import SCORES, VOC_CURVE, VOC_STEPS, ahead_of_published, is_voc, published_at
+from toco_core.runs.published import SCORES, VOC_CURVE, VOC_STEPS, ahead_of_published, is_voc, published_at
 
 
 def test_the_curve_belongs_to_the_recipe():

@@ -25,12 +25,12 @@ from voc_folder import rectangle_mask, smooth_image, write_voc_folder
 
 from toco_core.config import tiny
 from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
-from toco_core.data.sbd import read_sbd_mask
+from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
-from toco_core.failures import load_failure
+from toco_core.evaluation.scores import RunScores, read_scores
 from toco_core.model import read_tensors
-from toco_core.runs import Run
-from toco_core.scores import RunScores, read_scores
+from toco_core.runs.folder import Run
+from toco_core.train.failures import load_failure
 
 INPUTS = int(os.environ.get("TOCO_FUZZ", "25"))
 SECONDS = 20  # for one input; a hang takes longer

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference_files import ATOL, RTOL, assert_labels_agree, load_reference, reference  # noqa: F401
 
-from toco_core import crops, labels, metrics, par
+from toco_core import crops, labels, par
+from toco_core.evaluation import metrics
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VOC = {"beta_l": 0.25, "beta_h": 0.7}

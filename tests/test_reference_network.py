@@ -14,8 +14,8 @@ from toco_core.config import ReleaseBehaviour, override, voc
 from toco_core.crops import CropBoxes
 from toco_core.labels import valid_cam
 from toco_core.model import ToCo
-from toco_core.release import to_release
-from toco_core.train import TERMS, StepInput, step_losses
+from toco_core.runs.release import to_release
+from toco_core.train.loop import TERMS, StepInput, step_losses
 
 WEIGHTS = {"cls": 1.0, "aux_cls": 1.0, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}  # of `total`
 

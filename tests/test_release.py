@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.release import from_release, save_release, to_release
+from toco_core.runs.release import from_release, save_release, to_release
 
 WIDTH, DEPTH, PATCH, SIDE, K = 12, 3, 4, 5, 6
 HIDDEN, BOTTLENECK, P, DECODER, MLP = 10, 7, 9, 8, 20

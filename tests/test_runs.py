@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import toco_core.runs as runs
+import toco_core.runs.folder as runs
 from toco_core.config import override, tiny
 from toco_core.errors import ToCoError
-from toco_core.runs import Run, manifest, write_whole
+from toco_core.runs.folder import Run, manifest, write_whole
 
 
 @pytest.fixture

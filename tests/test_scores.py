@@ -9,15 +9,15 @@ from small_config import small_recipe
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-import toco_core.scores as scoring
+import toco_core.evaluation.scores as scoring
 from toco_core.config import override
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
-from toco_core.evaluate import look
-from toco_core.metrics import ConfusionMatrix, OpenCounts
-from toco_core.scores import RunScores, read_scores, score_run, scored_run
-from toco_core.similarity import similarity_of_split
-from toco_core.train import evaluate_as, open_run
+from toco_core.evaluation.evaluate import look
+from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
+from toco_core.evaluation.scores import RunScores, read_scores, score_run, scored_run
+from toco_core.predict.tokens import similarity_of_split
+from toco_core.train.loop import evaluate_as, open_run
 
 K = 3
 SMALL = {

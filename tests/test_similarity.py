@@ -12,7 +12,7 @@ from toco_core.config import ModelConfig, override, tiny
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.similarity import (
+from toco_core.predict.tokens import (
     band_energy,
     class_token_similarity,
     high_frequency_energy,

@@ -7,7 +7,7 @@ from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, write_voc_folder
 
 from toco_core.data import ClassFolders, TagList, VOCFolder, open_source, open_train_val, recognise, split_names
-from toco_core.data.tags import write_tag_list
+from toco_core.data.layouts.tags import write_tag_list
 from toco_core.errors import ToCoError
 
 FILES = ["a.jpg", "sub/b.png", "Straße 猫.jpg", "d.bmp"]

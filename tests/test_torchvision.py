@@ -45,7 +45,7 @@ def test_a_backbone_is_built_beside_the_installed_torchvision():
     out = run("""
 from toco_core.config import override, tiny
 from toco_core.model import build_encoder
-from toco_core._torchvision import _declared
+from toco_core.machine.torchvision_shim import _declared
 encoder = build_encoder(override(tiny(), backbone="vit_tiny_patch16_224", pretrained=False).model)
 import torch, torchvision
 has_operators = torchvision.extension._has_ops()
@@ -60,7 +60,7 @@ def test_a_torchvision_whose_library_loads_is_left_alone(tmp_path):
     """With operators declared before it, this import ends in an error, and with a compiled library the process dies."""
     folder = stand_in(tmp_path, LOADS)
     code = """
-from toco_core._torchvision import make_importable, _declared
+from toco_core.machine.torchvision_shim import make_importable, _declared
 make_importable()
 import torchvision
 print(torchvision.__file__, len(_declared))"""
@@ -69,7 +69,7 @@ print(torchvision.__file__, len(_declared))"""
 
 def test_a_torchvision_whose_library_does_not_load_is_imported_whole_even_where_that_was_tried_before(tmp_path):
     code = """
-from toco_core._torchvision import make_importable, _declared
+from toco_core.machine.torchvision_shim import make_importable, _declared
 try: import torchvision
 except RuntimeError: print("failed before")
 make_importable()
@@ -80,7 +80,7 @@ print(torchvision.extension is sys.modules["torchvision.extension"], len(_declar
 
 def test_another_error_of_torchvision_is_passed_on_and_a_missing_one_is_not_ours(tmp_path):
     code = """
-from toco_core._torchvision import make_importable, _declared
+from toco_core.machine.torchvision_shim import make_importable, _declared
 try:
     make_importable()
 except Exception as error:

@@ -10,7 +10,7 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 
 import toco_core.data.scenes as scenes
-import toco_core.train as training
+import toco_core.train.loop as training
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
 from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override
@@ -18,8 +18,8 @@ from toco_core.crf import dense_energy_loss
 from toco_core.data import VOCFolder, open_train_val, training_batches
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.runs import Run
-from toco_core.train import (
+from toco_core.runs.folder import Run
+from toco_core.train.loop import (
     StepInput,
     attention_of,
     autocast_of,

@@ -8,8 +8,8 @@ import pytest
 
 from toco_core import viz
 from toco_core.data.scenes import voc_palette
-from toco_core.evaluate import CAMCounts
-from toco_core.metrics import ConfusionMatrix
+from toco_core.evaluation.evaluate import CAMCounts
+from toco_core.evaluation.metrics import ConfusionMatrix
 
 plt.switch_backend("Agg")
 

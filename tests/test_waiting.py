@@ -11,13 +11,15 @@ import torch
 from small_config import small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toco_core import crf, float64, train
+from toco_core import crf
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
+from toco_core.machine import device as float64
 from toco_core.model import ToCo
-from toco_core.train import TERMS, gradient_length, step_in_parts, step_losses, to_device
+from toco_core.train import loop as train
+from toco_core.train.loop import TERMS, gradient_length, step_in_parts, step_losses, to_device
 
 B, K, SIZE, LATE = 3, 4, 48, 10**6
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"

@@ -28,10 +28,10 @@ from toco_core.crops import crop_flags, foreground_ratio
 from toco_core.data import VOCFolder
 from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
-from toco_core.evaluate import evaluate, look
+from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.labels import region_mask
 from toco_core.model import ToCo
-from toco_core.release import save_release
+from toco_core.runs.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScoring, count, joint_classes, numbers

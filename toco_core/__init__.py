@@ -3,8 +3,10 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
-from ._opencv import warn_of_two
+from .machine.opencv import warn_of_two
+from .machine.threads import let_waiting_threads_sleep
 
+let_waiting_threads_sleep()  # before anything imports torch
 warn_of_two()
 
 __version__ = "0.1.0"

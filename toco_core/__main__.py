@@ -2,7 +2,7 @@
 
 toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
-toco <recipe> ...          trains: see `launch`
+toco <recipe> ...          trains: see `train.launch`
 """
 
 import importlib
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; every other first word is a recipe to train."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = COMMANDS.get(arguments[0] if arguments else "")
-    module, _, function = (command or "toco_core.launch:main").partition(":")
+    module, _, function = (command or "toco_core.train.launch:main").partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments if command is None else arguments[1:]) or 0
     except ToCoError as error:

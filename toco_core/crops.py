@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .errors import ToCoError
-from .float64 import widest_float
 from .labels import UNCERTAIN, inside_box
+from .machine.device import widest_float
 
 
 class CropBoxes(NamedTuple):

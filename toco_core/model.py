@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ._torchvision import make_importable
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
-from .tensor_files import load_tensors
+from .machine.files import load_tensors
+from .machine.torchvision_shim import make_importable
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
@@ -351,7 +351,7 @@ class ToCo(nn.Module):
     @classmethod
     def from_release(cls, path: str | pathlib.Path, **options) -> "ToCo":
         """Read a checkpoint of the published release; see `release.from_release`."""
-        from .release import from_release
+        from .runs.release import from_release
 
         return from_release(path, **options)
 

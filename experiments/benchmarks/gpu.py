@@ -24,7 +24,7 @@ from measure import LATE, batch_of, config_of, machine, model_of, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core.data import Batch
-from toco_core.train import attention_of, autocast_of, gradient_length, not_finite, step_losses, to_device
+from toco_core.train.loop import attention_of, autocast_of, gradient_length, not_finite, step_losses, to_device
 
 K = 20
 MAKERS_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, SXM

@@ -20,14 +20,14 @@ from measure import machine, write_record
 STAGES = {
     "import torch": "import torch",
     "import toco_core": "import toco_core",
-    "a notebook's imports": "from toco_core import viz, notebook, train, evaluate",
+    "a notebook's imports": "from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop",
     "the same and timm": """
-from toco_core import viz, notebook, train, evaluate
-from toco_core._torchvision import make_importable
+from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop
+from toco_core.machine.torchvision_shim import make_importable
 make_importable()
 import timm""",
     "the same and a model": """
-from toco_core import viz, notebook, train, evaluate
+from toco_core import viz; import toco_core.config.parameters, toco_core.train.loop
 from toco_core.config import tiny
 from toco_core.model import ToCo
 ToCo(tiny().model, 8)""",

@@ -21,10 +21,10 @@ from measure import LATE, alternate, batch_of, config_of, machine, model_of, pro
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core import crops, labels, losses
-from toco_core.evaluate import CAMCounts, evaluate
-from toco_core.memory import keep_freed_memory
-from toco_core.metrics import ConfusionMatrix
-from toco_core.train import attention_of, autocast_of, step_losses
+from toco_core.evaluation.evaluate import CAMCounts, evaluate
+from toco_core.evaluation.metrics import ConfusionMatrix
+from toco_core.machine.device import keep_freed_memory
+from toco_core.train.loop import attention_of, autocast_of, step_losses
 
 CPU = torch.device("cpu")
 SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96

@@ -1,8 +1,10 @@
 """Images in, batches out: data sets in several layouts, random variation, loaders."""
 
 from toco_core.data.augment import Views, training_views
-from toco_core.data.coco import COCOFolder
 from toco_core.data.files import read_image, read_mask
+from toco_core.data.layouts.coco import COCOFolder
+from toco_core.data.layouts.tags import ClassFolders, TagList
+from toco_core.data.layouts.voc import VOC_CLASSES, VOCFolder, check
 from toco_core.data.loader import (
     Batch,
     EvalItem,
@@ -12,8 +14,6 @@ from toco_core.data.loader import (
 )
 from toco_core.data.source import Layout, open_source, open_train_val, recognise, split_names
 from toco_core.data.split import Report, Split, TrainVal, holdout
-from toco_core.data.tags import ClassFolders, TagList
-from toco_core.data.voc import VOC_CLASSES, VOCFolder, check
 
 __all__ = [
     "VOC_CLASSES",

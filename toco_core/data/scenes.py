@@ -565,7 +565,7 @@ def scenes_folder(config: ScenesConfig | None = None, *, progress: bool = True) 
     the cache folder cannot be written.
     """
     config = config or ScenesConfig()
-    name = f"scenes-v{VERSION}-seed{config.seed}-{config.n_train}-{config.n_val}-{config.n_test}"
+    name = _folder_name(config)
     root = cache_folder() / name
     if (root / "scenes.json").is_file():
         return root
@@ -589,6 +589,22 @@ def scenes_folder(config: ScenesConfig | None = None, *, progress: bool = True) 
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return root
+
+
+def drawing_of(root: Path | str | None) -> str | None:
+    """The version and numbers of the drawing where `root` is a finished folder of `scenes_folder`; None elsewhere."""
+    if root is None or Path(root).parent.resolve() != cache_folder().resolve():
+        return None
+    try:
+        values = json.loads((Path(root) / "scenes.json").read_text())
+        version, name = values.pop("version"), _folder_name(ScenesConfig(**values))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ToCoError):
+        return None
+    return name if version == VERSION and Path(root).name == name else None
+
+
+def _folder_name(config: ScenesConfig) -> str:
+    return f"scenes-v{VERSION}-seed{config.seed}-{config.n_train}-{config.n_val}-{config.n_test}"
 
 
 def write_scenes(root: Path, config: ScenesConfig, *, progress: bool = True) -> None:

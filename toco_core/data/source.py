@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from toco_core.data import coco, tags, voc
+from toco_core.data.layouts import coco, tags, voc
 from toco_core.data.split import BROKEN, Split, TrainVal, holdout
 from toco_core.errors import ToCoError
 

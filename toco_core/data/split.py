@@ -107,6 +107,10 @@ class Split:
         """The file of one image."""
         return self._images[index]
 
+    def mask_source(self, index: int) -> Any:
+        """What the mask of one item is read or drawn from: a file, or a record of its annotations; None without."""
+        return self._masks[index]
+
     def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
         """Class values of one item, 255 = ignore; None where there is no mask."""
         raise NotImplementedError

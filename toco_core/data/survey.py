@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
-from toco_core.data.sbd import sbd_folder
+from toco_core.data.layouts.sbd import sbd_folder
+from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.data.source import Layout, recognise
 from toco_core.data.split import Split
-from toco_core.data.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.errors import ToCoError
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits

@@ -14,14 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from toco_core import crf, crops
-from toco_core.attention import class_token_attention_by_block
 from toco_core.cam import class_activation, normalise_cam, scaled
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.evaluate import eval_size
+from toco_core.evaluation.evaluate import eval_size
 from toco_core.labels import IGNORE, pseudo_label, region_mask, seed_label, upsampled_argmax
 from toco_core.model import Inside
-from toco_core.similarity import similarity_map
+from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION, Subject
 

@@ -13,8 +13,8 @@ from toco_core.config import ModelConfig, TrainConfig, override, photographs, ti
 from toco_core.data import VOC_CLASSES
 from toco_core.errors import ToCoError
 from toco_core.model import SHIPPED, ToCo
-from toco_core.runs import Run
-from toco_core.train import Opened, open_run
+from toco_core.runs.folder import Run
+from toco_core.train.loop import Opened, open_run
 
 CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
 

@@ -1,0 +1,1 @@
+"""Studies of a trained model: labels, crops, layers, a second stage."""

@@ -1,0 +1,94 @@
+"""What notebooks need of papermill: parameters that are checked.
+
+papermill writes `-p name value` into a cell of its own behind the cell tagged `parameters` and only warns about names
+that this cell does not have. So a notebook begins with
+
+    parameters = Parameters(globals())     # before the parameters cell
+    ...
+    config = parameters.config()           # behind it
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from toco_core.config.sections import RECIPES, TrainConfig, changed_batch, did_you_mean, field_sections, override
+from toco_core.errors import ToCoError
+
+
+class Parameters:
+    """The names that a notebook gets between now and the call of `config` or `values`."""
+
+    def __init__(self, namespace: dict[str, Any], *, own: tuple[str, ...] = ()):
+        """`namespace` is `globals()`; `own` are parameters of the notebook that are no fields of a TrainConfig.
+
+        Parameters that are there already, from a first run of the cells in the same kernel, are forgotten.
+        """
+        self.namespace, self.own = namespace, ("recipe", *own)
+        for name in self._known():
+            namespace.pop(name, None)
+        self.before = set(namespace)
+
+    def _known(self) -> list[str]:
+        fields = [name for name, section in field_sections().items() if section or not _is_section(name)]
+        return [*fields, *self.own]
+
+    def values(self) -> dict[str, Any]:
+        """Name -> value. Raises ToCoError for a name that is no parameter, with the nearest one that is."""
+        known, found = self._known(), {}
+        for name, value in self.namespace.items():
+            if name in self.before or name.startswith("_") or value is self:
+                continue
+            if name not in known:
+                raise ToCoError(f"there is no parameter {name!r}{did_you_mean(name, known)}")
+            found[name] = value
+        return found
+
+    def config(self) -> TrainConfig:
+        """The recipe with the parameters that are not None.
+
+        `recipe` "auto" is `tiny` for the embedded data set and `photographs` for a folder. Says so where the images per
+        step are not the recipe's.
+        """
+        values = {k: v for k, v in self.values().items() if v is not None and (k == "recipe" or k not in self.own)}
+        recipe = values.pop("recipe", "auto")
+        if recipe == "auto":
+            recipe = "tiny" if values.get("dataset", "scenes") == "scenes" else "photographs"
+        if recipe not in RECIPES:
+            raise ToCoError(f"recipe = {recipe!r} is not allowed: one of auto, {', '.join(RECIPES)}")
+        config = override(RECIPES[recipe](), **values)
+        if changed := changed_batch(config, RECIPES[recipe]()):
+            print(changed)
+        return config
+
+
+def as_list(name: str, value: Any, kind: type = str) -> list:
+    """A parameter that is a list: `-y "layers: [7, 10]"` gives one, `-p layers 7,10` a text with commas, `-p layers 7`
+    a number. Raises ToCoError for an item that is not of `kind`, for one that is named twice, and for an empty list."""
+    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    try:
+        found = [kind(item) for item in items if item is not None]
+    except (TypeError, ValueError):
+        found = []
+    cut = any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
+    if not found or "" in found or cut or len(set(found)) < len(found):
+        raise ToCoError(f"{name} = {value!r} is not allowed: a list of different {kind.__name__} values is wanted")
+    return found
+
+
+def questions(folder: Path | str) -> dict[str, str]:
+    """Name -> the paragraph behind **Question.** in the first cell of every notebook of a folder, in order of names."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        opening = "".join(cells[0]["source"]) if cells else ""
+        asked = re.search(r"\*\*Question\.?\*\*\s*(.+)", opening)
+        if asked:
+            found[path.stem] = asked[1].strip()
+    return found
+
+
+def _is_section(name: str) -> bool:
+    return name in ("model", "labels", "loss", "crops", "data", "schedule", "release")

@@ -1,0 +1,525 @@
+"""Scores of a model on a split: CAM, auxiliary CAM, segmentation and image-level predictions.
+
+As published: the image at `size` square, CAM of the image's labelled classes over scales and mirrored, brought to
+native size, where void pixels (255) do not count. A CAM becomes a label by one threshold `beta`; scores are kept for
+all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one split and used on another. Segmentation
+is scored as it comes, or after a dense CRF. Images without a mask count for the image-level predictions only.
+"""
+
+import hashlib
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from toco_core.cam import CAMs, multi_scale_cam, scaled
+from toco_core.config import TrainConfig, did_you_mean
+from toco_core.crf import dense_crf
+from toco_core.data import EvalItem, evaluation_items, to_unit
+from toco_core.data.augment import resize
+from toco_core.errors import ToCoError
+from toco_core.evaluation.metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
+from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
+from toco_core.fingerprint import file_digests
+from toco_core.labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
+from toco_core.machine.distributed import ALONE, Share
+from toco_core.model import ToCo
+from toco_core.predict.crf_workers import CRFWorkers
+from toco_core.runs.folder import weights_hash
+
+N_THRESHOLDS = 20
+AS_CAM = "as CAM"  # segmentation sees the images at the size at which the CAM does
+
+
+class CAMCounts:
+    """Confusion matrices of a CAM at the thresholds 0, 1/20, ..., 1: counted once, read at any of them."""
+
+    betas = np.arange(N_THRESHOLDS + 1) / N_THRESHOLDS
+
+    def __init__(self, n_classes: int):
+        self.n_classes = n_classes
+        self.counts = np.zeros((N_THRESHOLDS + 1, n_classes + 1, n_classes + 1), np.int64)
+
+    def update(self, ground_truth: np.ndarray, value: np.ndarray, label: np.ndarray) -> None:
+        """Add pixels of equal shape: ground truth 0..K or 255, the CAM's largest value in [0, 1], its class 1..K.
+
+        Raises ToCoError for another value in the ground truth.
+        """
+        seen = ground_truth != IGNORE
+        largest = ground_truth.max(initial=0, where=seen)
+        if largest > self.n_classes:
+            raise ToCoError(f"ground truth with the value {largest}: 0 to {self.n_classes} and {IGNORE} are allowed")
+        first = np.searchsorted(self.betas.astype(value.dtype), value[seen])  # the first beta that is not below it
+        C = self.n_classes + 1
+        index = (first.clip(max=N_THRESHOLDS) * C + ground_truth[seen]) * C + label[seen]
+        self.counts += np.bincount(index, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def scores(self, beta: float) -> Scores:
+        """Scores where a value of at most `beta` is background; `beta` is rounded to the nearest of `betas`."""
+        nearest = int(np.abs(self.betas - beta).argmin())
+        matrix = ConfusionMatrix(self.n_classes + 1)
+        matrix.counts = self.counts[nearest + 1 :].sum(0)
+        matrix.counts[:, 0] += self.counts[: nearest + 1].sum((0, 2))
+        return matrix.scores()
+
+    @property
+    def miou(self) -> np.ndarray:
+        """mIoU at each of `betas`."""
+        return np.array([self.scores(beta).miou for beta in self.betas])
+
+    @property
+    def best_beta(self) -> float:
+        """The threshold with the highest mIoU on what was counted: to be used on another split.
+
+        Raises ToCoError where no valid pixel was counted.
+        """
+        if not self.counts.any():
+            raise ToCoError("no threshold is best: no pixel of the masks is valid (all are 255)")
+        return float(self.betas[int(np.nanargmax(self.miou))])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found on one split."""
+
+    cam: CAMCounts
+    aux_cam: CAMCounts
+    seg: Scores
+    classes: MultiLabelScores
+    aux_classes: MultiLabelScores
+    n_images: int
+    protocol: str
+    n_masks: int  # images that had a mask; without any there is no mIoU
+
+    def summary(self, beta: float) -> dict:
+        """mIoU and mean average precision as plain numbers in percent, the CAMs at threshold `beta`.
+
+        Without masks there are no mIoUs: their names are missing.
+        """
+        percent = {}
+        if self.n_masks:
+            percent = {
+                "cam_miou": self.cam.scores(beta).miou,
+                "aux_cam_miou": self.aux_cam.scores(beta).miou,
+                "seg_miou": self.seg.miou,
+            }
+        percent |= {
+            "map": self.classes.mean_average_precision,
+            "aux_map": self.aux_classes.mean_average_precision,
+        }
+        return {name: round(100 * float(value), 3) for name, value in percent.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: ToCo,
+    source,
+    *,
+    size: int | None,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+    seg_scales: Sequence[float] = (1.0,),
+    max_over_scales: bool = True,
+    seg_size: int | str | None = AS_CAM,
+    crf: bool | Mapping = False,
+    batch_size: int = 8,
+    workers: int = 0,
+    crf_workers: int = 0,
+    autocast=None,
+    on_batch: Callable | None = None,
+    progress: bool = True,
+    what: str = "evaluating",
+    share: Share = ALONE,
+    keep: Path | str | None = None,
+) -> Evaluation:
+    """Score a model on a split, one batch of images in memory at a time. Nothing is written unless `keep` says where.
+
+    Args:
+        source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
+            Where an image has no mask it counts for the image-level predictions only.
+        size: images are stretched to this square; None keeps the native size.
+        scales, flip: of the CAM. Image-level predictions are made at scale 1, unflipped.
+        seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
+            at scale 1, unflipped.
+        seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
+            segmentation at native size (None).
+        crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
+            settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
+        workers: processes that read images.
+        crf_workers: processes that compute the CRF while the network is at the next batch; 0 computes it here. On a CPU
+            their number moves no bit.
+        autocast: a function that returns the context to compute in; None: full precision.
+        on_batch: called with each batch's items, its images in [0, 1], CAMs and image-level labels: what is measured on
+            labels made from the CAMs needs no second pass.
+        share: of several processes. Each sees its part of the images (`on_batch`, too), whole batches at a time; every
+            one returns the scores of all, in counts equal to those of one process.
+        keep: a folder in which every finished image stays (see `kept`). After an interruption the same call goes on
+            there, and returns bit for bit what it would have: the batches are the same, only whole ones are skipped.
+
+    Raises ToCoError for a folder that keeps another evaluation, and for `keep` together with `on_batch`, which would
+    not see what is skipped.
+    """
+    crf_options = checked_crf(crf)
+    if keep is not None and on_batch is not None:
+        raise ToCoError("keep and on_batch: one of them is allowed, as on_batch would not see what was finished before")
+    views = _Views(size, tuple(scales), flip, size if seg_size == AS_CAM else seg_size, tuple(seg_scales))
+    protocol = f"{len(source)} images at {views}, {crf_named(crf_options)}"
+    counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
+    kept, todo = None, mine
+    if keep is not None:
+        if share.first:
+            exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+            kept = KeptEvaluation(keep, {"protocol": protocol, **exact, **_depends_on(model, source, autocast)})
+        kept = share.from_first(kept)
+        todo = counted.add_finished(kept, source.names, mine, batch_size)
+    numbers, waiting = iter(todo), deque()
+
+    def finish(most: int) -> None:
+        """Count the segmentations of the oldest images until at most so many wait for theirs."""
+        while len(waiting) > most:
+            number, item, counts, label = waiting.popleft()
+            if label is not None:
+                label = label.result() if isinstance(label, Future) else label
+                matrix = ConfusionMatrix(model.n_classes + 1)
+                matrix.update(item.mask, label)
+                counts = counts._replace(seg=matrix.counts)
+            counted.add(number, counts)
+            if kept is not None:
+                kept.write(item.name, counts, label)
+            bar.update()
+
+    was_training = model.training
+    model.eval()
+    bar = tqdm(
+        total=len(mine), initial=len(mine) - len(todo), desc=what, unit="image", disable=not progress, leave=False
+    )
+    try:
+        with bar, CRFWorkers(crf_workers, crf_options or {}, max_over_scales=max_over_scales) as refined:
+            part = source if len(todo) == len(source) else source.subset(todo) if todo else ()
+            native = crf_options is not None or views.seg_size != size
+            found = evaluation_items(part, size=size, workers=workers, native=native) if todo else iter(())
+            for items in _batches(found, batch_size):
+                seen = _seen(model, items, views, autocast)
+                if on_batch:
+                    on_batch(items, seen.unit, seen.cams, seen.image_labels)
+                for b, item in enumerate(items):
+                    label = None
+                    if item.mask is not None and crf_options is not None:
+                        label = refined.submit(seen.seg_maps[b], item.native)
+                    elif item.mask is not None:
+                        label = merged_label(seen.seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
+                        label = label[0].to(torch.uint8).cpu().numpy()
+                    waiting.append((next(numbers), item, _counts_of(seen, b, item), label))
+                finish(2 * crf_workers)
+            finish(0)
+    finally:
+        model.train(was_training)
+    n_masks = counted.n_masks
+    if share.n > 1:
+        _merge([counted.cam.counts, counted.aux_cam.counts, counted.seg.counts], share)
+        n_masks = sum(share.gathered(n_masks))
+    logits, aux_logits, truth = _in_order(counted.rows(mine), mine, share)
+    if n_masks < len(source):
+        protocol += f", masks of {n_masks} images" if n_masks else ", no masks: no mIoU"
+    if kept is not None and share.first:
+        kept.finish(protocol)
+    return Evaluation(
+        counted.cam,
+        counted.aux_cam,
+        counted.seg.scores(),
+        multi_label_scores(logits, truth),
+        multi_label_scores(aux_logits, truth),
+        len(source),
+        protocol,
+        n_masks,
+    )
+
+
+class _Views(NamedTuple):
+    """How images are seen: by the CAM, and by the segmentation."""
+
+    size: int | None
+    scales: tuple[float, ...]
+    flip: bool
+    seg_size: int | None
+    seg_scales: tuple[float, ...]
+
+    @property
+    def once(self) -> bool:
+        """Whether the segmentation is one pass at scale 1."""
+        return self.seg_scales == (1.0,)
+
+    def __str__(self) -> str:
+        return (
+            f"{_named(self.size)}, CAM scales {_listed(self.scales)}{' + flip' if self.flip else ''}, "
+            f"segmentation {'' if self.seg_size == self.size else f'at {_named(self.seg_size)} '}"
+            f"{'once' if self.once else f'scales {_listed(self.seg_scales)} + flip'}"
+        )
+
+
+class _Seen(NamedTuple):
+    """What the network says of a batch."""
+
+    unit: Tensor  # the images in [0, 1]
+    image_labels: Tensor
+    cams: CAMs
+    class_logits: Tensor
+    aux_class_logits: Tensor
+    seg_maps: list[list[Tensor]]  # per image, per scale
+
+
+def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _Seen:
+    device = model.classifier.weight.device
+    unit = to_unit(torch.cat([i.image for i in items]).to(device))
+    image_labels = torch.cat([i.image_labels for i in items]).to(device)
+    images = model.normalise(unit)
+    with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        tokens = model.encode(images)
+        output = model.heads(tokens)
+        cams = multi_scale_cam(
+            model, images, scales=views.scales, flip=views.flip, tokens=tokens, image_labels=image_labels
+        )
+        if views.seg_size != views.size:
+            seg_maps = _maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
+        else:
+            maps = [output.seg_logits] if views.once else segmentation_maps(model, images, views.seg_scales)
+            seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
+    return _Seen(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
+
+
+def _counts_of(seen: _Seen, b: int, item: EvalItem) -> ImageCounts:
+    """What image `b` of a batch adds, but for its segmentation."""
+    one, K = slice(b, b + 1), seen.image_labels.shape[1]
+    cam, aux_cam = CAMCounts(K), CAMCounts(K)
+    if item.mask is not None:
+        for counts, maps in ((cam, seen.cams.cam), (aux_cam, seen.cams.aux_cam)):
+            counts.update(item.mask, *strongest(maps[one], seen.image_labels[one], item.mask.shape))
+    rows = (seen.class_logits[b].float(), seen.aux_class_logits[b].float(), seen.image_labels[b])
+    seg = np.zeros((K + 1, K + 1), np.int64)
+    return ImageCounts(cam.counts, aux_cam.counts, seg, *(row.cpu().numpy() for row in rows), item.mask is not None)
+
+
+class _Counted:
+    """The sum over images, and their image-level predictions."""
+
+    def __init__(self, n_classes: int):
+        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes + 1)
+        self.n_masks = 0
+        self._rows: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def add(self, number: int, image: ImageCounts) -> None:
+        """Image `number` of the split."""
+        self.cam.counts += image.cam
+        self.aux_cam.counts += image.aux_cam
+        self.seg.counts += image.seg
+        self.n_masks += image.has_mask
+        self._rows[number] = image.logits, image.aux_logits, image.image_labels
+
+    def add_finished(self, kept: KeptEvaluation, names: Sequence[str], mine: list[int], batch_size: int) -> list[int]:
+        """The images of finished batches; returns the others. (In a batch of other images an image may get other
+        bits.)"""
+        todo = []
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            if not all(kept.has(names[number]) for number in batch):
+                todo += batch
+                continue
+            for number in batch:
+                self.add(number, kept.read(names[number]))
+        return todo
+
+    def rows(self, numbers: list[int]) -> list[list[Tensor]]:
+        """Logits, auxiliary logits and image-level labels, 1 K per image."""
+        return [[torch.from_numpy(self._rows[n][k])[None] for n in numbers] for k in range(3)]
+
+
+def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
+    """All that an evaluation's numbers depend on besides its arguments; images and masks by what their files hold."""
+    device = model.classifier.weight.device
+    with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        lowered = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if lowered else model.classifier.weight.dtype
+    fields = ("backbone", "layer", "aux_norm", "pooling", "pos_embed_antialias")
+    network = {name: getattr(model.config, name) for name in fields}
+    network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    return {
+        "device": device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "images": hashlib.sha256("\n".join(source.names).encode()).hexdigest(),
+        "image_labels": hashlib.sha256(np.ascontiguousarray(source.image_labels).tobytes()).hexdigest(),
+        "network": network,
+        "weights": weights_hash(model),
+        **file_digests(source),
+    }
+
+
+def _merge(counts: Sequence[np.ndarray], share: Share) -> None:
+    """Adds up what all processes counted, in place."""
+    for own, *others in zip(counts, *share.gathered(list(counts)), strict=True):
+        own[...] = sum(others)
+
+
+def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> list[Tensor]:
+    """Each process's rows of its images as those of all images, in the order of the list."""
+    parts = share.gathered([[torch.cat(row) for row in rows] if mine else None, mine])
+    order = torch.tensor([i for _, numbers in parts for i in numbers]).argsort()
+    return [torch.cat([own[k] for own, _ in parts if own])[order] for k in range(len(rows))]
+
+
+def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """Per scale the decoder's logits of the (normalised) images plus, turned back, those of the mirrored ones."""
+    maps = []
+    for scale in scales:
+        views = scaled(model, images, scale)
+        straight, mirrored = model(torch.cat([views, views.flip(-1)])).seg_logits.chunk(2)
+        maps.append(straight + mirrored.flip(-1))
+    return maps
+
+
+def _maps_at(model: ToCo, images: Sequence[Tensor], size: int | None, scales: Sequence[float]) -> list[list[Tensor]]:
+    """Segmentation maps of images of native size (uint8 1 3 h w), stretched to `size`; equal shapes go together."""
+    device, together, maps = model.classifier.weight.device, {}, [None] * len(images)
+    for i, image in enumerate(images):
+        together.setdefault(tuple(image.shape[-2:]) if size is None else size, []).append(i)
+    for numbers in together.values():
+        parts = [images[i] if size is None else stretched(images[i], size) for i in numbers]
+        views = model.normalise(to_unit(torch.cat(parts).to(device)))
+        once = tuple(scales) == (1.0,)
+        group = [model(views).seg_logits] if once else segmentation_maps(model, views, scales)
+        for place, i in enumerate(numbers):
+            maps[i] = [m[place : place + 1] for m in group]
+    return maps
+
+
+def stretched(image: Tensor, size: int) -> Tensor:
+    """A uint8 image (1 3 h w) at `size` square, as `data.evaluation_items` does it."""
+    return torch.from_numpy(resize(image[0].permute(1, 2, 0).numpy(), size, size)).permute(2, 0, 1)[None]
+
+
+def checked_crf(crf: bool | Mapping) -> dict | None:
+    """Keywords of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
+    if crf is False:
+        return None
+    known = {
+        name: p.default
+        for name, p in inspect.signature(dense_crf).parameters.items()
+        if name not in ("probs", "image", "lattices")
+    }
+    given = {} if crf is True else dict(crf)
+    for name, value in given.items():
+        if name not in known:
+            raise ToCoError(f"crf has no setting {name!r}{did_you_mean(name, known)}")
+        if name.endswith("sigma") or "_sigma_" in name:
+            if not value > 0:
+                raise ToCoError(f"crf: {name} = {value!r} must be above 0")
+        elif not value >= 0:
+            raise ToCoError(f"crf: {name} = {value!r} must be at least 0")
+    return known | given
+
+
+def crf_named(options: Mapping | None) -> str:
+    """The settings of a CRF in words."""
+    if options is None:
+        return "no CRF"
+    o = {name: f"{value:g}" for name, value in options.items()}
+    return (
+        f"dense CRF ({o['iterations']} iterations, position {o['position_weight']} of {o['position_sigma']} px, "
+        f"appearance {o['appearance_weight']} of {o['appearance_sigma_xy']} px and {o['appearance_sigma_rgb']} levels)"
+    )
+
+
+def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
+    """B H W labels 0..K at `size` from one or more B C h w logits: per class the maximum over scales, as published, or
+    their mean, then the strongest class."""
+    if len(maps) == 1:
+        return upsampled_argmax(maps[0].float(), tuple(size))
+    return merged_logits([m.float() for m in maps], size, max_over_scales=max_over_scales).argmax(1)
+
+
+class Look(NamedTuple):
+    """Everything about one image, at its native size."""
+
+    name: str
+    image: np.ndarray  # uint8 H W 3
+    mask: np.ndarray | None  # uint8 H W
+    classes: tuple[int, ...]  # the labelled classes, 1..K
+    cam: np.ndarray  # largest value among labelled classes, H W in [0, 1]
+    aux_cam: np.ndarray
+    seed_label: np.ndarray  # two thresholds on the final CAM, 0..K, 255 between them
+    pseudo_label: np.ndarray  # the same after PAR
+    segmentation: np.ndarray  # the decoder's labels
+
+
+@torch.no_grad()
+def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
+    """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
+    item = next(evaluation_items(source.subset([index]), size=eval_size(config)))
+    thresholds = config.labels.thresholds()
+    unit = to_unit(item.image).to(model.classifier.weight.device)
+    image_labels = item.image_labels.to(unit.device)
+    images = model.normalise(unit)
+    tokens = model.encode(images)
+    cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+    refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
+    image = source.image(index)
+    size = image.shape[:2]
+
+    def native(label: Tensor) -> np.ndarray:
+        return F.interpolate(label[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
+
+    return Look(
+        name=item.name,
+        image=image,
+        mask=item.mask,
+        classes=tuple(int(k) + 1 for k in torch.nonzero(image_labels[0])[:, 0]),
+        cam=strongest(cams.cam, image_labels, size)[0],
+        aux_cam=strongest(cams.aux_cam, image_labels, size)[0],
+        seed_label=native(seed_label(cams.cam, image_labels, **thresholds)),
+        pseudo_label=native(refined),
+        segmentation=upsampled_argmax(model.heads(tokens).seg_logits, size)[0].to(torch.uint8).cpu().numpy(),
+    )
+
+
+def eval_size(config: TrainConfig) -> int | None:
+    """Side of the square at which images are evaluated; None: native size."""
+    return config.data.crop_size if config.release.square_evaluation else None
+
+
+def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of one image's CAM (1 K H W): its largest value among labelled classes at `size`, and that class, 1..K."""
+    present = torch.nonzero(image_labels[0])[:, 0]
+    if not len(present):
+        return np.zeros(size, np.float32), np.zeros(size, np.int64)
+    maps = valid_cam(cam, image_labels)[:, present]
+    maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+    value, slot = maps.max(0)
+    return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+def _named(size: int | None) -> str:
+    return "native size" if size is None else f"{size} x {size}"
+
+
+def _listed(scales: Sequence[float]) -> str:
+    return ", ".join(f"{scale:g}" for scale in scales)
+
+
+def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalItem]]:
+    """Neighbours of equal shape together, none across a multiple of `batch_size` (where processes divide the list)."""
+    batch: list[EvalItem] = []
+    for number, item in enumerate(items):
+        if batch and (number % batch_size == 0 or batch[0].image.shape != item.image.shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch

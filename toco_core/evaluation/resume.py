@@ -1,0 +1,78 @@
+"""An evaluation's folder: every finished image stays, so that a long evaluation that was interrupted goes on.
+
+    folder/manifest.json                     what the numbers depend on: protocol, weights, images, image-level labels
+    folder/counts/<name>.npz                 what the image adds to the scores
+    folder/SegmentationClass/<name>.png      the segmentation that was scored, palette PNG with VOC's colours
+
+Each file is written whole or not at all, the counts last.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64, UInt8
+
+from toco_core.data.files import palette_png
+from toco_core.errors import ToCoError
+from toco_core.runs.folder import claim_folder, write_whole
+
+
+class ImageCounts(NamedTuple):
+    """What one image adds to an evaluation; without a mask the counts are 0."""
+
+    cam: Int64[np.ndarray, "T C C"]
+    aux_cam: Int64[np.ndarray, "T C C"]
+    seg: Int64[np.ndarray, "C C"]
+    logits: Float[np.ndarray, " K"]
+    aux_logits: Float[np.ndarray, " K"]
+    image_labels: Float[np.ndarray, " K"]
+    has_mask: bool
+
+
+class KeptEvaluation:
+    """The folder, for the evaluation that `settings` describe. Raises ToCoError where it holds another one, or
+    something else, or cannot be written."""
+
+    def __init__(self, folder: Path | str, settings: dict):
+        self.folder, self.settings = Path(folder), settings
+        claim_folder(self.folder, settings, "evaluation")
+
+    def has(self, name: str) -> bool:
+        """Whether an image is finished."""
+        return self._counts(name).is_file()
+
+    def read(self, name: str) -> ImageCounts:
+        """A finished image. Raises ToCoError for a damaged file."""
+        path = self._counts(name)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {field: file[field] for field in ImageCounts._fields}
+        except Exception as error:  # noqa: BLE001  a damaged archive raises many kinds
+            raise ToCoError(f"{path} is damaged: delete it, and the image is evaluated again") from error
+        return ImageCounts(**values | {"has_mask": bool(values["has_mask"])})
+
+    def write(self, name: str, counts: ImageCounts, label: UInt8[np.ndarray, "H W"] | None) -> None:
+        """Keep a finished image, and its label map where it was scored."""
+        if label is not None:
+            self._put(self.folder / "SegmentationClass" / f"{name}.png", palette_png(label))
+        with io.BytesIO() as file:
+            np.savez_compressed(file, **counts._asdict())
+            self._put(self._counts(name), file.getvalue())
+
+    def finish(self, protocol: str) -> None:
+        """All images are there, and this is what to write beside their scores: the manifest says so."""
+        content = {"finished": True, "protocol": protocol, "settings": self.settings}
+        self._put(self.folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+
+    def _put(self, path: Path, content: bytes) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+        except OSError as error:
+            raise ToCoError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+
+    def _counts(self, name: str) -> Path:
+        return self.folder / "counts" / f"{name}.npz"

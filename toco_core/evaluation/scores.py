@@ -1,0 +1,183 @@
+"""What a run is reported with: thresholds chosen on the validation part, scores on the test part, kept beside the run.
+
+`scored_run` trains a config unless its run is finished, and scores it unless that was done: asked a second time it
+answers at once. The four scores are mIoU in percent of
+
+    cam           the final CAM at the threshold that is best on val
+    aux_cam       the auxiliary CAM at its own best threshold on val
+    pseudo_label  the label that the decoder learns from: the final CAM, two thresholds, PAR
+    seg           the decoder's segmentation
+
+Where the data set has no part "test", the scores are of val, on which the thresholds were chosen: a little too high.
+"""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+from toco_core.config import TrainConfig
+from toco_core.data import Split, TrainVal, open_source, split_names
+from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import Evaluation
+from toco_core.evaluation.metrics import OpenCounts
+from toco_core.fingerprint import differences, split_fingerprint
+from toco_core.labels import pseudo_label
+from toco_core.predict.tokens import similarity_of_split
+from toco_core.runs.folder import Run
+from toco_core.train.loop import Opened, evaluate_as, open_data, train, weights_file
+
+FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
+SCORED = ("cam", "aux_cam", "pseudo_label", "seg")
+
+
+class RunScores(NamedTuple):
+    """Scores of one run, in percent."""
+
+    part: str
+    """"test", or "val" where the data set has no test part."""
+    protocol: str
+    beta: float
+    aux_beta: float
+    val: dict[str, float]
+    """mIoU of "cam", "aux_cam" and "seg" on val, the CAMs at these thresholds: what choices are made by."""
+    miou: dict[str, float]
+    """Each of `SCORED` on `part`."""
+    iou: dict[str, list[float]]
+    """The same per class, background first; NaN for a class that `part` does not show and nothing predicts."""
+    committed: float
+    """Share of pixels that the pseudo label leaves neither uncertain nor ignored."""
+    token_similarity: list[float]
+    """After each block, in [-1, 1] (see `similarity`)."""
+
+
+class Scored(NamedTuple):
+    """A finished run and its scores."""
+
+    config: TrainConfig
+    run: Run
+    scores: RunScores
+
+
+def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Scored:
+    """The scores of a config's run: from its folder, or after training it.
+
+    Raises ToCoError as `train` does, also for a finished run of other data or other weights.
+    """
+    data, run = data or open_data(config.data), Run.of(config)
+    if run.finished:
+        run.refuse_other_data(data, weights_file(config))
+    found = _scores_of(run, data)
+    if found is None:
+        trained = train(config, data=data, progress=progress)
+        opened = Opened(trained.model, config, trained.run, trained.data)
+        found = score_run(opened, validation=trained.validation, progress=progress)
+    return Scored(config, run, found)
+
+
+def reported_part(data: TrainVal) -> tuple[str, Split]:
+    """The part that results are told of, and its name: "test" where there is one with masks, else "val"."""
+    if "test" in split_names(data.val.root):
+        test = open_source(data.val.root, "test")
+        if test.n_masks:
+            return "test", test
+    return "val", data.val
+
+
+def score_run(opened: Opened, *, validation: Evaluation | None = None, progress: bool = True) -> RunScores:
+    """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished.
+
+    `validation`: its evaluation on val, where that is at hand.
+    """
+    model, config, run, data = opened
+    found = _scores_of(run, data)
+    if found is not None:
+        return found
+    pseudo = OpenCounts(model.n_classes)
+    part, source = reported_part(data)
+    if part == "test":
+        validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
+    final = evaluate_as(
+        config, model, source, on_batch=_count_pseudo_labels(pseudo, config), progress=progress, what="scoring"
+    )
+    validation = final if part == "val" else validation
+    beta, aux_beta = validation.cam.best_beta, validation.aux_cam.best_beta
+    scores = {"cam": final.cam.scores(beta), "aux_cam": final.aux_cam.scores(aux_beta), "seg": final.seg}
+    scores["pseudo_label"] = pseudo.scores()
+    val = {"cam": validation.cam.scores(beta), "aux_cam": validation.aux_cam.scores(aux_beta), "seg": validation.seg}
+    found = RunScores(
+        part=part,
+        protocol=f"{part}: {final.protocol}; thresholds chosen on val",
+        beta=beta,
+        aux_beta=aux_beta,
+        val={name: _percent(score.miou) for name, score in val.items()},
+        miou={name: _percent(s.miou) for name, s in scores.items()},
+        iou={name: _percents(s.iou) for name, s in scores.items()},
+        committed=_percent(pseudo.decided),
+        token_similarity=[round(value, 4) for value in similarity_of_split(model, data.val, config)],
+    )
+    if run.finished:
+        run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(source)})
+    return found
+
+
+def read_scores(run: Run) -> RunScores | None:
+    """What `score_run` left in the folder of a finished run; None where it has not been there."""
+    values = run.scores()
+    if values is None:
+        return None
+    values = {name: value for name, value in values.items() if name != FINGERPRINT}
+    if set(values) != set(RunScores._fields):
+        raise ToCoError(f"{run.folder}/scores.json is of another version: delete it, and the run is scored again")
+    try:
+        iou = {name: [math.nan if v is None else float(v) for v in row] for name, row in values["iou"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ToCoError(f"{run.folder}/scores.json holds no scores per class: {error}") from error
+    return RunScores(**values | {"iou": iou})
+
+
+def _scores_of(run: Run, data: TrainVal) -> RunScores | None:
+    """What is kept, where it was found on these images and masks; None where there is nothing or it was not."""
+    found, known = read_scores(run), (run.scores() or {}).get(FINGERPRINT)
+    if found is None or known is None:
+        return found
+    part, source = reported_part(data)
+    differs = differences(known, split_fingerprint(source, known))
+    if differs or part != found.part:
+        more = ", ".join(differs) or "other masks"
+        warnings.warn(f"{run.folder} is scored again: {part} has {more} than when it was scored", stacklevel=3)
+        return None
+    return found
+
+
+def _count_pseudo_labels(counts: OpenCounts, config: TrainConfig):
+    """The function that `evaluate` calls with each batch. Labels are made at the size that is evaluated, as in
+    training, and each pixel of the ground truth takes its nearest."""
+
+    def count(items, images, cams, image_labels) -> None:
+        labels = pseudo_label(
+            images,
+            cams.cam.float(),
+            image_labels,
+            **config.labels.pseudo_label_options(),
+        )
+        for item, label in zip(items, labels.cpu().numpy(), strict=True):
+            if item.mask is not None:
+                counts.update(item.mask, _nearest(label, item.mask.shape))
+
+    return count
+
+
+def _nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map at another size."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, label.shape, strict=True))
+    return label[rows[:, None], columns]
+
+
+def _percent(value: float) -> float:
+    return round(100 * float(value), 3)
+
+
+def _percents(values: np.ndarray) -> list[float]:
+    return [_percent(value) for value in values]

@@ -1,0 +1,402 @@
+"""Pseudo labels out: label maps of a split, in a folder that any trainer of segmentation reads.
+
+    folder/SegmentationClass/<name>.png              palette PNG with VOC's colours, at the image's own size
+    folder/JPEGImages/<name>.<suffix>                the images, linked or copied, so that the folder is a data set
+    folder/ImageSets/Segmentation/<split>.txt        the names
+    folder/classes.txt                               the classes, background first
+    folder/annotations/instances_<split>.json        the same labels as COCO's RLE
+    folder/manifest.json                             what made them, and a hash of every file
+
+Only label maps touch the disk, each file is written whole or not at all, and an interrupted export goes on where it
+stopped. From a shell:
+
+    python -m toco_core.predict.export <folder of a run> <new folder> --split train --method par
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor
+from tqdm import tqdm
+
+from toco_core.cam import multi_scale_cam
+from toco_core.config import TrainConfig
+from toco_core.crf import crf_label, dense_crf
+from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
+from toco_core.data.files import palette_png
+from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
+from toco_core.fingerprint import file_digests
+from toco_core.labels import IGNORE, merged_logits, pseudo_label, valid_cam
+from toco_core.model import ToCo
+from toco_core.runs.folder import claim_folder, weights_hash, write_whole
+from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
+
+METHODS = {
+    "cam": "the labelled class with the largest CAM, background where that is at most beta",
+    "par": "two thresholds and pixel-adaptive refinement, 255 between them: what training teaches the decoder",
+    "crf": "the CAM against a constant background score beta, refined by a dense CRF",
+    "seg": "the decoder's segmentation; needs no image-level labels",
+    "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
+}
+IMAGES = ("link", "copy", "none")
+ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
+
+
+class Exported(NamedTuple):
+    """A finished export."""
+
+    folder: Path
+    n_images: int
+    n_new: int  # label maps made by this call; the others were there
+    pixels: dict[str, float]  # share of all pixels per class name, and "ignored"
+
+
+def export(
+    model: ToCo,
+    source: Split,
+    folder: Path | str,
+    config: TrainConfig,
+    *,
+    method: str = "par",
+    beta: float | None = None,
+    crf: Mapping | bool = True,
+    split: str | None = None,
+    images: str = "link",
+    progress: bool = True,
+) -> Exported:
+    """Write label maps of every image of a split in VOC layout.
+
+    Args:
+        method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
+            them.
+        beta: the threshold of "cam" and "crf"; None: `config.labels.beta`.
+        crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
+        split: name of the list that is written; None: the split's own name.
+        images: "link" (hard links where the disk allows it, else copies), "copy", or "none", which leaves a folder of
+            masks alone. A picture that its camera wants turned is stored upright, as PNG.
+
+    Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
+    """
+    if method not in METHODS:
+        raise ToCoError(f"method = {method!r} is not allowed: one of {', '.join(METHODS)}")
+    if images not in IMAGES:
+        raise ToCoError(f"images = {images!r} is not allowed: one of {', '.join(IMAGES)}")
+    beta = config.labels.beta if beta is None else float(beta)
+    if not 0 <= beta <= 1:
+        raise ToCoError(f"beta = {beta} is not allowed: 0 to 1")
+    folder, split = Path(folder), split or source.split
+    options = checked_crf(crf) if method.endswith("crf") else None
+    if method.endswith("crf") and options is None:
+        raise ToCoError(f"method = {method!r} needs a CRF: crf = False is not allowed")
+    settings = _settings(model, source, config, method, beta, options)
+    claim_folder(folder, settings, "export")
+    (folder / "SegmentationClass").mkdir(exist_ok=True)
+    missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
+    if missing:
+        made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
+        with ThreadPoolExecutor(2) as pool:
+            bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
+            for done in pool.map(lambda item: _write_label(_label_path(folder, item[0]), item[1]), bar):
+                assert done is None
+    if images != "none":
+        for i, name in enumerate(source.names):
+            _place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
+    return _finish(folder, source, split, settings, len(missing))
+
+
+def label_maps(
+    model: ToCo, source: Split, config: TrainConfig, *, method: str, beta: float, crf: Mapping
+) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
+    """(name, label map at native size) of every image, in order; one image in memory at a time."""
+    device, autocast = model.classifier.weight.device, autocast_of(config, model.classifier.weight.device)
+    was_training, needs_labels = model.training, not method.startswith("seg")
+    items = evaluation_items(
+        source if needs_labels else _Unlabelled(source),
+        size=eval_size(config),
+        workers=config.data.workers,
+        native=True,
+    )
+    model.eval()
+    try:
+        with torch.no_grad(), attention_of(model, config, device):
+            for item in items:
+                native = to_unit(item.native)
+                with autocast():
+                    if needs_labels:
+                        label = _from_cam(model, item, native.to(device), config, method, beta, crf)
+                    else:
+                        label = _from_decoder(model, item, native.to(device), config, method, crf)
+                yield item.name, label
+    finally:
+        model.train(was_training)
+
+
+def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, beta: float, crf: Mapping):
+    unit, image_labels = to_unit(item.image).to(native.device), item.image_labels.to(native.device)
+    size = tuple(native.shape[-2:])
+    cam = multi_scale_cam(model, model.normalise(unit), scales=config.labels.cam_scales, image_labels=image_labels).cam
+    if method == "cam":
+        value, label = strongest(cam, image_labels, size)
+        return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
+    if method == "crf":
+        return cam_crf_label(cam, image_labels, native, beta=beta, crf=crf)
+    refined = pseudo_label(unit, cam, image_labels, **config.labels.pseudo_label_options())
+    return F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
+
+
+def cam_crf_label(
+    cam: Tensor, image_labels: Tensor, native: Tensor, *, beta: float, crf: Mapping
+) -> UInt8[np.ndarray, "H W"]:
+    """One image's CAM (1 K h w), against the constant background score beta, after a dense CRF.
+
+    The scores, divided by their sum, are the probabilities that the CRF starts from; without iterations the label is
+    that of the threshold beta.
+    """
+    present, size = torch.nonzero(image_labels[0])[:, 0], tuple(native.shape[-2:])
+    if not len(present):
+        return np.zeros(size, np.uint8)
+    maps = valid_cam(cam, image_labels)[:, present].float()
+    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
+    scores = torch.cat([torch.full_like(maps[:1], max(beta, 1e-6)), maps])
+    slot = dense_crf(scores / scores.sum(0), native[0], **crf).argmax(0)
+    return F.pad(present + 1, (1, 0))[slot].to(torch.uint8).cpu().numpy()
+
+
+def _from_decoder(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, crf: Mapping):
+    size, use_max = tuple(native.shape[-2:]), config.release.max_over_scales
+    images = model.normalise(to_unit(item.image).to(native.device))
+    once = config.seg_scales == (1.0,)
+    maps = [model(images).seg_logits] if once else segmentation_maps(model, images, config.seg_scales)
+    if method == "seg":
+        label = merged_label(maps, size, max_over_scales=use_max)
+    else:
+        label = crf_label(merged_logits(maps, size, max_over_scales=use_max), native, crf)
+    return label[0].to(torch.uint8).cpu().numpy()
+
+
+class _Unlabelled:
+    """A split whose image-level labels are not asked for: a test split may have none."""
+
+    def __init__(self, source: Split):
+        self.names, self.image, self.n = source.names, source.image, len(source)
+        self.image_labels = np.zeros((self.n, source.n_classes), np.uint8)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def mask(self, index: int) -> None:
+        return None
+
+
+# ---- the folder
+
+
+def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta: float, crf: dict | None) -> dict:
+    """All that the label maps depend on, as JSON holds it."""
+    o = config.labels
+    settings = {"method": method, "size": eval_size(config), "classes": list(source.class_names)}
+    if method in ("cam", "crf"):
+        settings["beta"] = beta
+    if method == "par":
+        settings |= {
+            name: getattr(o, name) for name in ("beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale")
+        }
+    if not method.startswith("seg"):
+        settings |= {"cam_scales": o.cam_scales, "image_labels": _sha256(source.image_labels.tobytes())}
+    else:
+        settings |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
+    settings |= {"crf": crf, "images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}
+    settings |= file_digests(source, masks=False)
+    return json.loads(json.dumps(settings))
+
+
+def _label_path(folder: Path, name: str) -> Path:
+    return folder / "SegmentationClass" / f"{name}.png"
+
+
+def _write_label(path: Path, label: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, palette_png(label))
+
+
+def _place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
+    """The image beside its label: the same file, or upright where the file only says how to turn it."""
+    with Image.open(original) as header:
+        upright = header.getexif().get(ORIENTATION, 1) == 1
+    target = folder / f"{name}{original.suffix.lower() if upright else '.png'}"
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not upright:
+        with io.BytesIO() as file:
+            Image.fromarray(source.image(index)).save(file, "PNG")
+            return write_whole(target, file.getvalue())
+    part = target.with_name(target.name + ".part")
+    part.unlink(missing_ok=True)
+    try:
+        if not link:
+            raise OSError
+        os.link(original, part)
+    except OSError:
+        shutil.copyfile(original, part)
+    os.replace(part, target)
+
+
+def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
+    """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now."""
+    counts, files = np.zeros(256, np.int64), {}
+    entries, annotations = [], []
+    pictures = {p.relative_to(folder / "JPEGImages").with_suffix("").as_posix(): p for p in _pictures(folder)}
+    for number, name in enumerate(source.names, start=1):
+        path = _label_path(folder, name)
+        label = read_mask(path)
+        counts += np.bincount(label.ravel(), minlength=256)
+        files[name] = _sha256(path.read_bytes())
+        file_name = pictures[name].relative_to(folder / "JPEGImages").as_posix() if name in pictures else f"{name}.jpg"
+        entry = {"id": number, "file_name": file_name, "height": label.shape[0], "width": label.shape[1]}
+        if (label == IGNORE).any():
+            entry["ignore"] = _rle(label == IGNORE)
+        entries.append(entry)
+        annotations += _annotations(label, number, len(annotations) + 1)
+    content = {
+        "images": entries,
+        "annotations": annotations,
+        "categories": [{"id": k, "name": name} for k, name in enumerate(source.class_names) if k],
+    }
+    for below in ("ImageSets/Segmentation", "annotations"):
+        (folder / below).mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{n}\n" for n in source.names))
+    write_whole(folder / "classes.txt", "".join(f"{name}\n" for name in source.class_names))
+    write_whole(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
+    total = counts.sum()
+    pixels = {name: float(counts[k] / total) for k, name in enumerate(source.class_names)}
+    pixels["ignored"] = float(counts[IGNORE] / total)
+    manifest = {"finished": True, "split": split, "settings": settings, "pixels": pixels, "sha256": files}
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return Exported(folder, len(source), n_new, pixels)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (p for p in (folder / "JPEGImages").rglob("*") if p.is_file() and p.suffix != ".part")
+
+
+def _annotations(label: np.ndarray, image: int, first: int) -> list[dict]:
+    """One annotation per class of a label map."""
+    found = []
+    for k in (k for k in np.unique(label).tolist() if k not in (0, IGNORE)):
+        y, x = np.nonzero(label == k)
+        box = [int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
+        found.append(
+            {
+                "id": first + len(found),
+                "image_id": image,
+                "category_id": k,
+                "segmentation": _rle(label == k),
+                "bbox": box,
+                "area": len(x),
+                "iscrowd": 0,
+            }
+        )
+    return found
+
+
+def _rle(mask: np.ndarray) -> dict:
+    packed = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(n) for n in packed["size"]], "counts": packed["counts"].decode()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def voc_archive(
+    folder: Path | str, archive: Path | str, *, split: str = "test", competition: str = "comp6", year: int = 2012
+) -> int:
+    """The archive (.tgz) that PASCAL VOC's evaluation server takes, from an exported folder; returns the number of
+    label maps in it.
+
+    results/VOC2012/Segmentation/comp6_test_cls/<name>.png; "comp5" is for models that saw VOC's own data only, "comp6"
+    for all others. The same folder gives the same bytes. Raises ToCoError where the classes are not VOC's 20 or a label
+    map holds 255, which the server does not take.
+    """
+    folder = Path(folder)
+    if competition not in ("comp5", "comp6"):
+        raise ToCoError(f"competition = {competition!r} is not allowed: comp5 or comp6")
+    source = open_source(folder, split, require_masks=True)
+    if source.class_names != VOC_CLASSES:
+        raise ToCoError(f"{folder} has the classes {', '.join(source.class_names[1:])}: VOC's 20 are wanted")
+    below = f"results/VOC{year}/Segmentation/{competition}_{split}_cls"
+    part = Path(f"{archive}.part")
+    with open(part, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for index, name in enumerate(source.names):
+                if (source.mask(index) == IGNORE).any():
+                    raise ToCoError(
+                        f"{_label_path(folder, name)} holds 255: the server takes 0..20 only, as method seg"
+                    )
+                data = _label_path(folder, name).read_bytes()
+                entry = tarfile.TarInfo(f"{below}/{name}.png")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    os.replace(part, archive)
+    return len(source)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m toco_core.predict.export`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m toco_core.predict.export", description="Write pseudo labels of a run."
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("folder", help="new folder, or one whose export was interrupted")
+    parser.add_argument("--split", default="train", help="split of the run's data set (default train)")
+    parser.add_argument(
+        "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
+    )
+    parser.add_argument("--beta", type=float, help="threshold of cam and crf (default: the config's)")
+    parser.add_argument("--images", default="link", choices=IMAGES, help="the images beside the labels (default link)")
+    parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
+    chosen = parser.parse_args(arguments)
+    try:
+        opened = open_run(chosen.run)
+        source = split_of_run(opened.config, chosen.split)
+        found = export(
+            opened.model, source, chosen.folder, opened.config,
+            method=chosen.method, beta=chosen.beta, images=chosen.images, split=chosen.split,
+        )  # fmt: skip
+        print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
+        print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
+        if chosen.archive:
+            voc_archive(found.folder, chosen.archive, split=chosen.split)
+    except ToCoError as error:
+        print(f"export: {error}")
+        return 1
+    return 0
+
+
+def split_of_run(config: TrainConfig, split: str) -> Split:
+    """A split of the data set of a config; "train" and "val" are exactly the images that it trains and validates on."""
+    data = open_data(config.data)
+    known = {config.data.train_split: data.train, config.data.val_split: data.val}
+    return known[split] if split in known else open_source(config.data.dataset, split)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,423 @@
+"""A run's folder: what was asked for, on what, what came out, and where to go on.
+
+config.json       every field of the TrainConfig
+manifest.json     versions, machine, git state, data: what is needed to repeat it
+metrics.jsonl     one line per logged step or validation, appended as they happen
+checkpoint.pt     the newest whole state; replaced at once, so an interruption leaves the one before
+best.pt           the state with the best validation so far
+step-00000500.pt  a state that was asked for (`keep_every` of `train.train`)
+failure.pt        a step whose loss was not finite (see `failures`)
+metrics.json      the final numbers; only a finished run has it
+scores.json       what `scores.score_run` found for the finished run
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+
+from toco_core.config import TrainConfig
+from toco_core.data import TrainVal
+from toco_core.errors import ToCoError
+from toco_core.fingerprint import data_fingerprint, differences
+from toco_core.machine.files import load_tensors
+
+
+class Run:
+    """The folder `<out_dir>/<data set>-layer<layer>-seed<seed>-<hash of the config>`; equal configs share it."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.saved: int | None = None
+        """Steps done in the newest checkpoint that was saved or loaded here."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Run":
+        """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
+
+        Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
+        of the package began, under a name with the path as it is written or with every field, is found.
+        """
+        default = config.out_dir == TrainConfig().out_dir
+        folder, resolved = Path(default and os.environ.get("TOCO_RUNS") or config.out_dir), config.resolved()
+        name = _run_name(resolved, resolved.short_hash())
+        earlier = _run_name(config, config.short_hash()), _run_name(config, config.short_hash(every_field=True))
+        there = (n for n in (name, *earlier) if os.path.isfile(folder / n / "config.json"))
+        return cls(folder / next(there, name))
+
+    @contextlib.contextmanager
+    def alone(self, *, wait: bool = True) -> Iterator[None]:
+        """Keep other processes of this machine from training the same run at the same time; they wait, and then find it
+        finished. The lock lies among the temporary files: what is refused before training leaves nothing behind.
+
+        Without `wait` ToCoError is raised where another process has the run.
+        """
+        name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:20]
+        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"toco-run-{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not wait:
+                raise ToCoError(f"another process trains {self.folder.name}: start again when it is done") from None
+            print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def refuse_other_data(self, data: TrainVal, weights: str | None = None) -> None:
+        """Raise ToCoError where the run began with other data, or with another content of the file `weights`, than
+        these: its result is not theirs. A run without a manifest cannot be compared."""
+        if not (self.folder / "manifest.json").is_file():
+            return
+        known = self.manifest()
+        parts = known.get("fingerprint")
+        differs = []
+        if isinstance(parts, dict):
+            found = data_fingerprint(data, parts)
+            differs += [f"{part} has {d}" for part in found for d in differences(parts.get(part), found[part])]
+        elif isinstance(known.get("data_sha256"), str) and known["data_sha256"] != data_digest(data):
+            sizes = known["data"] if isinstance(known.get("data"), dict) else {}
+            for part, n in (("train", len(data.train)), ("val", len(data.val))):
+                if sizes.get(part, n) != n:
+                    differs.append(f"{part} has {n} images, not {sizes[part]}")
+            differs = differs or ["names or image-level labels are others"]
+        before = known.get("weights_sha256")
+        if weights and isinstance(before, str) and os.path.isfile(weights) and file_digest(weights) != before:
+            differs.append(f"the file {weights} has other weights")
+        if differs:
+            raise ToCoError(
+                f"{self.folder} was trained on something else: {', '.join(differs)}; train(..., resume=False) replaces "
+                f"that run, another out_dir keeps both"
+            )
+
+    def begin(self, config: TrainConfig, **facts) -> None:
+        """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder
+        cannot be written."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = sorted(path.name for path in self.folder.glob("step-*.pt"))
+            # what says that the run is finished goes first, so that an interruption here leaves an unfinished one
+            earlier = ("scores.json", "metrics.json", "checkpoint.pt", "best.pt", *kept, "failure.pt", "metrics.jsonl")
+            for name in earlier:
+                (self.folder / name).unlink(missing_ok=True)
+            write_whole(self.folder / "config.json", _json(config.to_dict()))
+            write_whole(self.folder / "manifest.json", _json(manifest() | facts))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.folder / "metrics.json").is_file()
+
+    def config(self) -> TrainConfig:
+        """The config it was started with."""
+        return TrainConfig.from_dict(self._read("config.json"))
+
+    def manifest(self) -> dict:
+        """Versions, machine, git state and data of its start."""
+        return self._read("manifest.json")
+
+    def metrics(self) -> dict:
+        """The final numbers. Raises ToCoError for a run that is not finished."""
+        return self._read("metrics.json")
+
+    def finish(self, metrics: dict) -> None:
+        """Write the final numbers: from now on the run counts as finished."""
+        with self._writing():
+            write_whole(self.folder / "metrics.json", _json(metrics))
+
+    def scores(self) -> dict | None:
+        """What `keep_scores` was given; None before, and for a run that is not finished."""
+        return self._read("scores.json") if self.finished and (self.folder / "scores.json").is_file() else None
+
+    def keep_scores(self, scores: dict) -> None:
+        """Write what the finished run was scored with (see `scores`)."""
+        write_whole(self.folder / "scores.json", _json(scores))
+
+    def log(self, record: dict) -> None:
+        """Append one line to metrics.jsonl."""
+        with self._writing(), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+
+    def records(self) -> list[dict]:
+        """All lines logged so far; a last line cut short by a crash is left out."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            records = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError, OSError) as error:
+            raise ToCoError(f"{path} cannot be read as the log of a run: {error}") from error
+        if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+            raise ToCoError(f"{path} cannot be read as the log of a run: each line is a record with a step")
+        return records
+
+    def keep_records_before(self, step: int) -> None:
+        """Forget what was logged from `step` on: a resumed run logs it again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] < step]
+        with self._writing():
+            write_whole(self.folder / "metrics.jsonl", "".join(kept))
+
+    def save(self, state: dict, *, best: bool = False, keep: bool = False) -> None:
+        """Replace the checkpoint: written beside, flushed to the disk, then renamed.
+
+        `best` makes it best.pt, too, and `keep` step-<number>.pt, which later checkpoints leave alone. A process killed
+        at any moment leaves whole files only, the old ones or the new ones. Raises ToCoError where the disk is full or
+        the folder cannot be written; the checkpoint before is then untouched.
+        """
+        names = [name for name, wanted in (("best.pt", best), (f"step-{state['step']:08d}.pt", keep)) if wanted]
+        self._replace("checkpoint.pt", state, also=names)
+        self.saved = state["step"]
+
+    def save_failure(self, state: dict) -> Path:
+        """Write what `failures.load_failure` reads; the file."""
+        self._replace("failure.pt", state)
+        return self.folder / "failure.pt"
+
+    def load(self, which: str = "last") -> dict | None:
+        """A checkpoint: the "last", the "best", or that of a kept step ("500"); None where there is none. Loading it
+        runs no code of the file's. Raises ToCoError for a file that is damaged or no checkpoint."""
+        names = {"last": "checkpoint.pt", "best": "best.pt"}
+        if which not in names and not which.isdecimal():
+            raise ToCoError(f"checkpoint {which!r}: last, best or the number of a kept step is allowed")
+        path = self.folder / (names.get(which) or f"step-{int(which):08d}.pt")
+        if not path.is_file():
+            return None
+        state = read_state(path, ("model", "optimizer", "step"))
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ToCoError(f"{path} is no checkpoint of this package: its step is {state['step']!r:.40}")
+        if which == "last":
+            self.saved = state["step"]
+        return state
+
+    def kept_steps(self) -> list[int]:
+        """The steps whose checkpoints were kept."""
+        names = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _replace(self, name: str, state: dict, also: Sequence[str] = ()) -> None:
+        part = self.folder / (Path(name).stem + ".part")
+        with self._writing():
+            try:
+                part.unlink(missing_ok=True)  # it may be best.pt under a second name, left by a killed process
+                with open(part, "wb") as file:
+                    _save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                for other in also:  # before the name that a resumed run goes on from: it would not come here again
+                    _also_as(part, self.folder / other)
+                os.replace(part, self.folder / name)
+                _flush_folder(self.folder)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)  # on a full disk its space is wanted
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the system says about writing, in our words."""
+        try:
+            yield
+        except OSError as error:
+            raise ToCoError(f"out_dir: cannot write to {self.folder}: {error.strerror or error}") from error
+
+    def _read(self, name: str) -> dict:
+        path = self.folder / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ToCoError(f"{self.folder} has no {name}: it is not the folder of a run that came so far") from None
+        except (ValueError, RecursionError, OSError) as error:
+            raise ToCoError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ToCoError(f"{path} holds no record with named values")
+        return values
+
+
+def manifest() -> dict:
+    """Versions, machine and git state, as far as they can be told."""
+    from importlib import metadata
+
+    versions = {}
+    known = ("toco_core", "torch", "torchvision", "timm", "numpy", "pillow", "opencv-python-headless", "opencv-python")
+    for name in known:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "git": _git_state(),
+    }
+
+
+def data_digest(data: TrainVal) -> str:
+    """Changes with any name, any image-level label, or their order, in either split."""
+    digest = hashlib.sha256()
+    for split in data[:2]:
+        digest.update(json.dumps([list(split.names), np.asarray(split.image_labels).tolist()]).encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _run_name(config: TrainConfig, digits: str) -> str:
+    dataset = Path(config.data.dataset).name or "data"
+    return f"{dataset}-layer{config.model.layer}-seed{config.seed}-{digits}"
+
+
+def _git_state() -> dict | None:
+    """Commit of the checkout that this package runs from, and whether tracked files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed below another checkout: not its commit
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_state(path: Path, wanted: tuple[str, ...]) -> dict:
+    """A file of `torch.save` with at least the entries `wanted`, read without running code of the file's."""
+    try:
+        state = load_tensors(path)
+    except Exception as error:  # noqa: BLE001  torch raises many kinds
+        raise ToCoError(f"{path} cannot be read as a checkpoint of this package: {type(error).__name__}") from error
+    missing = [name for name in wanted if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ToCoError(f"{path} is no checkpoint of this package: it has no {missing[0]!r}")
+    return state
+
+
+def claim_folder(folder: Path, settings: dict, what: str) -> None:
+    """Begin a folder that an interrupted `what` ("export") goes on with: its manifest.json holds `settings`.
+
+    Raises ToCoError where the folder holds something else, or one with other settings, or cannot be written.
+    """
+    path, settings = folder / "manifest.json", json.loads(json.dumps(settings))
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ToCoError(f"{path} is not the manifest of an {what}: choose a new folder") from None
+        if different:
+            raise ToCoError(f"{folder} holds an {what} with another {', '.join(different)}: choose a new folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ToCoError(f"{folder} is not empty and holds no {what}: choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
+    except OSError as error:
+        raise ToCoError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part. Text is written as UTF-8."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _save(state: dict, file) -> None:
+    """`torch.save`, with the system's own error where writing fails: torch replaces it by one of its own."""
+    failed: list[OSError] = []
+
+    class Writer:
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        def flush(self):
+            file.flush()
+
+    try:
+        torch.save(state, Writer())
+    except Exception:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _also_as(path: Path, name: Path) -> None:
+    """A second name for a file, put there at once; a copy where the file system knows no second names."""
+    part = name.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:
+        with open(path, "rb") as old, open(part, "wb") as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            os.fsync(new.fileno())
+    os.replace(part, name)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names reach the disk, too; Windows has no such call."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _json(values: dict) -> str:
+    return json.dumps(_finite(values), indent=1) + "\n"
+
+
+def _finite(value):
+    """JSON knows no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

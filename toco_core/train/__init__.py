@@ -1,0 +1,1 @@
+"""The training loop, its estimates, its start over several processes, its failures."""

@@ -1,0 +1,203 @@
+"""What a training step takes of the device's memory, measured before the training starts, and whether that is free.
+
+    print(step_memory(config, data))
+
+One step is computed with at most two images and everything that is allocated is counted. More images take
+proportionally more (roughly: maps are of an image's classes, lattices of its colours); what is per parameter, weights
+and AdamW's moments, is added. Not counted: Python, CUDA's own, the decoded images of `cache`, and what single
+operations use inside. On a CPU, where that is 0.2 to 1.4 GB, a process's peak grew by 6 % less to 8 % more than is
+said here, below that by up to 35 MB more (`tests/peak_memory.py`); never compared on a GPU.
+"""
+
+import functools
+import sys
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from toco_core.config import TrainConfig, override
+from toco_core.data import TrainVal, training_batches
+from toco_core.errors import ToCoError
+from toco_core.model import ToCo
+from toco_core.train.loop import (
+    attention_of,
+    autocast_of,
+    resolve_device,
+    resolve_precision,
+    step_in_parts,
+    step_losses,
+    to_device,
+    view_options,
+)
+
+MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
+MARGIN = 1.1  # the estimate may be this much too low
+GIB = 2**30
+
+
+class StepMemory(NamedTuple):
+    """Bytes that training takes on one device, at most at any time of a step."""
+
+    device: str
+    batch_size: int
+    images: int
+    """Whose graph is held at a time: a process's part of a part of the batch."""
+    equal_parts: tuple[int, ...]
+    """Today's `accumulate` and the larger ones that are possible."""
+    gradients: int
+    """Of all trained parameters."""
+    fixed: int
+    """Weights and AdamW's two moments; further gradients where parts or processes are summed."""
+    step: int
+    """What a step allocates above that."""
+    free: int | None
+    """What is free before; None where the system does not say."""
+    precision: str
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.step
+
+    @property
+    def fits(self) -> bool:
+        """False where it is known not to, with a margin for the error of the estimate."""
+        return self.free is None or MARGIN * self.total <= self.free
+
+    def parts_that_fit(self) -> int | None:
+        """The smallest `accumulate` above today's with which it would fit; None where there is none."""
+        today, *more = self.equal_parts
+        fixed = self.fixed + (self.gradients if today == 1 else 0)
+        return next((n for n in more if MARGIN * (fixed + self.step * today / n) <= (self.free or 0)), None)
+
+    def __str__(self) -> str:
+        at_once = f"{self.images} of {self.batch_size} images at once"
+        text = f"a step takes about {self.total / GIB:.2f} GiB on {self.device} ({at_once}, {self.precision})"
+        if self.free is None:
+            return text
+        if self.fits:
+            return f"{text}; {self.free / GIB:.1f} GiB are free"
+        parts = self.parts_that_fit()
+        ways = [f"accumulate = {parts} (the same losses)"] if parts else []
+        ways += ["a smaller crop_size"] + (["precision = 'bf16'"] if self.precision == "fp32" else [])
+        return f"{text} and may not fit: {self.free / GIB:.2f} GiB are free; what helps: {', '.join(ways)}"
+
+
+def step_memory(config: TrainConfig, data: TrainVal, *, processes: int = 1) -> StepMemory:
+    """What a step of the last stage, in which most terms count, takes on the device of the config.
+
+    `processes`: how many share the batch, each with a device (or a part of this machine's memory) of its own. Raises
+    ToCoError where not even the images that are measured fit.
+    """
+    device, schedule = resolve_device(config.device), config.schedule
+    images = schedule.images_at_once(processes)
+    measured = min(images, MEASURED)
+    torch.manual_seed(config.seed)
+    place = device if device.type == "cuda" else torch.device("cpu")  # MPS does not say what its peak was
+    free = free_memory(device)
+    try:
+        model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(place).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.nbytes for p in trained)
+        summed = schedule.accumulate > 1
+        if summed:  # they wait for the next part
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+        step = _allocated_by_a_step(model, config, data, measured, place)
+    except torch.OutOfMemoryError as error:
+        raise ToCoError(
+            f"{device} has {free / GIB:.2f} GiB free, too little for {measured} images at a time: a larger accumulate, "
+            f"a smaller crop_size or precision = 'bf16' is needed"
+        ) from error
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    whole = schedule.batch_size // processes
+    return StepMemory(
+        device=str(device),
+        batch_size=schedule.batch_size,
+        images=images,
+        equal_parts=tuple(n for n in range(schedule.accumulate, whole + 1) if whole % n == 0),
+        gradients=gradients,
+        fixed=weights + (2 + summed + (processes > 1)) * gradients,
+        step=round(step * images / measured),
+        free=free,
+        precision=resolve_precision(config.precision, device),
+    )
+
+
+def _allocated_by_a_step(model: ToCo, config: TrainConfig, data: TrainVal, images: int, device: torch.device) -> int:
+    """The most that one forward and backward pass holds at any time, without what was there before."""
+    last = config.schedule.steps - 1
+    config = override(config, batch_size=images, accumulate=1)
+    options = {"seed": config.seed, "stop_step": 1, **view_options(config, model)}
+    (loaded,) = training_batches(data.train, crop_size=config.data.crop_size, batch_size=images, **options)
+    batch = to_device(loaded, model, device)
+    compute, weights = functools.partial(step_losses, model), config.loss.at(last)
+    options = {"step": last, "generator": torch.Generator().manual_seed(0), "autocast": autocast_of(config, device)}
+    with attention_of(model, config, device), Allocations() as counted:
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        step_in_parts(compute, model, batch, config, weights, **options)
+        return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else counted.most
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make while it is entered, until they are freed: `now`, and at most.
+
+    It sees the backward pass on a CPU only: on CUDA that runs in a thread of its own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.held: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()  # the same object for all views, as long as one of them lives
+                if id(storage) not in self.held and id(storage) not in given:
+                    self.held.add(id(storage))
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _freed(self, name: int, size: int) -> None:
+        self.held.discard(name)
+        self.now -= size
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still get on a device; None where the system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if not sys.platform.startswith("linux"):
+        return None
+    return _free_on_linux(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def _free_on_linux(meminfo: Path, group: Path) -> int | None:
+    """What the machine has available, or less where a container's limit leaves less."""
+    found = []
+    try:
+        facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(1024 * int(facts["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(stat["inactive_file"]))  # pages of files are given back when asked for
+    except (OSError, KeyError, ValueError):  # no limit reads "max"
+        pass
+    return max(0, min(found)) if found else None

@@ -1,0 +1,128 @@
+"""Training over several processes: from a shell, over machines too, and from a notebook. One process is a special case.
+
+    torchrun --nproc-per-node 4 -m toco_core voc dataset=VOCdevkit/VOC2012 seed=1
+    python -m toco_core tiny layer=9 steps=100
+
+In a notebook (or any module that is imported, not executed):
+
+    from toco_core.train.launch import train_on
+    opened = train_on(config, processes=4)
+
+The run is that of the config wherever it was trained: the notebook that asks for it finds it finished. `batch_size` is
+that of the whole, over all processes. Machines must share `out_dir` or, at least, the first one must keep its own.
+"""
+
+import argparse
+import ast
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import multiprocessing
+
+from toco_core.config import RECIPES, TrainConfig, changed_batch, override
+from toco_core.data import TrainVal
+from toco_core.errors import ToCoError
+from toco_core.machine import distributed
+from toco_core.runs.folder import Run
+from toco_core.train.budget import step_memory
+from toco_core.train.loop import Opened, open_data, open_run, resolve_device, train
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a recipe; with `torchrun`, as one of its processes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m toco_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of the config that differ")
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
+    parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")
+    args = vars(parser.parse_args(argv))
+    recipe, fields = args.pop("recipe"), args.pop("fields")
+    try:
+        config = with_fields(RECIPES[recipe](), fields)
+        with distributed.joined(config.device) as share:
+            data = open_data(config.data)
+            if share.first and not Run.of(config).finished:
+                say_before(config, RECIPES[recipe](), data, share.n)
+            trained = train(config, data=data, **args)
+            if share.first:
+                print(trained.run.folder)
+    except ToCoError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, processes: int) -> None:
+    """What one would like to know before hours of training: memory, and a batch that is not the recipe's."""
+    print(step_memory(config, data, processes=processes))
+    if changed := changed_batch(config, recipe):
+        print(changed)
+    sys.stdout.flush()
+
+
+def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
+    """`override` by texts such as "layer=9". Raises ToCoError for what is no NAME=VALUE, no field, or not allowed."""
+    values = {}
+    for field in fields:
+        name, sign, value = field.partition("=")
+        if not sign:
+            raise ToCoError(f"{field!r} is not allowed: NAME=VALUE is wanted")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return override(config, **values)
+
+
+def train_on(
+    config: TrainConfig, *, processes: int, on_record: Callable[[dict], None] | None = None, **options
+) -> Opened:
+    """Train in new processes on this machine, one GPU each where training is on CUDA; the finished run.
+
+    `on_record` and `options` as for `train.train`. A process that fails ends them all, with its message as ToCoError.
+    """
+    distributed.Share(0, processes).part(config.schedule.batch_size)  # these two refuse before anything starts
+    config.schedule.images_at_once(processes)
+    run = Run.of(config)
+    with tempfile.TemporaryDirectory() as meeting:
+        workers = multiprocessing.start_processes(
+            _train_one,
+            (processes, Path(meeting, "store").as_uri(), config.to_dict(), options | {"progress": False}),
+            nprocs=processes,
+            join=False,
+            start_method="spawn",
+        )
+        told = 0
+        try:
+            while not workers.join(timeout=0.5):
+                told = _tell(run, on_record, told)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ToCoError(last.partition("ToCoError: ")[2] or f"a process of the training ended: {last}") from error
+        finally:
+            for process in workers.processes:
+                process.kill()
+        _tell(run, on_record, told)
+    return open_run(run.folder, device=config.device)
+
+
+def _train_one(rank: int, n: int, meeting: str, config: dict, options: dict) -> None:
+    config = TrainConfig.from_dict(config)
+    os.environ["LOCAL_RANK"] = str(rank)
+    if resolve_device(config.device).type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+    with distributed.joined(config.device, init_method=meeting, rank=rank, world_size=n):
+        train(config, **options)
+
+
+def _tell(run: Run, on_record: Callable | None, told: int) -> int:
+    """Hands on the records beyond the first `told`: their number now."""
+    records = run.records() if on_record else []
+    for record in records[told:]:
+        on_record(record)
+    return max(told, len(records))

@@ -1,0 +1,805 @@
+"""Training: what one step computes (`step_losses`), and the loop around it (`train`).
+
+Total loss ("Training Objective"): L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy, each from its first step.
+The main image is the first global view and the teacher differs from the student only in its projection head, so the
+encoder sees every picture once: main image, second global view, local views, the scaled and mirrored copies for CAM.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from toco_core import crops, labels, losses
+from toco_core.cam import CAMs, multi_scale_cam
+from toco_core.config import DataConfig, TrainConfig, lr_at
+from toco_core.crf import dense_energy_loss, energy_lattices
+from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
+from toco_core.data.augment import IMAGE_COLOUR
+from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import Evaluation, eval_size, evaluate
+from toco_core.fingerprint import data_fingerprint
+from toco_core.machine import distributed
+from toco_core.machine.device import in_float64, keep_freed_memory
+from toco_core.machine.distributed import ALONE, Share
+from toco_core.model import ToCo, Tokens, refuse_wrong_keys
+from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
+
+TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
+
+
+class StepInput(NamedTuple):
+    """One step's images, normalised, on the training device (see `data.training_views`).
+
+    The image labels stay on the CPU: what they choose is then known there, and the step never waits for the device.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    global_view: Float[Tensor, "B 3 H W"]
+    local_image: Float[Tensor, "B 3 H W"]
+    image_labels: Float[Tensor, "B K"]
+    valid_box: Int[Tensor, "B 4"]
+
+
+class StepLabels(NamedTuple):
+    """What the CAMs of a step say of its images, without graph. None: no term of this step asks for it."""
+
+    cams: CAMs | None = None
+    region_mask: Int[Tensor, "B H W"] | None = None
+    token_label: Int[Tensor, "B h w"] | None = None
+    pseudo_label: Int[Tensor, "B H W"] | None = None
+
+
+class StepResult(NamedTuple):
+    """What one step computed. A term of weight 0 is 0 and what only it needs is None."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    cams: CAMs | None
+    region_mask: Int[Tensor, "B H W"] | None
+    is_positive: Bool[Tensor, "B V"] | None
+    token_label: Int[Tensor, "B h w"] | None
+    pseudo_label: Int[Tensor, "B H W"] | None
+
+
+def step_losses(
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    generator: torch.Generator | None = None,
+    boxes: crops.CropBoxes | None = None,
+    autocast: Callable = contextlib.nullcontext,
+    share: Share = ALONE,
+    made: StepLabels | None = None,
+    whole: StepLabels | None = None,
+) -> StepResult:
+    """All losses of one step, with their graph; changes nothing.
+
+    Args:
+        weights: term -> weight, as `config.loss.at(step)` gives; terms of weight 0 are not computed.
+        generator: CPU generator that draws where local views are cut.
+        boxes: where to cut them instead.
+        autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
+        share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
+        made: the labels of `batch`, where they are made already (`step_labels`).
+        whole: those of the process's whole batch, where `batch` is one of its equal parts (`step_in_parts`).
+    """
+    if not any(weights[name] > 0 for name in TERMS):
+        raise ToCoError(f"all weights of the loss are 0 on step {step}: one of {', '.join(TERMS)} must be above 0")
+    images, _, _, image_labels, valid_box = batch
+    release = config.release
+    segments = weights["seg"] > 0 or weights["energy"] > 0
+    terms = {name: images.new_zeros(()) for name in TERMS}
+    is_positive = None
+    if weights["energy"] > 0:  # now, as it waits for the device, which has least to do at the beginning of a step
+        unit = model.denormalise(images).clamp(0, 1)
+        lattices = energy_lattices(unit)
+
+    with autocast():
+        tokens = model.encode(images)
+        output = model.heads(tokens, segmentation=segments)
+    terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
+    terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
+
+    if made is None:
+        made = step_labels(model, batch, config, weights, step=step, autocast=autocast, tokens=tokens)
+    cams, region, token_label, pseudo_label = made
+    whole = whole or made
+
+    if weights["ptc"] > 0:
+        terms["ptc"] = losses.ptc_loss(
+            tokens.patch_map,
+            token_label,
+            keep_constant=release.ptc_constant,
+            share=share,
+            whole_label=whole.token_label,
+        )
+
+    if weights["ctc"] > 0:
+        if boxes is None:
+            boxes = crops.sample_crops(
+                region,
+                n_crops=config.crops.n_local,
+                crop_size=config.crops.local_size,
+                generator=generator,
+                valid_box=valid_box,
+                crops_in_padding=release.crops_in_padding,
+            )
+        is_positive = crops.crop_flags(
+            region,
+            *boxes,
+            config.crops.local_size,
+            threshold=config.crops.positive_threshold,
+            foreground_counts_double=release.foreground_counts_double,
+        )
+        is_positive = torch.cat([is_positive.new_ones(len(images), 2), is_positive], dim=1)
+        terms["ctc"] = _class_token_contrast(model, batch, tokens.class_token, boxes, is_positive, config, autocast)
+
+    if segments:
+        seg_logits = F.interpolate(
+            output.seg_logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
+        )
+        if weights["seg"] > 0:
+            terms["seg"] = losses.segmentation_loss(
+                seg_logits,
+                pseudo_label,
+                nan_when_empty=release.nan_segmentation_loss,
+                share=share,
+                whole_label=whole.pseudo_label,
+            )
+        if weights["energy"] > 0:
+            terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box, lattices=lattices)
+
+    total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)
+    return StepResult(total, terms, cams, region, is_positive, token_label, pseudo_label)
+
+
+@torch.no_grad()
+def step_labels(
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    autocast: Callable = contextlib.nullcontext,
+    tokens: Tokens | None = None,
+) -> StepLabels:
+    """The labels that a step's terms learn from; arguments as for `step_losses`.
+
+    `tokens` are those of the images, where the encoder has seen them already.
+    """
+    images, _, _, image_labels, valid_box = batch
+    release, thresholds = config.release, config.labels.thresholds()
+    segments = weights["seg"] > 0 or weights["energy"] > 0
+    region = token_label = pseudo_label = None
+    if not segments and weights["ptc"] == 0 and weights["ctc"] == 0:
+        return StepLabels()
+
+    with autocast():
+        tokens = model.encode(images) if tokens is None else tokens
+        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+    if weights["ptc"] > 0:
+        token_label = labels.token_label(
+            cams.aux_cam,
+            image_labels,
+            tokens.grid,
+            valid_box=valid_box,
+            pixel_box_on_tokens=release.pixel_box_on_tokens,
+            **thresholds,
+        )
+    if weights["ctc"] > 0:
+        region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
+    if segments:
+        final = step >= config.loss.final_cam_start
+        unit = model.denormalise(images).clamp(0, 1)
+        pseudo_label = labels.pseudo_label(
+            (unit * 255).floor() / 255 if release.truncated_denormalisation else unit,
+            cams.cam if final else cams.aux_cam,
+            image_labels,
+            valid_box=valid_box,
+            **config.labels.pseudo_label_options(),
+        )
+    return StepLabels(cams, region, token_label, pseudo_label)
+
+
+def step_in_parts(
+    compute: Callable,
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    weights: dict[str, float],
+    *,
+    step: int = 0,
+    autocast: Callable = contextlib.nullcontext,
+    **options,
+) -> StepResult:
+    """A step's losses and their backward pass, `config.schedule.accumulate` parts of the batch one after the other.
+
+    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. PTC
+    and the segmentation loss are means over all its pairs and pixels, whose numbers follow from the labels: so the
+    labels of all parts come first, which costs one more pass of the main images through the encoder.
+
+    `compute` and `options` as `distributed.shared_step` and `step_losses` have them. The result is for reading: its
+    graph is used up.
+    """
+    n = config.schedule.accumulate
+    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
+    options |= {"step": step, "autocast": autocast}
+    if n == 1:
+        result = compute(batch, config, weights, **options)
+        result.total.backward()
+        return result
+    made = [step_labels(model, part, config, weights, step=step, autocast=autocast) for part in parts]
+    made = [found._replace(cams=None) for found in made]  # large, and no loss reads them
+    whole = StepLabels(*(None if found[0] is None else torch.cat(found) for found in zip(*made, strict=True)))
+    results = []
+    for part, found in zip(parts, made, strict=True):
+        last = part is parts[-1]
+        with contextlib.nullcontext() if last else distributed.unshared_gradients(compute):
+            result = compute(part, config, weights, made=found, whole=whole, **options)
+            (result.total / n).backward()
+        results.append(result._replace(total=result.total.detach()))
+    terms = {name: torch.stack([r.terms[name].detach() for r in results]).mean(0) for name in TERMS}
+    is_positive = None if result.is_positive is None else torch.cat([r.is_positive for r in results])
+    total = torch.stack([r.total for r in results]).mean()
+    return StepResult(total, terms, *whole[:2], is_positive, *whole[2:])
+
+
+def _class_token_contrast(model, batch, main_class_token, boxes, is_positive, config, autocast) -> Tensor:
+    """CTC of the views: main image, second global view, and the local views cut at `boxes`."""
+    B = len(batch.images)
+    with autocast():
+        views = crops.cut_crops(batch.local_image, *boxes, config.crops.local_size)
+        second = model.encode(batch.global_view).class_token
+        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (B, -1))
+        global_tokens = torch.stack([main_class_token, second], dim=1)
+        student = model.project(torch.cat([global_tokens, local], dim=1))
+        teacher = model.project_ema(global_tokens.detach())
+    return losses.ctc_loss(
+        student.float(),
+        teacher.float(),
+        is_positive,
+        temperature=config.loss.temperature,
+        negatives_only_term=config.release.ctc_negatives_only_term,
+    )
+
+
+class Trained(NamedTuple):
+    """A finished run: the model in evaluation mode, its folder, its data, its last validation."""
+
+    model: ToCo
+    run: Run
+    data: TrainVal
+    validation: Evaluation
+
+
+def _alone(function: Callable) -> Callable:
+    """One process at a time trains a run; processes that share one training count as one.
+
+    Those do not wait for others to end: only the first would, and the rest would give it up.
+    """
+
+    @functools.wraps(function)
+    def waits(config: TrainConfig, **options):
+        share = distributed.current()
+        with Run.of(config).alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
+            return function(config, **options)
+
+    return waits
+
+
+@_alone
+def train(
+    config: TrainConfig,
+    *,
+    data: TrainVal | None = None,
+    on_record: Callable[[dict], None] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    save_every: int = 0,
+    save_minutes: float = 10.0,
+    keep_every: int = 0,
+    skip_nonfinite: int = 0,
+) -> Trained:
+    """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
+
+    Args:
+        data: the two splits, by default `open_data(config.data)`.
+        on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
+        resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
+            repeated. False: start anew.
+        save_every, save_minutes: checkpoints between those of the validations, after so many steps and after so much
+            time; 0: none.
+        keep_every: steps whose checkpoints are kept for good, multiples of this number; 0: none. The last one and that
+            of the best validation (final CAM; image labels where there are no masks) are always kept.
+        skip_nonfinite: so many steps may be left out because their loss or its gradient is not finite.
+
+    Everything random in a step follows from (seed, step): where a run is interrupted, and how often, moves no bit.
+    Among several processes (see `distributed`) each computes its part of every batch, and the first one writes.
+
+    Raises ToCoError for what cannot work, before the first step where it can be known. A loss or a gradient that is not
+    finite ends the run before it reaches the weights; `failures.load_failure` brings that step back.
+    """
+    share = distributed.current()
+    part = share.part(config.schedule.batch_size)
+    config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    required(config.log_to)
+    device, data = resolve_device(config.device), data or open_data(config.data)
+    torch.manual_seed(config.seed)
+    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
+    schedule = config.schedule
+    groups = model.parameter_groups(
+        lr=schedule.lr,
+        head_lr_scale=schedule.head_lr_scale,
+        classifier_lr_scale=schedule.classifier_lr_scale,
+        weight_decay=schedule.weight_decay,
+        decay_all=config.release.decay_all,
+    )
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=device.type != "mps")
+    autocast = autocast_of(config, device)
+    keep_freed_memory()
+
+    run = Run.of(config)
+    state = share.from_first(run.load() if resume and share.first else None)
+    start, best, skipped, saved_at = 0, -1.0, 0, time.monotonic()
+    if state is not None:
+        load_model_state(model, state["model"], run, data)
+        load_optimizer_state(optimizer, state["optimizer"], run)
+        if share.first:
+            run.refuse_other_data(data, weights_file(config))
+        start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
+    elif share.first:
+        run.begin(
+            config,
+            data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
+            data_sha256=data_digest(data),
+            fingerprint=data_fingerprint(data),
+            weights_sha256=file_digest(weights_file(config)) if weights_file(config) else None,
+            processes=share.n,
+            device=str(device),
+            precision=resolve_precision(config.precision, device),
+        )
+    if share.first:
+        run.keep_records_before(start)
+    progress = progress and share.first
+    compute = distributed.shared_step(step_losses, model, share)
+
+    def validate() -> Evaluation:
+        bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
+        return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
+
+    tracker = open_tracker(config, run, start) if share.first else NoTracker()
+
+    def note(record: dict) -> None:
+        if share.first:
+            run.log(record)
+            tracker.log(record["step"], tagged(record))
+        if on_record and share.first:
+            on_record(record)
+
+    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
+        batches = training_batches(
+            data.train,
+            crop_size=config.data.crop_size,
+            batch_size=schedule.batch_size,
+            part=part,
+            seed=config.seed,
+            start_step=start,
+            stop_step=schedule.steps,
+            workers=config.data.workers,
+            cache=config.data.cache,
+            pin_memory=device.type == "cuda",
+            **view_options(config, model),
+        )
+        bar = tqdm(
+            batches,
+            total=schedule.steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not progress,
+            file=sys.stdout,
+        )
+        validation, model = None, model.train()
+        for step, loaded in enumerate(bar, start):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(
+                    step,
+                    base_lr=group["base_lr"],
+                    steps=schedule.steps,
+                    warmup_steps=schedule.warmup_steps,
+                    warmup_ratio=schedule.warmup_ratio,
+                    power=schedule.power,
+                    rate_jump=config.release.rate_jump,
+                )
+            batch = to_device(loaded, model, device)
+            if config.release.average_before_teacher:
+                model.update_ema(schedule.momentum)
+            generator = crop_generator(config, step, part.start)
+            optimizer.zero_grad(set_to_none=True)
+            options = {"step": step, "generator": generator, "autocast": autocast, "share": share}
+            result = step_in_parts(compute, model, batch, config, config.loss.at(step), **options)
+            result = result._replace(cams=None)  # large; they would be kept through the next step
+            fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
+            if fault:  # it must not reach the weights, nor the next checkpoint
+                skipped += 1
+                if skipped > skip_nonfinite:
+                    raise _failed(fault, run, model, share.gathered(loaded), result, config, step, share)
+                if progress:
+                    bar.write(f"step {step} is left out: {fault}", file=sys.stdout)
+            if not config.release.average_before_teacher:
+                model.update_ema(schedule.momentum)
+            if not fault:
+                optimizer.step()
+
+            done = step + 1
+            if step % config.log_interval == 0 or done == schedule.steps:
+                record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
+                note(record | ({"skipped": skipped} if skipped else {}))
+                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
+                bar.set_postfix(loss=f"{record['total']:.3f}")
+            validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
+            is_best, keeps = False, bool(keep_every) and done % keep_every == 0
+            if validates:
+                bar.set_description("validating")
+                validation = validate()
+                bar.set_description("training")
+                scores = _final_numbers(validation, config)
+                note({"step": step} | scores)
+                if config.log_to and share.first:
+                    for tag, picture in validation_pictures(model, data.val, config).items():
+                        tracker.picture(step, tag, picture)
+                is_best = scores.get("cam_miou", scores["map"]) > best
+                best = max(best, scores.get("cam_miou", scores["map"]))
+            due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
+            if share.first and (validates or keeps or due):
+                numbers = {"step": done, "best": best, "skipped": skipped}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
+                run.save(state | numbers, best=is_best, keep=keeps)
+                saved_at = time.monotonic()
+        model.eval()
+        if validation is None:  # a finished run was loaded
+            validation = validate()
+        if share.first:
+            run.finish(
+                _final_numbers(validation, config)
+                | {"steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
+                | ({"skipped": skipped} if skipped else {})
+            )
+    return Trained(model, run, data, validation)
+
+
+def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
+    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
+    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
+    too."""
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed + first)
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
+    return generator
+
+
+def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
+    """ "the loss is nan", of the first whose mean over the processes is not finite; "" where all are.
+
+    Here a step waits for the device, and, where it makes the dense energy's lattices, at its beginning. It must:
+    whether the weights change, and whether the run goes on, hangs on the answer. All kernels of the step are queued by
+    then, so that little more than the launch of the optimizer's is not hidden behind them.
+    """
+    found = _numbers(values, share)
+    return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), "")
+
+
+def gradient_length(model: ToCo) -> Tensor:
+    """Euclidean length of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """Raises ToCoError that says what differs, where a checkpoint is of other classes or of another model."""
+    wanted, name = model.state_dict(), "classifier.weight"
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ToCoError(f"{run.folder}: the checkpoint holds no tensors by name")
+    if name in found and found[name].ndim == 2 and len(found[name]) != len(wanted[name]):
+        raise ToCoError(
+            f"{run.folder}: the checkpoint is of a model for {len(found[name])} classes, but {data.train.root} has "
+            f"{len(wanted[name])}: it needs the data set that it was trained on"
+        )
+    refuse_wrong_keys(f"{run.folder}: the checkpoint is of another model", found, wanted)
+    model.load_state_dict(found)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run) -> None:
+    """The same for the optimizer's averages."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for number, values in found["state"].items():
+            if any(values[name].shape != shapes[number] for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"the averages of parameter {number} have another shape")
+        optimizer.load_state_dict(found)
+    except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
+        raise ToCoError(f"{run.folder}: the checkpoint's optimizer does not fit: {error}") from error
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(run: Run) -> Iterator[None]:
+    """Whatever stops the training: the message ends with what is left of it."""
+
+    def left() -> str:
+        if run.saved is None:
+            return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
+        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"training was stopped; {left()}") from None
+    except ToCoError as error:
+        raise ToCoError(f"{error}; {left()}") from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ToCoError(
+            f"out of memory, a larger accumulate or a smaller batch_size or crop_size is needed ({reason}); {left()}"
+        ) from error
+
+
+def _failed(fault, run, model, parts: list[Batch], result, config, step, share: Share) -> ToCoError:
+    """Saves the step that failed, over all processes, and tells of it."""
+    names = [name for part in parts for name in part.names]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name != "names"}
+    terms = _numbers(result.terms, share)
+    message = f"{fault} on step {step}: {terms}; images {', '.join(names)}"
+    if share.first:
+        run.save_failure(
+            {
+                "step": step,
+                "message": message,
+                "config": config.to_dict(),
+                "model": model.state_dict(),
+                "batch": tensors,
+                "names": names,
+            }
+        )
+    return ToCoError(f"{message}; failures.load_failure({str(run.folder)!r}) brings it back")
+
+
+class Opened(NamedTuple):
+    """A run to look into: its model in evaluation mode, its config, its folder, its data."""
+
+    model: ToCo
+    config: TrainConfig
+    run: Run
+    data: TrainVal
+
+
+def trained_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Opened:
+    """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with.
+
+    Raises ToCoError as `train` does, also for a finished run of other data or other weights.
+    """
+    data, run = data or open_data(config.data), Run.of(config)
+    if not run.finished:
+        train(config, data=data, progress=progress)
+    run.refuse_other_data(data, weights_file(config))
+    return open_run(run.folder, data=data, device=config.device)._replace(config=config)
+
+
+def open_run(
+    folder: Path | str, *, data: TrainVal | None = None, device: str = "auto", checkpoint: str = "last"
+) -> Opened:
+    """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
+    there is none, or it is of other classes or of another layout, and where `data` are given that it was not trained
+    on."""
+    run = Run(folder)
+    config, state = run.config(), run.load(checkpoint)
+    if state is None:
+        if checkpoint != "last" and run.load() is not None:
+            kept = ", ".join(map(str, run.kept_steps())) or "no steps"
+            raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
+        raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+    given, data = data is not None, data or open_data(config.data)
+    model = ToCo(
+        dataclasses.replace(config.model, pretrained=False),
+        data.train.n_classes,
+        dropped_border=config.release.dropped_border,
+    )
+    load_model_state(model, state["model"], run, data)
+    if given:
+        run.refuse_other_data(data)
+    return Opened(model.to(resolve_device(device)).eval(), config, run, data)
+
+
+def evaluate_as(
+    config: TrainConfig,
+    model: ToCo,
+    source,
+    *,
+    crf: bool | Mapping = False,
+    crf_workers: int = 0,
+    on_batch: Callable | None = None,
+    progress: bool = True,
+    what: str = "evaluating",
+    share: Share = ALONE,
+    keep: Path | str | None = None,
+) -> Evaluation:
+    """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
+    device = model.classifier.weight.device
+    with attention_of(model, config, device):
+        return evaluate(
+            model,
+            source,
+            size=eval_size(config),
+            scales=config.labels.cam_scales,
+            seg_scales=config.seg_scales,
+            max_over_scales=config.release.max_over_scales,
+            crf=crf,
+            crf_workers=crf_workers,
+            autocast=autocast_of(config, device),
+            on_batch=on_batch,
+            progress=progress,
+            workers=config.data.workers,
+            what=what,
+            share=share,
+            keep=keep,
+        )
+
+
+def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
+    """About how long `train` will take here: three steps of each stage and a few validation images are measured."""
+    device = resolve_device(config.device)
+    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device).train()
+    autocast, schedule = autocast_of(config, device), config.schedule
+    keep_freed_memory()
+    compute = functools.partial(step_losses, model)
+    starts = sorted({0, schedule.steps} | {s for s in _stage_starts(config) if s < schedule.steps})
+    total = 0.0
+    with attention_of(model, config, device):
+        batches = training_batches(
+            data.train,
+            crop_size=config.data.crop_size,
+            batch_size=schedule.batch_size,
+            seed=config.seed,
+            stop_step=3 * len(starts),
+            **view_options(config, model),
+        )
+        for first, last in zip(starts, starts[1:], strict=False):
+            seconds = []
+            for _ in range(3):
+                began = _when_done(device)
+                batch = to_device(next(batches), model, device)
+                generator = torch.Generator().manual_seed(0)
+                options = {"step": first, "generator": generator, "autocast": autocast}
+                step_in_parts(compute, model, batch, config, config.loss.at(first), **options)
+                model.zero_grad(set_to_none=True)
+                seconds.append(_when_done(device) - began)
+            total += min(seconds) * (last - first)
+        few = data.val.subset(range(min(8, len(data.val))))
+        began = time.perf_counter()
+        evaluate_as(config, model, few, progress=False)
+        validations = -(-schedule.steps // config.eval_interval) if config.eval_interval else 1
+        total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
+    return total
+
+
+def _when_done(device: torch.device) -> float:
+    """The clock, in seconds, when all that was queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def weights_file(config: TrainConfig) -> str | None:
+    """The file that the encoder begins with; None where it begins with others or at random."""
+    return config.model.weights if config.model.pretrained else None
+
+
+def open_data(config: DataConfig) -> TrainVal:
+    """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
+    return open_train_val(config.dataset, train=config.train_split, val=config.val_split)
+
+
+def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:
+    """A loaded batch, its images normalised as the backbone expects, its image labels where they are."""
+
+    def ready(images: Tensor) -> Tensor:
+        return model.normalise(to_unit(images.to(device, non_blocking=True)))
+
+    return StepInput(
+        ready(batch.images),
+        ready(batch.global_view),
+        ready(batch.local_image),
+        batch.image_labels,
+        batch.valid_box.to(device, non_blocking=True),
+    )
+
+
+def view_options(config: TrainConfig, model: ToCo) -> dict:
+    """Keywords of `data.training_views` that a config determines, and the model's mean colour."""
+    mean_colour = tuple((255 * model.mean).round().int().flatten().tolist())
+    return {
+        "scale_range": config.data.scale_range,
+        "blur_sigma": config.data.blur_sigma,
+        "image_colour": IMAGE_COLOUR if config.release.always_blurred else IMAGE_COLOUR._replace(blur=0.0),
+        "pad_colour": (0, 0, 0) if config.release.black_padding else mean_colour,
+        "independent_local_image": config.release.independent_local_image,
+        "mirrored_valid_box": config.release.mirrored_valid_box,
+    }
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises ToCoError for a device that is not there.
+
+    On CUDA two settings of the process change: a GPU named by its number becomes the current one, which is what pinned
+    memory goes by, and a convolution in float32 is computed in float32, not in TF32.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    kind, _, number = name.partition(":")
+    if not there.get(kind) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise ToCoError(f"device = {name!r} is not on this machine; there is {', '.join(k for k in there if there[k])}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 where the processor has instructions for it, else fp32. No timing: it is the same every time."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
+    """A function that returns the precision context of a config."""
+    bf16 = resolve_precision(config.precision, device) == "bf16"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
+    """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
+    plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
+    return model.plain_attention() if plain else contextlib.nullcontext()
+
+
+def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:
+    """Means over the processes, as plain numbers."""
+    values = share.mean(in_float64(torch.stack([value.detach() for value in terms.values()])))
+    return dict(zip(terms, values.tolist(), strict=True))
+
+
+def _final_numbers(validation: Evaluation, config: TrainConfig) -> dict:
+    """Scores in percent and the best threshold; without masks only the image-level ones."""
+    best = {"best_beta": validation.cam.best_beta} if validation.n_masks else {}
+    return validation.summary(config.labels.beta) | best
+
+
+def _stage_starts(config: TrainConfig) -> Iterator[int]:
+    loss = config.loss
+    for term in ("ptc", "ctc", "seg", "energy"):
+        if getattr(loss, term) > 0:
+            yield getattr(loss, f"{term}_start")
