@@ -11,10 +11,12 @@ from toco_core.config import (
     TrainConfig,
     changed_batch,
     coco,
+    configured,
     field_sections,
     lr_at,
     override,
     shortened,
+    tiny,
     voc,
 )
 from toco_core.errors import ToCoError
@@ -321,3 +323,13 @@ def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
     assert shortened(config, 40).schedule.warmup_steps == 20
     assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
     assert shortened(config, 1).schedule.steps == 1
+
+
+def test_steps_alone_shorten_every_stage_that_is_not_named():
+    """`-p steps 90` once trained without PTC, CTC and decoder, whose first steps lay behind the last."""
+    config = configured(tiny(), steps=40, ptc_start=3, layer=9)
+    assert config == override(shortened(tiny(), 40), ptc_start=3, layer=9)
+    assert config.loss.seg_start < 40 and config.loss.at(39)["seg"] > 0
+    assert configured(tiny(), layer=9) == override(tiny(), layer=9)
+    with pytest.raises(ToCoError, match="steps = 0 is not allowed: at least 1"):
+        configured(tiny(), steps=0)

@@ -367,11 +367,7 @@ class ToCo(nn.Module):
             yield maps
 
     @contextlib.contextmanager
-<<<<<<< HEAD
-    def plain_attention(self):
-=======
     def plain_attention(self, *, fused_without_gradient: bool = False):
->>>>>>> main
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
 
         Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in

@@ -668,6 +668,18 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
+def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
+    """Change fields of a recipe as a user names them.
+
+    Like `override`; but where `steps` is among them, the first steps of the terms, the warm-up and the interval of
+    validations that are not named keep their share of the schedule (`shortened`).
+    """
+    steps = values.get("steps")
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+        recipe = shortened(recipe, steps)
+    return override(recipe, **values)
+
+
 def changed_batch(config: TrainConfig, recipe: TrainConfig) -> str:
     """A sentence where the images per step are not the recipe's, "" where they are; nothing is changed.
 
