@@ -16,7 +16,8 @@ from toco_core.crops import CropBoxes
 from toco_core.data import training_views
 from toco_core.evaluation.evaluate import merged_label
 from toco_core.model import ToCo
-from toco_core.train.loop import StepInput, step_losses, train, view_options
+from toco_core.objective import Step, StepInput, objective
+from toco_core.train.loop import train, view_options
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 OFF = ReleaseBehaviour(**{f.name: False for f in dataclasses.fields(ReleaseBehaviour)})
@@ -54,7 +55,7 @@ def batch(model, *, boxes=None, image_labels=None, images=None):
 def run(model, inputs, weights, *, boxes=None, **options):
     weights = dict.fromkeys(("cls", "aux_cls", "ptc", "ctc", "seg", "energy"), 0.0) | {"cls": 1.0} | weights
     generator = torch.Generator().manual_seed(2)
-    return step_losses(model, inputs, only(**options), weights, boxes=boxes, generator=generator)
+    return objective(Step(model, inputs, only(**options), weights=weights, boxes=boxes, generator=generator))
 
 
 def views_of(image, seeds, **options):
