@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from coco_folder import (
     write_images,
     write_json,
 )
+from growth import memory_growth
+from PIL import Image
 from pycocotools import mask as rle
 
 from toco_core.data import COCOFolder, open_train_val, split_names
-from toco_core.data.layouts.coco import _counts, _decoded
+from toco_core.data.layouts import coco
+from toco_core.data.layouts.coco import _counts, _runs
 from toco_core.errors import ToCoError
 
 
@@ -104,7 +108,7 @@ def test_one_annotation_file_with_images_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_run_lengths_equal_those_of_pycocotools(seed):
+def test_run_lengths_equal_those_of_pycocotools(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     H, W = int(rng.integers(1, 40)), int(rng.integers(1, 50))
     mask = rng.random((H, W)) < rng.choice([0.02, 0.5, 0.97])
@@ -112,9 +116,16 @@ def test_run_lengths_equal_those_of_pycocotools(seed):
     packed = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     text = packed["counts"].decode()
     plain = run_lengths(mask)
-    assert _counts(text.encode()) == plain["counts"]
+    assert _counts(text.encode()).tolist() == plain["counts"]
     for shape in (plain, {"size": [H, W], "counts": text}):
-        np.testing.assert_array_equal(_decoded(shape, H, W, "here"), mask)
+        for few, long in ((4096, 64), (0, 10**6)):
+            monkeypatch.setattr(coco, "FEW_RUNS", few)
+            monkeypatch.setattr(coco, "LONG_RUN", long)
+            painted = np.zeros(H * W, np.uint8)
+            runs = _runs(shape, H, W, "here")
+            runs.paint(painted, 7)
+            np.testing.assert_array_equal(painted.reshape(W, H).T, 7 * mask)
+            assert runs.area == mask.sum()
 
 
 def test_ignored_pixels(root):
@@ -220,3 +231,88 @@ def test_several_polygons_and_a_border_outside_the_image(root):
     wanted[:3, :4] = wanted[10:, 20:] = 2
     assert (mask != wanted).mean() < 0.03  # the border outside is cut by pycocotools, to a pixel
     assert mask[1, 1] == mask[15, 25] == 2 and mask[8, 10] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"][0].update(category_id=[1]), r"category_id = \[1\], which no category has"),
+        (lambda c: c["annotations"][0].update(category_id={}), r"category_id = \{\}, which no category has"),
+        (lambda c: c["annotations"][0].update(category_id=True), "category_id = True, which no category has"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), r"image_id = \[1\], which no image has"),
+        (lambda c: c["annotations"][0].update(segmentation=[[10**400, 1, 2, 3, 4, 5]]), "list of polygons or an RLE"),
+        (
+            lambda c: c["images"][0].update(height=1, width=2**27),
+            "is 1 x 134217728: allowed .* at most 65500 a side",
+        ),
+        (lambda c: c["categories"][0].update(name="\ud800"), "is no text in UTF-8"),
+        (lambda c: c["images"][0].update(file_name="\ud800.jpg"), "is no text in UTF-8"),
+    ],
+)
+def test_what_is_no_number_or_name(root, change, message):
+    """Each ended in a raw error: TypeError, OverflowError, UnicodeEncodeError."""
+    spoil(root, change)
+    with pytest.raises(ToCoError, match=f"instances_train2014.json.*{message}"):
+        COCOFolder(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"size": 5, "counts": [600]}, "an RLE of size 5 in an image of 20 x 30"),
+        ({"size": None, "counts": [600]}, "an RLE of size None"),
+        ({"size": [20, 30], "counts": "\ud800"}, "do not add up to 20 x 30"),
+        ({"size": [20, 30], "counts": [10**400]}, "do not add up to 20 x 30"),
+        ({"size": [20, 30], "counts": [True, 599]}, "do not add up to 20 x 30"),
+        ({"size": [20, 30], "counts": "o" * 2_000_000}, "do not add up to 20 x 30"),
+        ({"size": [20, 30], "counts": "o" * 10_000_000}, "10000048 pixels of outlines: at most 8388608 are read"),
+        ([[0, 0, 30, 20] * 500_000], "pixels of outlines: at most 8388608 are read"),
+    ],
+)
+def test_hostile_shapes_are_refused_at_once(root, shape, message):
+    """Two megabytes of an RLE's characters took more than 45 seconds, a long outline gigabytes in C."""
+    spoil(root, lambda c: c["annotations"][0].update(segmentation=shape))
+    began = time.monotonic()
+    with pytest.raises(ToCoError, match=message):
+        COCOFolder(root, "train").mask(0)
+    assert time.monotonic() - began < 5
+
+
+def test_nothing_is_drawn_for_a_declared_size_that_the_image_has_not(root):
+    """A photograph of a kilobyte said to be 11585 x 11585: 200 objects on it asked for 26 GB."""
+    objects = [annotation(i, 100, 3, rectangle(0, 0, 11585, 11585)) for i in range(200)]
+
+    def lie(content):
+        content["images"][0].update(height=11585, width=11585)
+        content["annotations"] = objects
+
+    spoil(root, lie)
+    growth = memory_growth()
+    with pytest.raises(ToCoError, match="is 11585 x 11585 but its image COCO_train2014_000000000000.jpg is 20 x 30"):
+        COCOFolder(root, "train").mask(0)
+    assert growth() < 100
+
+
+def test_many_objects_on_a_large_image_share_one_mask(root):
+    """24 megapixels with 60 small objects took 15 seconds and a gigabyte."""
+    H, W = 6000, 4000
+    Image.new("L", (W, H)).save(root / "train2014" / "COCO_train2014_000000000000.jpg")
+
+    def many(content):
+        content["images"][0].update(height=H, width=W)
+        content["annotations"] = [
+            annotation(i, 100, 3, rectangle(50 * i, 60 * i, 50 * i + 40, 60 * i + 30)) for i in range(60)
+        ]
+        content["annotations"].append(annotation(99, 100, 1, rectangle(0, 0, 6000, 4000)))
+
+    spoil(root, many)
+    folder, growth, began = COCOFolder(root, "train"), memory_growth(), time.monotonic()
+    mask = folder.mask(0)
+    assert time.monotonic() - began < 5 and growth() < 200
+    assert (mask == 2).sum() == 60 * 40 * 30 and mask[20, 15] == 2 and mask[41, 15] == 1 and mask[-1, -1] == 1
+
+
+def test_the_area_of_all_objects_has_a_limit(root, monkeypatch):
+    monkeypatch.setenv("TOCO_LIMITS", "painted_pixels=100")
+    with pytest.raises(ToCoError, match="pixels of objects: at most 100 are read .to raise this limit: TOCO_LIMITS=pa"):
+        COCOFolder(root, "train").mask(0)

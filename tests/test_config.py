@@ -270,7 +270,7 @@ def test_configs_are_frozen_and_keyword_only():
         ({"lr": float("nan")}, "lr = nan is not allowed: a finite number"),
         ({"steps": 2.5}, "steps = 2.5 is not allowed: a whole number"),
         ({"steps": 10}, "warmup_steps = 1500 must be at most steps = 10"),
-        ({"precision": "fp16"}, "precision = 'fp16' is not allowed: one of auto, fp32, bf16"),
+        ({"precision": "fp16"}, "precision = 'fp16' is not allowed: one of auto, fp32, medium, bf16"),
         ({"device": "gpu"}, "device = 'gpu' is not allowed: one of auto, cpu, cuda, mps"),
         ({"device": "cpu:1"}, "device = 'cpu:1' is not allowed"),
         ({"betas": (0.9,)}, r"betas = \(0.9,\) is not allowed: 2 numbers"),

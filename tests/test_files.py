@@ -131,8 +131,9 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch, photo):
     Image.fromarray(photo).save(tmp_path / "a.png")
-    monkeypatch.setattr(files, "MAX_PIXELS", 30 * 44 - 1)
-    with pytest.raises(ToCoError, match="a.png is 30 x 44: at most 1319 pixels"):
+    monkeypatch.setenv("TOCO_LIMITS", f"image_pixels={30 * 44 - 1}")
+    words = "a.png is 30 x 44 and has 1320 pixels: at most 1319 are read .*TOCO_LIMITS=image_pixels=1320"
+    with pytest.raises(ToCoError, match=words):
         read_image(tmp_path / "a.png")
 
 

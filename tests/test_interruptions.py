@@ -1,11 +1,13 @@
 """What happens to a run overnight: it is killed, the data vanish, a loader dies, somebody presses the button."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ from voc_folder import write_voc_folder
 
 import toco_core.train.loop as training
 from toco_core.config import override
+from toco_core.data import loader
 from toco_core.errors import ToCoError
+from toco_core.model import ToCo
+from toco_core.predict.export import export
 from toco_core.runs.folder import Run
-from toco_core.train.loop import open_run, train
+from toco_core.train.loop import evaluate_as, open_run, train
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("TOCO_KILLS", "20"))
@@ -87,15 +92,106 @@ def test_vanished_data_are_named(config, workers):
     assert Run.of(config).load()["step"] >= 2
 
 
-def test_a_killed_loader_is_told(config):
-    config = override(config, workers=1, steps=200, eval_interval=2)
+class Killer(threading.Thread):
+    """Ends a loader process of this one at any moment, some time after the first one is there."""
+
+    def __init__(self, delay):
+        super().__init__(daemon=True)
+        self.delay, self.over, self.killed = delay, threading.Event(), 0
+
+    def run(self):
+        while not self.over.wait(0.01):
+            for child in multiprocessing.active_children():
+                self.over.wait(self.delay)
+                os.kill(child.pid, signal.SIGKILL)
+                self.killed = child.pid
+                return
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+
+TOLD = r"a loader process ended \(.*\): too little memory, or /dev/shm too small; try workers=0"
+
+
+@pytest.fixture
+def looks_often(monkeypatch):
+    """Torch asks every half second, not every five, whether a loader process that is silent is alive."""
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.5,))
+
+
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize("torchs_own", [False, True])
+def test_a_loader_killed_at_any_moment_is_told(config, torchs_own, monkeypatch):
+    """In the middle of a step, too, and where another part of the program has set torch's handler of the signal."""
+    config = override(config, workers=1, steps=100000, eval_interval=0)
+    if torchs_own:
+        monkeypatch.setattr(loader, "_started", iter)
+        monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        with Killer(0.37) as killer, pytest.raises(ToCoError, match=f"{TOLD}; there is no .* begins anew"):
+            train(config, progress=False)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert killer.killed
+
+
+def test_torchs_handler_does_not_stay(config):
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = loader.evaluation_items(training.open_data(config.data).val, workers=1)
+    assert next(batches).name == "img_0" and signal.getsignal(signal.SIGCHLD) is before
+    batches.close()
+
+
+@pytest.mark.usefixtures("looks_often")
+def test_a_killed_loader_goes_on_as_advised(config):
+    config = override(config, workers=1, steps=8, eval_interval=2)
 
     def kill():
-        for child in torch.multiprocessing.active_children():
+        for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
+            child.join()
 
-    with pytest.raises(ToCoError, match="a loader process ended .*try workers=0; the checkpoint after step .* goes on"):
-        train(config, on_record=stop_at(3, kill), progress=False)
+    endless = override(config, steps=300)
+    with pytest.raises(ToCoError, match=f"{TOLD}; the checkpoint after step .* and the same call goes on from there"):
+        train(endless, on_record=stop_at(3, kill), progress=False)
+    again = []
+
+    def stop_after(record):
+        again.append(record["step"])
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(override(endless, workers=0), on_record=stop_after, progress=False)
+    assert again[0] >= 2
+
+
+class Interrupted(Exception):
+    """Enough was seen."""
+
+
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize("what", ["evaluate", "export"])
+def test_a_loader_killed_elsewhere_is_told(config, tmp_path, what):
+    config = override(config, workers=1, crop_size=64)
+    data = training.open_data(config.data).train
+    assert data.image_labels.any()  # read once, not for each of the many
+    many = data.subset([i % 4 for i in range(3000)])
+    many.names = tuple(f"{i}" for i in range(3000))
+    model = ToCo(config.model, 3).eval()
+    with Killer(0.3) as killer, pytest.raises(ToCoError, match=f"^{TOLD}$"):
+        if what == "evaluate":
+            evaluate_as(config, model, many, progress=False)
+        else:
+            export(model, many, tmp_path / "out", config, method="cam", images="none", progress=False)
+    assert killer.killed
 
 
 def test_a_vanished_run_folder_is_named(config):

@@ -10,9 +10,10 @@ from voc_folder import SIZES, rectangle_mask, write_list, write_voc_folder
 
 from toco_core.data import VOC_CLASSES, VOCFolder, check, open_source, split_names
 from toco_core.data.__main__ import main
-from toco_core.data.layouts.sbd import MAX_BYTES, read_sbd_mask
+from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.data.survey import inventory
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import limit
 
 
 def some_mask(height=13, width=29, seed=0):
@@ -82,7 +83,7 @@ def saved(**variables) -> bytes:
         (saved(GTcls={"Segmentation": np.full((2, 3), 0.5)}), "values beyond 0..255"),
         (saved(GTcls={"Segmentation": np.full((2, 3), 256)}), "values beyond 0..255"),
         (saved(GTcls={"Segmentation": np.ones((0, 3))}), "values beyond 0..255"),
-        (packed(bytes(MAX_BYTES + 1)), "larger than"),
+        (packed(bytes(limit("mat_bytes") + 1)), "larger than"),
         (packed(b""), "no such entry"),
     ],
 )

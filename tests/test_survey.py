@@ -163,3 +163,31 @@ def test_the_command(root, tmp_path, capsys):
     assert main([str(tmp_path / "VOC2012")]) == 1
     assert f"{len(VOC_CLASSES) - 1} classes: VOCtrainval" in capsys.readouterr().out
     assert how_to_get("photos") == ""
+
+
+def test_the_command_where_no_image_can_be_read(tmp_path, capsys):
+    """The checker's own job ended in a ValueError of NumPy's."""
+    for i in range(2):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / f"{i}.jpg").write_bytes(b"no image")
+    assert main([str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "unreadable: 2" in told and "cat/1.jpg is not a readable JPEG" in told
+
+
+def test_a_deep_json_is_refused_by_the_inventory(tmp_path):
+    root = write_coco_folder(tmp_path / "coco")
+    path = root / "annotations" / "instances_train2014.json"
+    path.write_text('{"images": [], "annotations": [], "categories": ' + "[" * 100_000)
+    with pytest.raises(ToCoError, match="instances_train2014.json is not valid JSON"):
+        inventory(root)
+    path.write_text("[1]")
+    with pytest.raises(ToCoError, match="instances_train2014.json is not COCO's JSON"):
+        inventory(root)
+
+
+def test_too_many_files_are_refused(tmp_path, monkeypatch):
+    write_images(tmp_path, ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"])
+    monkeypatch.setenv("TOCO_LIMITS", "folder_entries=2")
+    with pytest.raises(ToCoError, match="has 3 files and folders or more: at most 2 are read"):
+        inventory(tmp_path)

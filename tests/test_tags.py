@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, write_voc_folder
 
 from toco_core.data import ClassFolders, TagList, VOCFolder, open_source, open_train_val, recognise, split_names
+from toco_core.data.__main__ import main
 from toco_core.data.layouts.tags import write_tag_list
 from toco_core.errors import ToCoError
 
@@ -124,7 +126,7 @@ def test_classes_txt_orders_the_classes(photos):
         ("tags.json", '{"a.jpg": 3}', "entry 0 has the tags 3: a list of texts is wanted"),
         ("tags.json", "[3]", "entry 0 is 3: an object with file and tags is wanted"),
         ("tags.json", '[{"tags": ["cat"]}]', "entry 0: None is not a name inside the list's folder"),
-        ("tags.json", '[{"file": "a.jpg", "tags": ["cat"], "split": 3}]', "entry 0 has split = 3"),
+        ("tags.json", '[{"file": "a.jpg", "tags": ["cat"], "split": 3}]', "entry 0: split 3 is not allowed"),
     ],
 )
 def test_lists_that_are_refused(photos, name, text, message):
@@ -239,3 +241,52 @@ def test_a_mask_that_does_not_fit_is_left_out_before_labels_are_derived(tmp_path
     with pytest.warns(UserWarning, match="img_0.png is 9 x 9"):
         source = open_source(root, broken="leave out")
     assert source.names[0] == "img_1" and source.image_labels.tolist() == np.eye(3)[[1, 2, 0, 1, 2]].tolist()
+
+
+def test_a_class_folder_that_is_a_link_out_of_the_data_is_refused(tmp_path):
+    """`cat -> /home/you/Pictures` made every picture below it a training image, and an export handed them on."""
+    write_images(tmp_path / "pictures", ["private.jpg", "deep/er.jpg"])
+    root = tmp_path / "mine"
+    write_images(root, ["dog/a.jpg", "sheep/b.jpg"])
+    (root / "cow").symlink_to(root / "dog")
+    assert open_source(root).class_names == ("background", "cow", "dog", "sheep")
+    for name in ("cat", "masks"):
+        (root / name).symlink_to(tmp_path / "pictures")
+        with pytest.raises(ToCoError, match=f"{name} is a link to .*pictures, outside of .*mine: put"):
+            open_source(root)
+        (root / name).unlink()
+
+
+def test_names_that_are_not_utf8_are_refused_by_name(tmp_path):
+    """They came from archives in Latin-1 and ended in UnicodeEncodeError when lists were written or hashed."""
+    write_images(tmp_path, ["cat/a.jpg", "dog/b.jpg"])
+    os.rename(tmp_path / "cat" / "a.jpg", os.fsencode(tmp_path / "cat") + b"/caf\xe9.jpg")
+    with pytest.raises(ToCoError, match=r"'cat/caf.*e9' is no text in UTF-8: rename it"):
+        open_source(tmp_path)
+    with pytest.raises(ToCoError, match="no text in UTF-8"):
+        open_train_val(tmp_path)
+    assert main([str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("split", ["../../../escaped", "a/b", "/etc", "..", "a\0", "a\nb"])
+def test_splits_are_plain_names(tmp_path, split):
+    """An export wrote ImageSets/Segmentation/<split>.txt two folders above the new one."""
+    write_images(tmp_path, ["a.png"])
+    (tmp_path / "tags.json").write_text(json.dumps([{"file": "a.png", "tags": ["cat"], "split": split}]))
+    with pytest.raises(ToCoError, match="tags.json entry 0: .*(is not a name inside|a plain name is wanted)"):
+        open_source(tmp_path / "tags.json", split)
+
+
+def test_a_name_of_dots_keeps_its_suffix(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
+    (tmp_path / "...jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
+    (tmp_path / "tags.csv").write_text("file,tags\n...jpg,cat\na.jpg,cat\n")
+    assert open_source(tmp_path / "tags.csv").names == ("...jpg", "a")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_folder_without_rights_is_named(tmp_path):
+    write_images(tmp_path, ["cat/a.jpg", "dog/b.jpg"])
+    (tmp_path / "dog").chmod(0)
+    with pytest.raises(ToCoError, match="dog cannot be read: Permission denied"):
+        open_source(tmp_path)

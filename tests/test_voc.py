@@ -184,7 +184,7 @@ def test_other_files_are_no_labels(root, tmp_path, content):
             {f"img_{i}": ["cow"] for i in range(6)},
             "labels for 'img_0' names the class 'cow': known are cat, dog, sheep",
         ),
-        ("nowhere.npy", "labels nowhere.npy cannot be read"),
+        ("nowhere.npy", "nowhere.npy cannot be read"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(root, labels, message):
@@ -362,3 +362,39 @@ def write_annotation(root, name, objects):
     (root / "Annotations").mkdir(exist_ok=True)
     body = "".join(f"<object><name>{kind}</name><bndbox><xmin>1</xmin></bndbox></object>" for kind in objects)
     (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{body}</annotation>")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("img_0 /", None),
+        ("img_0 //", None),
+        ("img_0 SegmentationClass\0x/img_0.png", "line 1: .* is not a name inside"),
+    ],
+)
+def test_odd_second_columns(root, line, message):
+    """They ended in IndexError, and in the ValueError of a NUL in a path."""
+    (root / "ImageSets/Segmentation/train.txt").write_text(f"{line}\n")
+    if message is None:
+        assert VOCFolder(root, "train").names == ("img_0",)
+    else:
+        with pytest.raises(ToCoError, match=message):
+            VOCFolder(root, "train")
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "rot13", "idna"])
+def test_unknown_encodings_of_annotations(root, encoding):
+    (root / "Annotations").mkdir()
+    for i in range(9):
+        (root / f"Annotations/img_{i}.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
+    with pytest.raises(ToCoError, match="img_0.xml is not valid XML"):
+        VOCFolder(root, "train", labels="xml").image_labels  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "row", [np.array(1), [10**5000, 1, 1], [[1], [1, 2]], ["cat", 1], np.array([b"a", b"b", b"c"]), 7, None, "cat"]
+)
+def test_rows_that_are_none(root, row):
+    labels = {f"img_{i}": row for i in range(9)}
+    with pytest.raises(ToCoError, match="labels for 'img_0' is .*: a row of 3 numbers 0 or 1, or class names"):
+        VOCFolder(root, "train", labels=labels)

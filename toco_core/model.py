@@ -10,6 +10,7 @@ twice.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import re
@@ -29,6 +30,7 @@ from .machine.torchvision_shim import make_importable
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
 DILATION = 5  # of the LargeFOV decoder
 TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
+MOST = {"image": 8192, "patch": 1024, "width": 16384, "depth": 256, "heads": 1024, "mlp": 131072}  # of a plain_vit
 FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
@@ -225,7 +227,8 @@ class ToCo(nn.Module):
         return Output(
             class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
             aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
-            seg_logits=self.decoder(tokens.patch_map) if segmentation else None,
+            # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
+            seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,
         )
 
@@ -330,20 +333,24 @@ class ToCo(nn.Module):
         return maps
 
     @contextlib.contextmanager
-    def plain_attention(self):
+    def plain_attention(self, *, fused_without_gradient: bool = False):
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
 
         Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in
-        bf16.
+        bf16. `fused_without_gradient`: only passes that keep a graph are computed so. The innermost context counts.
         """
+
+        def choose(attention: nn.Module, _) -> None:
+            attention.fused_attn = fused_without_gradient and not torch.is_grad_enabled()
+
         attentions = [block.attn for block in self.encoder.blocks]
         before = [attention.fused_attn for attention in attentions]
+        hooks = [attention.register_forward_pre_hook(choose) for attention in attentions]
         try:
-            for attention in attentions:
-                attention.fused_attn = False
             yield
         finally:
-            for attention, fused in zip(attentions, before, strict=True):
+            for attention, fused, hook in zip(attentions, before, hooks, strict=True):
+                hook.remove()
                 attention.fused_attn = fused
 
     # ---- checkpoints of the release
@@ -354,6 +361,13 @@ class ToCo(nn.Module):
         from .runs.release import from_release
 
         return from_release(path, **options)
+
+
+def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = False) -> ToCo:
+    """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
+    built for them."""
+    with torch.device("meta"):
+        return ToCo(dataclasses.replace(config, pretrained=False), n_classes, dropped_border=dropped_border)
 
 
 class ProjectionHead(nn.Module):
@@ -456,12 +470,15 @@ class PlainViT(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "PlainViT":
         """The inverse of `str`."""
-        values = {k: int(v) for k, v in re.findall(r"(\w+) *= *(\d+)", name)}
+        values = {k: int(v) for k, v in re.findall(r"(\w+) *= *(\d{1,9})(?!\d)", name)}
         if sorted(values) != sorted(cls._fields) or min(values.values()) < 1:
             raise ToCoError(
                 f"backbone = {name!r} is not understood: wanted is {cls(64, 8, 128, 12, 4, 512)} with your numbers"
             )
         spec = cls(**values)
+        for name_, most in MOST.items():
+            if values[name_] > most:
+                raise ToCoError(f"backbone = {name!r} is not allowed: {name_} at most {most}")
         if spec.width % spec.heads or spec.image % spec.patch:
             raise ToCoError(f"backbone = {name!r} is not allowed: width must be a multiple of heads, image of patch")
         return spec
@@ -558,6 +575,8 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
         raise ToCoError(f"{what} = {str(path)!r} is not a file")
     try:
         content = load_tensors(path)
+    except ToCoError:
+        raise
     except Exception as error:
         raise ToCoError(
             f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): "
@@ -566,9 +585,14 @@ def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not content or not are_tensors(content):
         raise ToCoError(f"{what} = {str(path)!r} holds no dictionary of tensors")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def are_tensors(content: object) -> bool:
+    """Whether it is a dictionary of tensors by name."""
+    return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
 def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: bool = False) -> None:
@@ -584,7 +608,9 @@ def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: boo
         for k, v in found.items()
         if k in wanted or not k.startswith(("head.", "head_dist.", "fc_norm.", "pre_logits."))
     }
-    if "pos_embed" in found and "pos_embed" in wanted and found["pos_embed"].shape[1] != wanted["pos_embed"].shape[1]:
+    positions = found.get("pos_embed")
+    resizable = positions is not None and positions.ndim == 3 and positions.is_floating_point()
+    if resizable and "pos_embed" in wanted and positions.shape[1] != wanted["pos_embed"].shape[1]:
         n_prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
         side = round(max(found["pos_embed"].shape[1] - n_prefix, 0) ** 0.5)
         if side < 1 or side**2 + n_prefix != found["pos_embed"].shape[1]:
@@ -607,17 +633,24 @@ def refuse_wrong_keys(what: str, found: dict, wanted: dict) -> None:
         for k in found
         if k in wanted and found[k].shape != wanted[k].shape
     ]
+    kinds = [
+        f"{k} holds {found[k].dtype} and not {wanted[k].dtype}".replace("torch.", "")
+        for k in found
+        if k in wanted and found[k].dtype.is_floating_point != wanted[k].dtype.is_floating_point
+    ]
     words = [
         f"{len(keys)} {word}{'' if len(keys) == 1 else 's'} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for keys, word in (
             (missing, "missing tensor"),
             (unexpected, "unexpected tensor"),
             (misshapen, "tensor of another shape"),
+            (kinds, "tensor of other numbers"),
         )
         if keys
     ]
     if words:
-        raise ToCoError(f"{what}: {'; '.join(words)}".replace("tensor of another shapes", "tensors of another shape"))
+        text = f"{what}: {'; '.join(words)}".replace("tensor of another shapes", "tensors of another shape")
+        raise ToCoError(text.replace("tensor of other numberss", "tensors of other numbers"))
 
 
 def _size(tensor: Tensor) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from toco_core.errors import ToCoError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "medium", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -438,7 +438,9 @@ class TrainConfig(Config):
     device: str = option("auto", "`auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.")
     precision: str = option(
         "auto",
-        "`fp32`, `bf16` (automatic mixed precision), or `auto`: bf16 where the device gains by it.",
+        """`fp32`, `bf16` (automatic mixed precision), `medium` (float32 whose matrix products are computed in bf16
+        inside; TF32 on CUDA; on a CPU without matrix engines the same as fp32), or `auto`: bf16 where the device gains
+        by it.""",
         one_of=PRECISIONS,
     )
     out_dir: str = option("runs", "Folder in which the run's folder is made.")

@@ -1,6 +1,7 @@
 """`python -m toco_core.data <data set>`: what is there, what is missing, what is broken."""
 
 import argparse
+import sys
 
 from toco_core.data.source import open_source, recognise
 from toco_core.data.survey import how_to_get, inventory, survey
@@ -14,6 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", action="append", help="only these splits (may be repeated)")
     parser.add_argument("--names-only", action="store_true", help="decode nothing")
     chosen = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         found = inventory(chosen.dataset)
         print(found)

@@ -4,10 +4,11 @@ Pixels leave as `uint8`: images `H W 3` in RGB, masks `H W` with class values (0
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import limit, open_file, read_bytes, refuse_above
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
 MASK_SUFFIXES = (".png", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP")
-MAX_PIXELS = 2**27  # 134 million: a larger image is taken for a decompression bomb
+READERS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile, b"BM": BmpImageFile}  # by first bytes
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG's segment; FF 00 and restarts belong to a scan
 PROGRESS_FROM = 500  # files; shorter jobs show no bar
 
 
@@ -31,15 +37,15 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     """Decode a JPEG, PNG or BMP file to RGB, whatever it holds.
 
     Grey is repeated, alpha is dropped, 16-bit keeps its upper byte, CMYK is converted, and the EXIF rotation is
-    applied. Raises ToCoError, naming the file, where it is missing, truncated, not an image, or larger than
-    `MAX_PIXELS`.
+    applied. Raises ToCoError, naming the file, where it is missing, truncated, not an image, or beyond a limit (see
+    `machine.intake`) of bytes, pixels or scans.
     """
     data = _read_bytes(path)
     _open(path, data, IMAGE_FORMATS)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise ToCoError(f"{path} cannot be decoded: {error.err or error}") from error
+    except (cv2.error, MemoryError) as error:
+        raise ToCoError(f"{path} cannot be decoded: {getattr(error, 'err', '') or error}") from error
     if image is None:
         raise ToCoError(f"{path} is damaged: its pixels cannot be decoded")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -58,8 +64,8 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
         values = np.asarray(image.getchannel(0) if image.mode in ("LA", "PA") else image)
     except Exception as error:  # the decoder's errors are of many types, and all of them mean the file
         raise ToCoError(f"{path} is damaged: {error}") from error
-    if image.mode == "L" and image.format == "PNG" and data[24] < 8:  # IHDR: bit depth; PIL stretches grey to 0..255
-        values = values // (255 // (2 ** data[24] - 1))
+    if image.mode == "L" and image.format == "PNG":
+        values = values // (255 // (2 ** min(_png_depth(data), 8) - 1))  # PIL stretches few bits to 0..255
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:
         raise ToCoError(f"{path} holds the value {values.max()}: mask values are 0..255")
     return np.array(values, dtype=np.uint8)
@@ -76,10 +82,22 @@ def palette_png(label: UInt8[np.ndarray, "H W"]) -> bytes:
 
 
 def index_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Name (path below `folder` without suffix, with `/`) -> file, for the files in `folder` with one of `suffixes`."""
+    """Name (path below `folder` without suffix, with `/`) -> file, for the files in `folder` with one of `suffixes`.
+
+    A folder that is not there holds none. Raises ToCoError for one that cannot be read, and where there are too many
+    files: a link may have led to the root of the system.
+    """
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise ToCoError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
     found: dict[str, Path] = {}
     rank: dict[str, int] = {}
-    for parent, _, files in os.walk(folder):
+    seen = 0
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        seen += len(folders) + len(files)
+        refuse_above("folder_entries", seen, folder, "files and folders or more")
         below = Path(parent).relative_to(folder)
         for file in files:
             suffix = Path(file).suffix.lower()
@@ -126,11 +144,15 @@ def raise_first(outcomes: list[tuple[Any, ToCoError | None]]) -> list:
     return [value for value, _ in outcomes]
 
 
+def image_size(path: Path | str) -> tuple[int, int]:
+    """H, W as the header of an image says, before any EXIF rotation; nothing is decoded. Raises ToCoError."""
+    with open_file(path, "image_bytes") as file:
+        image = _header(path, file, IMAGE_FORMATS)
+        return image.height, image.width
+
+
 def _read_bytes(path: Path | str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+    data = read_bytes(path, "image_bytes")
     if not data:
         raise ToCoError(f"{path} is empty (0 bytes)")
     return data
@@ -138,29 +160,70 @@ def _read_bytes(path: Path | str) -> bytes:
 
 def _open(path: Path | str, data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """The header, checked, pixels not decoded yet; and the file is whole, which not every decoder minds."""
-    try:
-        image = Image.open(BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise ToCoError(f"{path} is refused: {error}") from error
-    except Exception as error:
-        raise ToCoError(f"{path} is not a readable {' or '.join(formats)} file") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ToCoError(f"{path} is {image.height} x {image.width}: at most {MAX_PIXELS} pixels are read")
+    image = _header(path, BytesIO(data), formats)
+    pixels = image.width * image.height
+    if pixels > limit("image_pixels"):
+        refuse_above("image_pixels", pixels, f"{path} is {image.height} x {image.width} and", "pixels")
     whole = {"JPEG": _jpeg_is_whole, "PNG": lambda data: b"IEND" in data}.get(image.format, lambda data: True)
     if not whole(data):
         raise ToCoError(f"{path} is truncated: the end of the {image.format} file is missing ({len(data)} bytes)")
+    if image.format == "JPEG":
+        scans = _jpeg_scans(data)
+        refuse_above("jpeg_scans", scans, path, "scans")
+        refuse_above("scanned_pixels", scans * pixels, path, "pixels in all its scans together")
     return image
+
+
+def _header(path: Path | str, file: BufferedIOBase, formats: tuple[str, ...]) -> Image.Image:
+    """What PIL makes of a header, without its own limits of pixels, which would warn, or refuse below ours."""
+    start = file.read(8)
+    file.seek(0)
+    for mark, kind in READERS.items():
+        if start.startswith(mark) and kind.format in formats:
+            try:
+                return kind(file)
+            except Exception as error:  # the plugins' errors are of many types, and all of them mean the file
+                raise ToCoError(f"{path} is not a readable {kind.format} file: {error}") from error
+    raise ToCoError(f"{path} is not a readable {' or '.join(formats)} file")
+
+
+def _png_depth(data: bytes) -> int:
+    """Bits of a channel, from the header chunk, which need not be the first one."""
+    position = 8
+    while position + 17 <= len(data):
+        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"IHDR":
+            return max(data[position + 16], 1)
+        position += size + 12
+    return 8
 
 
 def _jpeg_is_whole(data: bytes) -> bool:
     """An end-of-image marker follows the first scan. (A thumbnail in the header may have one of its own.)"""
+    first = _first_scan(data)
+    return first is not None and data.find(b"\xff\xd9", first) >= 0
+
+
+def _first_scan(data: bytes) -> int | None:
+    """Where the first scan begins."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
         elif marker == 0xDA:  # start of scan: from here FF is stuffed, so FF D9 can only be the end
-            return data.find(b"\xff\xd9", position) >= 0
+            return position
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
+    return None
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """How many scans come before the end-of-image marker: a progressive file shows the image again with each."""
+    position, scans = _first_scan(data), 0
+    while position is not None and position + 4 <= len(data) and data[position + 1] != 0xD9:
+        scans += data[position + 1] == 0xDA
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        marker = MARKER.search(data, position)
+        position = marker.start() if marker else None
+    return scans

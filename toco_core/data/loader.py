@@ -7,7 +7,10 @@ Batches hold `uint8` (a quarter of the bytes between processes); `to_unit` makes
 device.
 """
 
+import contextlib
 import itertools
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -260,18 +263,66 @@ def _start_worker(worker: int) -> None:
 
 def _items(loader: DataLoader) -> Iterator:
     """What the loader yields, with errors from its workers raised as ToCoError."""
-    try:
-        for item in loader:
+    with loader_errors():
+        for item in _started(loader):
             if isinstance(item, _Failure):
                 raise ToCoError(item.message)
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+
+
+def _started(loader: DataLoader) -> Iterator:
+    """`iter(loader)`, whose `next` alone tells of a worker that died, within torch's five seconds.
+
+    Torch also sets a handler of SIGCHLD, which raises wherever this process is: in the middle of a step, or while a
+    checkpoint is saved. The handler of before is put back.
+    """
+    if loader.num_workers == 0 or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    here = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise ToCoError(f"workers = {loader.num_workers}: no more processes: {error.strerror or error}") from error
+    finally:
+        if here and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+@contextlib.contextmanager
+def loader_errors() -> Iterator[None]:
+    """Raise what torch says of a dead loader process, in whatever place and way, as ToCoError.
+
+    Other parts of the program may have set torch's handler of SIGCHLD (see `_started`), so that it may come from any
+    line: whatever reads images in processes of its own runs in this.
+    """
+    try:
+        yield
+    except ToCoError:
+        raise
+    except Exception as error:
+        cause = next((one for one in _causes(error) if _is_of_loader(one)), None)
+        if cause is None:
             raise
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
         raise ToCoError(
-            f"a loader process ended ({str(error).splitlines()[0]}): "
-            "too little memory, or /dev/shm too small; try workers=0"
+            f"a loader process ended ({reason}): too little memory, or /dev/shm too small; try workers=0"
         ) from error
+
+
+def _is_of_loader(error: BaseException) -> bool:
+    """What torch raises where a loader process has died, or its connection with it."""
+    died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    return died or isinstance(error, (ConnectionError, EOFError))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those on whose account or during whose handling it was raised: it may have hit a line that raises
+    another error for any that it meets."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def _check_at_least(least: int, **values: int) -> None:

@@ -7,7 +7,9 @@ open_source("my_photos/tags.csv", "train")          list of tags     (see `tags`
 open_source("scenes", "train")                      the embedded data set
 """
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +39,10 @@ class Layout(NamedTuple):
 
 def recognise(dataset: Path | str) -> Layout:
     """The layout of a data set. Raises ToCoError that lists what was found and what is allowed."""
-    kind, root = _kind(dataset)
-    of = {"VOC": voc, "COCO": coco}.get(kind, tags)
-    return Layout(kind, root, of.split_names(root))
+    with _reading(dataset):
+        kind, root = _kind(dataset)
+        of = {"VOC": voc, "COCO": coco}.get(kind, tags)
+        return Layout(kind, root, of.split_names(root))
 
 
 def open_source(dataset: Path | str, split: str = "train", *, broken: str = "stop", **options) -> Split:
@@ -54,15 +57,25 @@ def open_source(dataset: Path | str, split: str = "train", *, broken: str = "sto
     """
     if broken not in BROKEN:
         raise ToCoError(f"broken = {broken!r} is not allowed: one of {', '.join(map(repr, BROKEN))}")
-    kind, root = _kind(dataset)
-    if kind == "VOC":
-        bare = not any(folder.is_dir() for folder in root.glob("SegmentationClass*"))
-        options = {"require_masks": not (bare or (root / "Annotations").is_dir())} | options
-    try:
-        source = READERS[kind](root, split, **options)
-    except TypeError as error:
-        raise ToCoError(f"{root} ({kind}) cannot be opened with {', '.join(options)}: {error}") from error
+    with _reading(dataset):
+        kind, root = _kind(dataset)
+        if kind == "VOC":
+            bare = not any(folder.is_dir() for folder in root.glob("SegmentationClass*"))
+            options = {"require_masks": not (bare or (root / "Annotations").is_dir())} | options
+        try:
+            source = READERS[kind](root, split, **options)
+        except TypeError as error:
+            raise ToCoError(f"{root} ({kind}) cannot be opened with {', '.join(options)}: {error}") from error
     return source.readable() if broken == "leave out" else source
+
+
+@contextlib.contextmanager
+def _reading(dataset: Path | str) -> Iterator[None]:
+    """What the system says about a folder that cannot be read, or a name that none can have, in our words."""
+    try:
+        yield
+    except OSError as error:
+        raise ToCoError(f"{error.filename or dataset} cannot be read: {error.strerror or error}") from error
 
 
 def split_names(dataset: Path | str) -> tuple[str, ...]:

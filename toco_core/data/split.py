@@ -19,6 +19,7 @@ from jaxtyping import Int64, UInt8
 from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
 from toco_core.errors import ToCoError
 from toco_core.labels import IGNORE
+from toco_core.machine.intake import read_text
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 BROKEN = ("stop", "leave out")
@@ -269,15 +270,34 @@ def inside_name(entry: Any, where: str, folder: str) -> str:
     parts = PurePosixPath(entry).parts
     if not parts or entry.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", entry):
         raise ToCoError(f"{where}: {entry!r:.200} is not a name inside {folder}; absolute paths and '..' are refused")
-    if max(len(part.encode(errors="replace")) for part in parts) > 240 or len(entry) > 1000:
+    utf8(entry, where)
+    if max(len(part.encode()) for part in parts) > 240 or len(entry) > 1000:
         raise ToCoError(f"{where}: {entry!r:.80}... is too long for the name of a file")
     return PurePosixPath(entry).as_posix()
+
+
+def utf8(text: str, where: str) -> str:
+    """`text`, unless it cannot be written as UTF-8: a name from a file system in another encoding, half of a character
+    in JSON. Lists, tables and figures have no way to hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ToCoError(f"{where}: {text!r:.200} is no text in UTF-8: rename it") from None
+    return text
+
+
+def split_name(entry: Any, where: str) -> str:
+    """`entry` as the name of a split, which becomes the name of a list: one part, that cannot lead out of a folder."""
+    if not isinstance(entry, str) or "/" in inside_name(entry, where, "the lists of splits") or not entry.isprintable():
+        raise ToCoError(f"{where}: split {entry!r:.80} is not allowed: a plain name is wanted")
+    return entry
 
 
 def without_suffix(name: str) -> str:
     """A name without the suffix of an image file; other dots belong to the name."""
     path = PurePosixPath(name)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else name
+    bare = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path
+    return name if bare.name.strip(".") == "" else bare.as_posix()
 
 
 def first_twice(names: Iterable[str]) -> str | None:
@@ -301,7 +321,7 @@ def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
     twice = first_twice(names)
     if twice is not None:
         raise ToCoError(f"{source} names the class {twice!r} more than once")
-    return tuple(names)
+    return tuple(utf8(name, f"{source} names a class") for name in names)
 
 
 def one_hot(present: Iterable[str], class_names: Sequence[str], source: Path | str) -> UInt8[np.ndarray, " K"]:
@@ -315,7 +335,4 @@ def one_hot(present: Iterable[str], class_names: Sequence[str], source: Path | s
 
 def read_lines(path: Path, what: str) -> list[str]:
     """Lines of a UTF-8 text file, stripped, blank ones kept; `what` says in the message what it should be."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToCoError(f"{path} cannot be read as {what}: {error}") from error
+    return [line.strip() for line in read_text(path, what).splitlines()]

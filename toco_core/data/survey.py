@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.data.source import Layout, recognise
 from toco_core.data.split import Split
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import read_bytes, read_json
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
@@ -169,7 +169,7 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
         )
     same = [
         Same(origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j])))
-        for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), -1), near)
+        for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), GRID * GRID // 64), near)
     ]
     return Survey(tuple(parts), tuple(same))
 
@@ -248,9 +248,11 @@ def _coco_entries(layout: Layout) -> list[Entry]:
     for path in paths:
         year = path.stem.removeprefix("instances_")
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path, "annotation_bytes")
             counts = {key: len(content[key]) for key in ("images", "annotations", "categories")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ToCoError:
+            raise
+        except (KeyError, TypeError) as error:
             raise ToCoError(f"{path} is not COCO's JSON: {error}") from error
         real = counts["categories"] == 80
         entries.append(Entry(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
@@ -285,7 +287,8 @@ def _classes_entry(folder: Path) -> Entry:
 def _count_lines(path: Path) -> int:
     if not path.is_file():
         return 0
-    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+    text = read_bytes(path, "text_bytes").decode("utf-8-sig", errors="replace")
+    return sum(bool(line.strip()) for line in text.splitlines())
 
 
 def how_to_get(name: str) -> str:

@@ -26,6 +26,7 @@ from toco_core.config import TrainConfig, did_you_mean
 from toco_core.crf import dense_crf
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.data.augment import resize
+from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
@@ -120,6 +121,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@loader_errors()
 def evaluate(
     model: ToCo,
     source,

@@ -40,6 +40,7 @@ from toco_core.config import TrainConfig
 from toco_core.crf import crf_label, dense_crf
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
 from toco_core.data.files import palette_png
+from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
 from toco_core.fingerprint import file_digests
@@ -68,6 +69,7 @@ class Exported(NamedTuple):
     pixels: dict[str, float]  # share of all pixels per class name, and "ignored"
 
 
+@loader_errors()
 def export(
     model: ToCo,
     source: Split,

@@ -32,6 +32,7 @@ from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.fingerprint import data_fingerprint, differences
 from toco_core.machine.files import load_tensors
+from toco_core.machine.intake import read_json, read_text
 
 
 class Run:
@@ -157,12 +158,12 @@ class Run:
     def records(self) -> list[dict]:
         """All lines logged so far; a last line cut short by a crash is left out."""
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
+        text = read_text(path, "the log of a run", "json_bytes")
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            records = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError, OSError) as error:
+            records = [json.loads(line) for line in text.split("\n")[:-1]]
+        except (ValueError, RecursionError) as error:
             raise ToCoError(f"{path} cannot be read as the log of a run: {error}") from error
         if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
             raise ToCoError(f"{path} cannot be read as the log of a run: each line is a record with a step")
@@ -202,6 +203,9 @@ class Run:
         state = read_state(path, ("model", "optimizer", "step"))
         if type(state["step"]) is not int or state["step"] < 0:
             raise ToCoError(f"{path} is no checkpoint of this package: its step is {state['step']!r:.40}")
+        for name, kinds in (("best", (int, float)), ("skipped", (int,))):
+            if type(state.get(name, 0)) not in kinds:
+                raise ToCoError(f"{path} is no checkpoint of this package: its {name} is {state[name]!r:.40}")
         if which == "last":
             self.saved = state["step"]
         return state
@@ -239,12 +243,9 @@ class Run:
 
     def _read(self, name: str) -> dict:
         path = self.folder / name
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ToCoError(f"{self.folder} has no {name}: it is not the folder of a run that came so far") from None
-        except (ValueError, RecursionError, OSError) as error:
-            raise ToCoError(f"{path} cannot be read: {error}") from error
+        if not os.path.lexists(path):
+            raise ToCoError(f"{self.folder} has no {name}: it is not the folder of a run that came so far")
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ToCoError(f"{path} holds no record with named values")
         return values
@@ -325,6 +326,8 @@ def read_state(path: Path, wanted: tuple[str, ...]) -> dict:
     """A file of `torch.save` with at least the entries `wanted`, read without running code of the file's."""
     try:
         state = load_tensors(path)
+    except ToCoError:
+        raise
     except Exception as error:  # noqa: BLE001  torch raises many kinds
         raise ToCoError(f"{path} cannot be read as a checkpoint of this package: {type(error).__name__}") from error
     missing = [name for name in wanted if not isinstance(state, dict) or name not in state]
@@ -341,7 +344,7 @@ def claim_folder(folder: Path, settings: dict, what: str) -> None:
     path, settings = folder / "manifest.json", json.loads(json.dumps(settings))
     if path.is_file():
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            known = read_json(path)["settings"]
             different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ToCoError(f"{path} is not the manifest of an {what}: choose a new folder") from None

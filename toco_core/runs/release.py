@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
-from toco_core.model import PlainViT, ToCo, read_tensors, refuse_wrong_keys
+from toco_core.model import PlainViT, ToCo, read_tensors, refuse_wrong_keys, skeleton
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,9 +40,8 @@ def from_release(
     extras = {k: v for k, v in found.items() if k.startswith(UNUSED)}
     found = {k: v for k, v in found.items() if k not in extras}
     config, n_classes = _inferred(what, found, heads, layer)
-    model = ToCo(config, n_classes, dropped_border=dropped_border)
-    wanted = _to_layout(model.state_dict())
-    refuse_wrong_keys(what, found, wanted)
+    refuse_wrong_keys(what, found, _to_layout(skeleton(config, n_classes).state_dict()))
+    model = ToCo(config, n_classes, dropped_border=dropped_border)  # now, as it is as large as the file's tensors
     model.load_state_dict(_from_layout(found))
     model.release_extras = extras
     return model
@@ -97,12 +96,15 @@ def _inferred(what: str, found: dict[str, Tensor], heads: int | None, layer: int
         return tuple(found[key].shape)
 
     width, _, patch, _ = shape("encoder.patch_embed.proj.weight", 4)
-    side = math.isqrt(shape("encoder.pos_embed", 3)[1] - 1)
-    if side**2 + 1 != found["encoder.pos_embed"].shape[1]:
+    side = math.isqrt(max(shape("encoder.pos_embed", 3)[1] - 1, 0))
+    if side < 1 or side**2 + 1 != found["encoder.pos_embed"].shape[1]:
         raise ToCoError(
             f"{what}: its {found['encoder.pos_embed'].shape[1]} position embeddings are not one and a square grid"
         )
-    blocks = {int(number) for k in found if k.startswith("encoder.blocks.") and (number := k.split(".")[2]).isdigit()}
+    blocks = {k.split(".")[2] for k in found if k.startswith("encoder.blocks.")}
+    for number in range(len(blocks)):
+        if str(number) not in blocks:
+            raise ToCoError(f"{what}: it has {len(blocks)} blocks, none of which is number {number}")
     n_classes = shape("classifier.weight", 4)[0]
     if heads is None:
         heads = max(width // HEAD_WIDTH, 1)
@@ -114,7 +116,7 @@ def _inferred(what: str, found: dict[str, Tensor], heads: int | None, layer: int
         image=side * patch,
         patch=patch,
         width=width,
-        depth=max(blocks, default=-1) + 1,
+        depth=max(len(blocks), 1),
         heads=heads,
         mlp=shape("encoder.blocks.0.mlp.fc1.weight", 2)[0],
     )

@@ -16,7 +16,7 @@ import torch
 from toco_core.config import TrainConfig
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, refuse_wrong_keys
+from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.loop import (
@@ -49,12 +49,14 @@ def load_failure(run: Run | Path | str) -> Failure:
     state = read_state(path, ("step", "message", "config", "model", "batch", "names"))
     try:
         config, batch = TrainConfig.from_dict(state["config"]), Batch(names=tuple(state["names"]), **state["batch"])
+        if not are_tensors(state["model"]):
+            raise ToCoError(f"{path}: it holds no tensors by name")
+        refuse_wrong_keys(str(path), state["model"], skeleton(config.model, batch.image_labels.shape[1]).state_dict())
         model = ToCo(
             dataclasses.replace(config.model, pretrained=False),
             batch.image_labels.shape[1],
             dropped_border=config.release.dropped_border,
         )
-        refuse_wrong_keys(str(path), state["model"], model.state_dict())
         model.load_state_dict(state["model"])
     except ToCoError:
         raise

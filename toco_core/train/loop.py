@@ -17,13 +17,14 @@ from tqdm import tqdm
 from toco_core.config import DataConfig, TrainConfig, lr_at
 from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
+from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, eval_size, evaluate
 from toco_core.fingerprint import data_fingerprint
 from toco_core.machine import distributed
 from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
-from toco_core.model import ToCo, refuse_wrong_keys
+from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.objective import (
     TERMS,
     StepInput,
@@ -258,8 +259,14 @@ def gradient_length(model: ToCo) -> Tensor:
 
 def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
     """Raises ToCoError that says what differs, where a checkpoint is of other classes or of another model."""
+    refuse_other_model(model, found, run, data)
+    model.load_state_dict(found)
+
+
+def refuse_other_model(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """What `load_model_state` raises; the model may be a `skeleton`."""
     wanted, name = model.state_dict(), "classifier.weight"
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not are_tensors(found):
         raise ToCoError(f"{run.folder}: the checkpoint holds no tensors by name")
     if name in found and found[name].ndim == 2 and len(found[name]) != len(wanted[name]):
         raise ToCoError(
@@ -267,7 +274,6 @@ def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: Trai
             f"{len(wanted[name])}: it needs the data set that it was trained on"
         )
     refuse_wrong_keys(f"{run.folder}: the checkpoint is of another model", found, wanted)
-    model.load_state_dict(found)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run) -> None:
@@ -277,7 +283,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run
         for number, values in found["state"].items():
             if any(values[name].shape != shapes[number] for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError(f"the averages of parameter {number} have another shape")
-        optimizer.load_state_dict(found)
+            if set(values) != {"step", "exp_avg", "exp_avg_sq"} or values["step"].numel() != 1:
+                raise ValueError(f"parameter {number} has other values than step, exp_avg and exp_avg_sq")
+            if not all(value.is_floating_point() for value in values.values()):
+                raise ValueError(f"the values of parameter {number} are no floating-point numbers")
+        own = optimizer.state_dict()["param_groups"]  # rates and moments are the config's, not the file's
+        optimizer.load_state_dict({"state": found["state"], "param_groups": own})
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{run.folder}: the checkpoint's optimizer does not fit: {error}") from error
 
@@ -292,7 +303,8 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
 
     try:
-        yield
+        with loader_errors():
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"training was stopped; {left()}") from None
     except ToCoError as error:
@@ -365,6 +377,7 @@ def open_run(
             raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
     given, data = data is not None, data or open_data(config.data)
+    refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
     model = ToCo(
         dataclasses.replace(config.model, pretrained=False),
         data.train.n_classes,
@@ -518,9 +531,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    native = _cpu_has("avx512_bf16") or has_matrix_engines()
     return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def has_matrix_engines() -> bool:
+    """Whether the processor multiplies bf16 matrices in units of its own (AMX), seven times as fast as float32."""
+    return _cpu_has("amx_tile")
+
+
+def _cpu_has(feature: str) -> bool:
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
 
 
 def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
@@ -529,10 +550,22 @@ def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
-    """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
-    plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
-    return model.plain_attention() if plain else contextlib.nullcontext()
+@contextlib.contextmanager
+def attention_of(model: ToCo, config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The kernels that are the fastest for a config's precision, for everything that is computed in this context.
+
+    In bf16 on a CPU attention by matrix products trains about twice as fast as the fused kernel; with matrix engines
+    (AMX) that is so only where a gradient follows, and passes without one take the fused kernel. In `medium` precision
+    matrix products of float32 are computed in bf16 by torch's setting, which is restored afterwards.
+    """
+    precision, products = resolve_precision(config.precision, device), torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu" and precision == "bf16":
+            stack.enter_context(model.plain_attention(fused_without_gradient=has_matrix_engines()))
+        if precision == "medium":
+            stack.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("medium")
+        yield
 
 
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:

@@ -9,19 +9,17 @@ an image's annotations. Masks are drawn when they are asked for: large objects f
 visible; crowds count as their category. Polygons are drawn by `pycocotools`, as COCO's own evaluation does.
 """
 
-import json
-import math
 import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from pycocotools import mask as rle
 
-from toco_core.data.files import IMAGE_SUFFIXES, MAX_PIXELS
+from toco_core.data.files import IMAGE_SUFFIXES, image_size
 from toco_core.data.split import (
     Split,
     first_twice,
@@ -34,8 +32,11 @@ from toco_core.data.split import (
 )
 from toco_core.errors import ToCoError
 from toco_core.labels import IGNORE
+from toco_core.machine.intake import limit, read_bytes, read_json, refuse_above
 
 LAYOUT = "a COCO folder holds annotations/instances_<split>.json and <split>/ or images/ with the images"
+FEW_RUNS, LONG_RUN = 4096, 64  # few or long runs are painted one by one
+MOST_CHARACTERS = 7  # of a run length in a compressed RLE: 35 bits
 VAL_PART = "val_part"
 VAL_PART_SHARE = 0.12  # of val: about 5000 of COCO's 40 thousand images
 
@@ -89,13 +90,23 @@ class COCOFolder(Split):
             return None
         image, objects = self._masks[index]
         where, (H, W) = self._mask_name(index), image["size"]
-        shapes = [(k, _drawn(shape, H, W, where)) for k, shape in objects if shape is not None]
-        mask = np.zeros((H, W), np.uint8)
-        for k, inside in sorted(shapes, key=lambda item: -int(item[1].sum())):
-            mask[inside] = k
+        real = image_size(self._images[index])
+        if sorted(real) != sorted((H, W)):  # sides may change places by EXIF; nothing is drawn for a size that is a lie
+            raise ToCoError(
+                f"{where} is {H} x {W} but its image {self._images[index].name} is {real[0]} x {real[1]}: "
+                "a mask has the size of its image"
+            )
+        drawn = [(k, shape) for k, shape in objects if shape is not None]
         if image["ignore"] is not None:
-            mask[_drawn(_compact(image["ignore"], where), H, W, where)] = IGNORE
-        return mask
+            drawn.append((IGNORE, image["ignore"]))
+        length = sum(_outline(shape, H, W, where) for _, shape in drawn)
+        refuse_above("outline_pixels", length, where, "pixels of outlines")
+        runs = [(k, _runs(shape, H, W, where)) for k, shape in drawn]
+        refuse_above("painted_pixels", sum(inside.area for _, inside in runs), where, "pixels of objects")
+        mask = np.zeros((W, H), np.uint8)  # column by column, as RLE counts
+        for k, inside in sorted(runs, key=lambda item: (item[0] == IGNORE, -item[1].area)):
+            inside.paint(mask.reshape(-1), k)
+        return mask.T.copy()
 
     def _mask_name(self, index: int) -> str:
         return f"{self._json} (image {self.names[index]})"
@@ -112,10 +123,7 @@ def split_names(root: Path | str) -> tuple[str, ...]:
 
 def is_coco_json(path: Path) -> bool:
     """Whether a JSON file looks like COCO's, without parsing it."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+    data = read_bytes(path, "annotation_bytes")
     return all(f'"{key}"'.encode() in data for key in ("images", "annotations", "categories"))
 
 
@@ -172,12 +180,7 @@ def _listed_names(path: Path) -> set[str]:
 
 
 def _read_json(path: Path) -> dict[str, list]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ToCoError(f"{path} is not valid JSON: {error}") from error
+    content = read_json(path, "annotation_bytes")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ToCoError(f"{path} has no list {key!r}: COCO's JSON has images, annotations and categories")
@@ -196,7 +199,7 @@ def _field(entry: dict, key: str, kind: type, where: str) -> Any:
 def _classes(categories: list[dict], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names with background, and category id -> 1..K."""
     named = sorted(
-        (_field(c, "id", int, f"{path}: a category"), _field(c, "name", str, f"{path}: category {c.get('id')}"))
+        (_field(c, "id", int, f"{path}: a category"), _field(c, "name", str, f"{path}: category {c.get('id')!r:.40}"))
         for c in categories
     )
     twice = first_twice([str(number) for number, _ in named])
@@ -221,8 +224,11 @@ def _images(entries: list[dict], path: Path, wanted: set[str] | None, listed: Pa
         if wanted is not None and name.split("/")[-1] not in wanted:
             continue
         height, width = (_field(entry, side, int, where) for side in ("height", "width"))
-        if height < 1 or width < 1 or height * width > MAX_PIXELS:
-            raise ToCoError(f"{where} is {height} x {width}: allowed are 1 to {MAX_PIXELS} pixels")
+        if min(height, width) < 1 or max(height, width) > limit("image_side") or height * width > limit("image_pixels"):
+            raise ToCoError(
+                f"{where} is {height} x {width}: allowed are 1 to {limit('image_pixels')} pixels, "
+                f"at most {limit('image_side')} a side"
+            )
         if number in images:
             raise ToCoError(f"{path} has the image id {number} more than once")
         ignore = entry.get("ignore") if isinstance(entry.get("ignore"), dict) else None
@@ -244,15 +250,16 @@ def _objects(
     """
     objects: dict[int, list[tuple[int, Any]]] = {number: [] for number in images}
     for entry in entries:
-        number, where = entry.get("image_id"), f"{path}: annotation {entry.get('id')}"
-        if not isinstance(number, int) or number not in objects:
+        number, where = entry.get("image_id"), f"{path}: annotation {entry.get('id')!r:.40}"
+        if type(number) is not int or number not in objects:
             if partial:
                 continue
-            raise ToCoError(f"{where} has image_id = {number!r}, which no image has")
-        if entry.get("category_id") not in class_of:
-            raise ToCoError(f"{where} has category_id = {entry.get('category_id')!r}, which no category has")
+            raise ToCoError(f"{where} has image_id = {number!r:.60}, which no image has")
+        category = entry.get("category_id")
+        if type(category) is not int or category not in class_of:
+            raise ToCoError(f"{where} has category_id = {category!r:.60}, which no category has")
         shape = _compact(entry["segmentation"], where) if entry.get("segmentation") else None
-        objects[number].append((class_of[entry["category_id"]], shape))
+        objects[number].append((class_of[category], shape))
     return objects
 
 
@@ -262,50 +269,99 @@ def _compact(shape: Any, where: str) -> Any:
         return shape
     try:
         return [array("d", polygon) for polygon in shape]
-    except TypeError:
+    except (TypeError, OverflowError):
         raise ToCoError(f"{where}: a segmentation is a list of polygons or an RLE, not {shape!r:.60}") from None
 
 
-def _drawn(shape: Any, H: int, W: int, where: str) -> np.ndarray:
-    """H W bool of polygons or RLE."""
+class _Runs(NamedTuple):
+    """An object as runs of pixels, counted column by column."""
+
+    begins: Int64[np.ndarray, " R"]
+    ends: Int64[np.ndarray, " R"]
+    area: int
+
+    def paint(self, pixels: UInt8[np.ndarray, " HW"], value: int) -> None:
+        """Set the pixels of the object."""
+        whole = int(self.ends[-1] - self.begins[0]) if len(self.begins) else 0
+        if len(self.begins) <= max(FEW_RUNS, whole // LONG_RUN):
+            for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
+                pixels[begin:end] = value
+            return
+        steps = np.zeros(whole + 1, np.int8)  # many short runs: all at once
+        np.add.at(steps, self.begins - self.begins[0], 1)
+        np.add.at(steps, self.ends - self.begins[0], -1)
+        inside = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+        pixels[self.begins[0] : self.ends[-1]][inside] = value
+
+
+def _runs(shape: Any, H: int, W: int, where: str) -> _Runs:
+    """The pixels inside polygons or RLE."""
     if isinstance(shape, dict):
-        return _decoded(shape, H, W, where)
-    for polygon in shape:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ToCoError(f"{where}: a polygon of {len(polygon)} numbers: 6 or more, in pairs, are wanted")
-        far = max(polygon) > 2 * max(H, W) or min(polygon) < -max(H, W)
-        if far or not all(map(math.isfinite, polygon)):
-            raise ToCoError(f"{where}: a polygon leads far out of its image of {H} x {W}")
-    return rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in shape], H, W))).astype(bool)
+        counts = _given_counts(shape, H, W, where)
+    else:
+        polygons = [polygon.tolist() for polygon in shape]
+        counts = _counts(rle.merge(rle.frPyObjects(polygons, H, W))["counts"])
+    edges = np.cumsum(counts)
+    begins, ends = edges[: len(edges) // 2 * 2 : 2], edges[1::2]
+    longer = ends > begins  # a run may be empty
+    return _Runs(begins[longer], ends[longer], int((ends - begins).sum()))
 
 
-def _decoded(shape: dict, H: int, W: int, where: str) -> np.ndarray:
-    """H W bool of an RLE, compressed (text) or not (list of counts). `pycocotools` would not notice a short one."""
-    if list(shape.get("size", ())) != [H, W]:
-        raise ToCoError(f"{where}: an RLE of size {shape.get('size')!r} in an image of {H} x {W}")
+def _outline(shape: Any, H: int, W: int, where: str) -> int:
+    """How long the outline of an object is, at most: pixels of polygons, counts of an RLE."""
+    if not isinstance(shape, dict):
+        return sum(_length(polygon, H, W, where) for polygon in shape)
+    counts = shape.get("counts")
+    return len(counts) if isinstance(counts, (str, list)) else 0
+
+
+def _length(polygon: array, H: int, W: int, where: str) -> int:
+    """Pixels that the outline of a polygon passes, at most; `pycocotools` takes memory for five times as many."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise ToCoError(f"{where}: a polygon of {len(polygon)} numbers: 6 or more, in pairs, are wanted")
+    points = np.frombuffer(polygon).reshape(-1, 2)
+    if not np.isfinite(points).all() or points.max() > 2 * max(H, W) or points.min() < -max(H, W):
+        raise ToCoError(f"{where}: a polygon leads far out of its image of {H} x {W}")
+    return int(np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()) + len(points)
+
+
+def _given_counts(shape: dict, H: int, W: int, where: str) -> Int64[np.ndarray, " R"]:
+    """Run lengths of an RLE, compressed (text) or not (list of counts). `pycocotools` would not notice a short one."""
+    if shape.get("size") != [H, W]:
+        raise ToCoError(f"{where}: an RLE of size {shape.get('size')!r:.60} in an image of {H} x {W}")
     counts = shape.get("counts")
     if isinstance(counts, str):
-        counts = _counts(counts.encode())
-    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != H * W:
+        try:
+            counts = _counts(counts.encode("ascii"))
+        except ValueError:
+            counts = None
+    elif isinstance(counts, list) and all(type(n) is int and 0 <= n <= H * W for n in counts):
+        counts = np.array(counts, np.int64)
+    else:
+        counts = None
+    if counts is None or counts.min(initial=0) < 0 or counts.sum() != H * W:
         raise ToCoError(f"{where}: the counts of an RLE do not add up to {H} x {W}")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(W, H).T
+    return counts
 
 
-def _counts(text: bytes) -> list[int]:
+def _counts(text: bytes) -> Int64[np.ndarray, " R"]:
     """Run lengths of a compressed RLE: 5 bits a character, low ones first, 32 says that more follow, the sign is in the
-    last one's 16; from the fourth on each is the difference to the one before the last."""
-    counts, value, shift = [], 0, 0
-    for character in text:
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value, shift = 0, 0
-    return counts if shift == 0 else []
+    last one's 16; from the fourth on each is the difference to the one before the last. Raises ValueError."""
+    bits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if not len(bits):
+        return bits
+    last = bits & 32 == 0
+    if bits.min() < 0 or bits.max() > 63 or not last[-1]:
+        raise ValueError("it is no RLE")
+    begins = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
+    place = np.arange(len(bits)) - np.repeat(begins, np.diff(begins, append=len(bits)))
+    if place.max() > MOST_CHARACTERS - 1:
+        raise ValueError("a count has too many characters")
+    values = np.add.reduceat((bits & 31) << (5 * place), begins)
+    values -= np.where(bits[last] & 16, 1 << (5 * (place[last] + 1)), 0)
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    return values
 
 
 def _find_images(file_names: Sequence[str], path: Path, root: Path) -> list[Path]:

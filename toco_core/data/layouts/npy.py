@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import read_bytes
 
-MAX_BYTES = 2**30
 REFUSED = (
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4),
     *(pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX),
@@ -27,9 +27,7 @@ REFUSED = (
 def read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
     """The mapping or the array. Raises ToCoError, naming the file."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ToCoError(f"labels {path} has {path.stat().st_size} bytes: at most {MAX_BYTES} are read")
-        file = io.BytesIO(path.read_bytes())
+        file = io.BytesIO(read_bytes(path, "npy_bytes"))
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_column, dtype = header(file)
@@ -39,8 +37,6 @@ def read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
             content = _array(file.read(), dtype, shape, by_column)
     except ToCoError:
         raise
-    except OSError as error:
-        raise ToCoError(f"labels {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle raises almost any type
         raise ToCoError(f"labels {path} is not a NumPy file of image labels: {error}") from error
     if not isinstance(content, Mapping) and not (isinstance(content, np.ndarray) and content.ndim == 2):
@@ -130,6 +126,15 @@ class _ArrayUnpickler(pickle._Unpickler):
         for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
     }
     dispatch = {code: f for code, f in pickle._Unpickler.dispatch.items() if bytes([code]) not in REFUSED}
+
+    def load_build(self) -> None:
+        """The state of an array or of its type; functions have none to be changed."""
+        state = self.stack.pop()
+        if type(self.stack[-1]) not in (_Array, _DType):
+            raise ValueError("an object of no known form")
+        self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.KNOWN:

@@ -7,7 +7,7 @@ the VOC folder, beside it, or beside the VOCdevkit that holds it; a folder named
 
 Only what such a file needs of MATLAB's level 5 format is read: one struct of plain arrays, field by field without any
 nesting, all but one skipped. Nothing that a file holds is run, and a file from a stranger can neither take more memory
-than `MAX_BYTES` nor go so deep that the process dies, as general readers do.
+than the limit `mat_bytes` nor go so deep that the process dies, as general readers do.
 """
 
 import itertools
@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import limit, read_bytes
 
 FOLDERS = ("benchmark_RELEASE/dataset", "SBD")
-MAX_BYTES = 2**24  # of one file, unpacked
 MAX_FIELDS = 64
 HEADER = 128  # bytes: text, then version and byte order
 MATRIX, COMPRESSED = 14, 15  # kinds of element
@@ -45,10 +45,9 @@ def sbd_folder(root: Path) -> Path | None:
 
 def read_sbd_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
     """GTcls.Segmentation of one file: 0 background, 1..20. Raises ToCoError, naming the file."""
+    data = read_bytes(path, "mat_bytes")
     try:
-        mask = _segmentation(Path(path).read_bytes())
-    except OSError as error:
-        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
+        mask = _segmentation(data)
     except (ValueError, struct.error, zlib.error) as error:
         raise ToCoError(f"{path} is no MATLAB file of SBD with GTcls.Segmentation: {error}") from error
     if mask.size == 0 or not np.isin(mask, range(256)).all():
@@ -57,8 +56,6 @@ def read_sbd_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
 
 
 def _segmentation(data: bytes) -> np.ndarray:
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{len(data)} bytes are too many")
     order = {b"IM": "<", b"MI": ">"}.get(data[HEADER - 2 : HEADER])
     if order is None:
         raise ValueError("it does not begin as MATLAB's level 5 format")
@@ -92,9 +89,9 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
 
 def _unpacked(content: bytes) -> bytes:
     unpacker = zlib.decompressobj()
-    unpacked = unpacker.decompress(content, MAX_BYTES)
+    unpacked = unpacker.decompress(content, limit("mat_bytes"))
     if not unpacker.eof:
-        raise ValueError(f"its packed part is damaged, or larger than {MAX_BYTES} bytes")
+        raise ValueError(f"its packed part is damaged, or larger than {limit('mat_bytes')} bytes")
     return unpacked
 
 

@@ -18,7 +18,6 @@ Without splits all images are "train". The classes are those that occur, sorted,
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,10 +36,13 @@ from toco_core.data.split import (
     one_hot,
     one_spelling,
     read_lines,
+    split_name,
+    utf8,
     with_background,
     without_suffix,
 )
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import read_json, read_text
 
 TABLES = ("tags.csv", "tags.tsv", "tags.json", "labels.csv", "labels.tsv", "labels.json")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path", "name")
@@ -134,7 +136,8 @@ def _split_names(entries: Sequence[Tagged]) -> tuple[str, ...]:
 
 def _folders(root: Path) -> list[Path]:
     hidden = (".", "__")
-    return [p for p in sorted(root.iterdir()) if p.is_dir() and p.name != "masks" and not p.name.startswith(hidden)]
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(hidden)]
+    return [refuse_outside(p, root) for p in folders if p.name != "masks"]
 
 
 def _levels(root: Path) -> list[Path]:
@@ -143,18 +146,27 @@ def _levels(root: Path) -> list[Path]:
     return parts or [root]
 
 
+def refuse_outside(folder: Path, root: Path) -> Path:
+    """`folder`, unless it is a link that leads out of `root`: all that lies below it would become training images, and
+    an export would hand it on."""
+    if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
+        raise ToCoError(f"{folder} is a link to {folder.resolve()}, outside of {root}: put the folder itself there")
+    return folder
+
+
 def _has_images(folder: Path) -> bool:
     return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
 
 
 def _by_folder(root: Path) -> list[Tagged]:
-    masks = {one_spelling(name): path for name, path in index_files(root / "masks", MASK_SUFFIXES).items()}
+    found = index_files(refuse_outside(root / "masks", root), MASK_SUFFIXES)
+    masks = {one_spelling(name): path for name, path in found.items()}
     entries = []
     for level in _levels(root):
         split = None if level == root else SPLITS[level.name.lower()]
         for folder in _folders(level):
             for below, path in sorted(index_files(folder, IMAGE_SUFFIXES).items()):
-                name = (folder.relative_to(root) / below).as_posix()
+                name = utf8((folder.relative_to(root) / below).as_posix(), str(root))
                 mask = masks.get(one_spelling(name))
                 mask = None if mask is None else mask.relative_to(root).as_posix()
                 entries.append(Tagged(path.relative_to(root).as_posix(), (folder.name,), split, mask))
@@ -173,15 +185,8 @@ def _classes(folder: Path, entries: Sequence[Tagged], source: str) -> tuple[tupl
     return with_background(names, source), source
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToCoError(f"{path} cannot be read as a list of tags: {error}") from error
-
-
 def _from_table(path: Path) -> list[Tagged]:
-    text = _read_text(path)
+    text = read_text(path, "a list of tags")
     first = text.splitlines()[0] if text.strip() else ""
     delimiter = max(",;\t", key=first.count)
     try:
@@ -220,10 +225,7 @@ def _is_one(cell: str, column: str, where: str) -> bool:
 
 
 def _from_json(path: Path) -> list[Tagged]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ToCoError(f"{path} is not valid JSON: {error}") from error
+    content = read_json(path)
     if isinstance(content, Mapping):
         content = [{"file": file, "tags": tags} for file, tags in content.items()]
     if not isinstance(content, list):
@@ -244,8 +246,7 @@ def _from_json(path: Path) -> list[Tagged]:
 
 def _entry(file: Any, tags: tuple[str, ...], extra: Mapping, where: str) -> Tagged:
     split, mask = extra.get("split"), extra.get("mask")
-    if split is not None and not isinstance(split, str):
-        raise ToCoError(f"{where} has split = {split!r:.60}: a text is wanted")
+    split = None if split is None else split_name(split, where)
     file = inside_name(file, where, "the list's folder")
     mask = None if mask is None else inside_name(mask, where, "the list's folder")
     return Tagged(file, tags, None if split is None else SPLITS.get(split.lower(), split), mask)

@@ -39,6 +39,7 @@ from toco_core.data.split import (
 )
 from toco_core.errors import ToCoError
 from toco_core.labels import IGNORE
+from toco_core.machine.intake import read_bytes
 
 LAYOUT = "a VOC-layout folder holds JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt"
 AUGMENTED = "SegmentationClassAug"  # masks of SBD and VOC together, as the field passes them around
@@ -112,10 +113,11 @@ class VOCFolder(Split):
     def _label_from_xml(self, index: int) -> UInt8[np.ndarray, " K"]:
         path = self.root / "Annotations" / f"{self.names[index]}.xml"
         try:
-            objects = {(node.findtext("name") or "").strip() for node in ElementTree.parse(path).iter("object")}
-        except OSError as error:
-            raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ElementTree.ParseError, ValueError) as error:
+            tree = ElementTree.fromstring(read_bytes(path, "text_bytes"))
+            objects = {(node.findtext("name") or "").strip() for node in tree.iter("object")}
+        except ToCoError:
+            raise
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
             raise ToCoError(f"{path} is not valid XML: {error}") from error
         return one_hot(objects, self.class_names, path)
 
@@ -205,8 +207,9 @@ def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tupl
             names.append(_plain_name(line, path, number))
             continue
         names.append(_plain_name(columns[0], path, number))  # more columns: masks (train_aug) or flags (Main/*.txt)
-        folder = PurePosixPath(columns[1].lstrip("/")).parts[0]
+        folder = columns[1].lstrip("/").partition("/")[0]
         if folder.startswith("SegmentationClass"):
+            inside_name(folder, f"{path} line {number}", "the data set")
             mask_folders.add(folder)
     if not names:
         raise ToCoError(f"split {split!r} is empty: {path} names no image")
@@ -292,14 +295,18 @@ def _given_labels(
         if name not in labels:
             raise ToCoError(f"{source} has no image labels for {name!r}")
         entry = labels[name]
-        if all(isinstance(value, str) for value in entry) and not isinstance(entry, str):
+        several = isinstance(entry, (list, tuple, set, frozenset)) or (isinstance(entry, np.ndarray) and entry.ndim)
+        if several and all(isinstance(value, str) for value in entry):
             rows.append(one_hot(entry, class_names, f"{source} for {name!r}"))
             continue
-        row = np.asarray(entry)
-        if row.shape != (len(class_names) - 1,) or not np.isin(row, (0, 1)).all():
+        try:
+            row = np.asarray(entry)
+        except ValueError:  # lists of different lengths
+            row = np.array(None)
+        if row.shape != (len(class_names) - 1,) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
+            told = np.array2string(row, threshold=8) if row.dtype.kind in "biufU" else f"{row.dtype} of {row.shape}"
             raise ToCoError(
-                f"{source} for {name!r} is {row.tolist()!r:.80}: "
-                f"a row of {len(class_names) - 1} numbers 0 or 1, or class names"
+                f"{source} for {name!r} is {told:.80}: a row of {len(class_names) - 1} numbers 0 or 1, or class names"
             )
         rows.append(row.astype(np.uint8))
     return rows
