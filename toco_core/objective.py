@@ -132,7 +132,7 @@ class Step:
     def tokens(self) -> Tokens:
         """Of the main images, with their graph."""
         with torch.set_grad_enabled(self.graph), self.autocast():
-            return self.model.encode(self.batch.images)
+            return self.model.encode(self.batch.images, attend=self.config.labels.attended())
 
     @cached_property
     def output(self) -> Output:
@@ -155,11 +155,9 @@ class Step:
     @cached_property
     def cams(self) -> CAMs:
         """CAM and auxiliary CAM of the main images, over the configured scales."""
-        tokens, batch, scales = self.tokens, self.batch, self.config.labels.cam_scales
+        tokens, batch, options = self.tokens, self.batch, self.config.labels.cam_options()
         with torch.no_grad(), self.autocast():
-            return multi_scale_cam(
-                self.model, batch.images, scales=scales, tokens=tokens, image_labels=batch.image_labels
-            )
+            return multi_scale_cam(self.model, batch.images, **options, tokens=tokens, image_labels=batch.image_labels)
 
     @cached_property
     def token_label(self) -> Int[Tensor, "B h w"]:

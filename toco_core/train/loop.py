@@ -38,6 +38,8 @@ from toco_core.objective import (
     variant,
 )
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
+from toco_core.train.warm_start import warm_start
 
 
 class Trained(NamedTuple):
@@ -103,10 +105,12 @@ def train(
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
     schedule = config.schedule
+    model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
@@ -142,19 +146,25 @@ def train(
     if share.first:
         run.keep_records_before(start)
     progress = progress and share.first
+    if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
+        with attention_of(model, config, device):
+            warm_start(model, data.train, config, autocast=autocast, progress=progress)
     compute = distributed.shared_step(objective, model, share)
 
     def validate() -> Evaluation:
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
         return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
 
+    tracker = open_tracker(config, run, start) if share.first else NoTracker()
+
     def note(record: dict) -> None:
         if share.first:
             run.log(record)
+            tracker.log(record["step"], tagged(record))
         if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device), _says_how_to_go_on(run):
+    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -212,6 +222,7 @@ def train(
             if step % config.log_interval == 0 or done == schedule.steps:
                 record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
                 note(record | ({"skipped": skipped} if skipped else {}))
+                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
             is_best, keeps = False, bool(keep_every) and done % keep_every == 0
@@ -221,6 +232,9 @@ def train(
                 bar.set_description("training")
                 scores = _final_numbers(validation, config)
                 note({"step": step} | scores)
+                if config.log_to and share.first:
+                    for tag, picture in validation_pictures(model, data.val, config).items():
+                        tracker.picture(step, tag, picture)
                 is_best = scores.get("cam_miou", scores["map"]) > best
                 best = max(best, scores.get("cam_miou", scores["map"]))
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
@@ -409,7 +423,7 @@ def evaluate_as(
             model,
             source,
             size=eval_size(config),
-            scales=config.labels.cam_scales,
+            **config.labels.cam_options(),
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             crf=crf,
