@@ -306,6 +306,12 @@ class ScheduleConfig(Config):
         at_least=1,
         added_later=True,
     )
+    compile_blocks: bool = option(
+        False,
+        """Train with the encoder's blocks compiled by torch.compile, once for each size of view: minutes before the
+        first step, for steps that a GPU waits less in. Values differ in their last bits.""",
+        added_later=True,
+    )
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)
     head_lr_scale: float = option(10.0, "The rate of the heads is this many times the encoder's.", above=0)
     classifier_lr_scale: float | None = option(
