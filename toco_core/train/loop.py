@@ -36,6 +36,8 @@ from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
+from toco_core.train.warm_start import warm_start
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -111,7 +113,7 @@ def step_losses(
         lattices = energy_lattices(unit)
 
     with autocast():
-        tokens = model.encode(images)
+        tokens = model.encode(images, attend=config.labels.attended())
         output = model.heads(tokens, segmentation=segments)
     terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
     terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
@@ -192,8 +194,8 @@ def step_labels(
         return StepLabels()
 
     with autocast():
-        tokens = model.encode(images) if tokens is None else tokens
-        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+        tokens = model.encode(images, attend=config.labels.attended()) if tokens is None else tokens
+        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
     if weights["ptc"] > 0:
         token_label = labels.token_label(
             cams.aux_cam,
@@ -339,10 +341,12 @@ def train(
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
     schedule = config.schedule
+    model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
@@ -379,19 +383,25 @@ def train(
     if share.first:
         run.keep_records_before(start)
     progress = progress and share.first
+    if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
+        with attention_of(model, config, device):
+            warm_start(model, data.train, config, autocast=autocast, progress=progress)
     compute = distributed.shared_step(step_losses, model, share)
 
     def validate() -> Evaluation:
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
         return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
 
+    tracker = open_tracker(config, run, start) if share.first else NoTracker()
+
     def note(record: dict) -> None:
         if share.first:
             run.log(record)
+            tracker.log(record["step"], tagged(record))
         if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device), _says_how_to_go_on(run):
+    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -450,6 +460,7 @@ def train(
             if step % config.log_interval == 0 or done == schedule.steps:
                 record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
                 note(record | ({"skipped": skipped} if skipped else {}))
+                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
             is_best, keeps = False, bool(keep_every) and done % keep_every == 0
@@ -459,6 +470,9 @@ def train(
                 bar.set_description("training")
                 scores = _final_numbers(validation, config)
                 note({"step": step} | scores)
+                if config.log_to and share.first:
+                    for tag, picture in validation_pictures(model, data.val, config).items():
+                        tracker.picture(step, tag, picture)
                 is_best = scores.get("cam_miou", scores["map"]) > best
                 best = max(best, scores.get("cam_miou", scores["map"]))
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
@@ -652,7 +666,7 @@ def evaluate_as(
             model,
             source,
             size=eval_size(config),
-            scales=config.labels.cam_scales,
+            **config.labels.cam_options(),
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             crf=crf,
