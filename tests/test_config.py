@@ -81,6 +81,7 @@ VOC = {
         "head_lr_scale": 10.0,
         "classifier_lr_scale": None,
         "accumulate": 1,
+        "compile_blocks": False,
         "warm_start_steps": 0,
         "frozen_blocks": 0,
         "weight_decay": 0.01,
