@@ -465,7 +465,7 @@ class PlainViT(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "PlainViT":
         """The inverse of `str`."""
-        values = {k: int(v) for k, v in re.findall(r"(\w+) *= *(\d{1,9})(?!\d)", name)}
+        values = {k: int(v) for k, v in re.findall(r"(\w+) *= *(\d{1,12})(?!\d)", name)}
         if sorted(values) != sorted(cls._fields) or min(values.values()) < 1:
             raise ToCoError(
                 f"backbone = {name!r} is not understood: wanted is {cls(64, 8, 128, 12, 4, 512)} with your numbers"
