@@ -155,9 +155,9 @@ def test_a_skeleton_has_names_and_shapes_of_the_model_and_no_numbers():
     ("field", "value", "message"),
     [
         ("backbone", "plain_vit(image=64, patch=8, width=1000000, depth=12, heads=4, mlp=64)", "width at most 16384"),
-        ("backbone", "plain_vit(image=64, patch=8, width=4, depth=100000000, heads=1, mlp=1)", "depth at most 256"),
+        ("backbone", "plain_vit(image=64, patch=8, width=4, depth=100000000, heads=1, mlp=1)", "depth at most 64"),
         ("backbone", f"plain_vit(image={'9' * 5000}, patch=8, width=4, depth=1, heads=1, mlp=1)", "is not understood"),
-        ("backbone", "plain_vit(image=64, patch=8, width=16384, depth=256, heads=1, mlp=131072)", "of another model"),
+        ("backbone", "plain_vit(image=64, patch=8, width=16384, depth=64, heads=1, mlp=131072)", "of another model"),
         ("proj_hidden", 10**9, "proj_hidden = 1000000000 is not allowed: at least 1, at most 65536"),
         ("proj_hidden", 65536, "of another model"),
         ("decoder_width", 65536, "of another model"),

@@ -24,7 +24,7 @@ from typing import Any
 
 from toco_core.errors import ToCoError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "medium", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -156,6 +156,14 @@ class ModelConfig(Config):
     )
     proj_dim: int = option(1024, "P, the width in which crops are compared by CTC.", at_least=1, at_most=65536)
     decoder_width: int = option(512, "Channels of the LargeFOV decoder.", at_least=1, at_most=65536)
+    decoder_dilation: int = option(
+        5,
+        """Dilation of the LargeFOV decoder. 5: as published, for 28 x 28 tokens. On a grid of 16 x 16 its outer taps
+        lie beyond the border for many tokens.""",
+        at_least=1,
+        at_most=1000,
+        added_later=True,
+    )
     pos_embed_antialias: bool = option(
         False,
         """Antialias when position embeddings are resized, as timm does. Off: the release does not, and its
@@ -201,6 +209,28 @@ class LabelConfig(Config):
     par_iterations: int = option(
         10, "Iterations of pixel-adaptive refinement; 0 leaves the CAM as it is.", at_least=0, at_most=1000
     )
+    attention_steps: int = option(
+        0,
+        """How often CAMs are carried along the encoder's own attention before anything is made of them (see
+        `affinity`). 0: never, as published.""",
+        at_least=0,
+        at_most=16,
+        added_later=True,
+    )
+    attention_blocks: tuple[int, ...] = option(
+        (9, 10, 11, 12),
+        "Blocks, from 1, whose attention is averaged for that.",
+        at_least=1,
+        at_most=1000,
+        added_later=True,
+    )
+    attention_kind: str = option(
+        "attention",
+        """`attention`: tokens go together where they attend to each other. `pattern`: where they attend to the same
+        tokens, for backbones whose tokens attend to what they are not.""",
+        one_of=("attention", "pattern"),
+        added_later=True,
+    )
     par_dilations: tuple[int, ...] = option(
         (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1, at_most=10000
     )
@@ -209,6 +239,15 @@ class LabelConfig(Config):
     def check(self):
         if self.beta_l >= self.beta_h:
             raise ToCoError(f"beta_l = {self.beta_l} must be below beta_h = {self.beta_h}")
+
+    def attended(self) -> tuple[int, ...]:
+        """The blocks whose attention a pass must keep for its CAMs."""
+        return self.attention_blocks if self.attention_steps else ()
+
+    def cam_options(self) -> dict:
+        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention."""
+        carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
+        return {"scales": self.cam_scales, **(carried if self.attention_steps else {})}
 
     def thresholds(self) -> dict:
         """The keywords `beta_l` and `beta_h`."""
@@ -326,6 +365,20 @@ class ScheduleConfig(Config):
         """The same for the two classifiers. None: `head_lr_scale`, as published. A larger one lets them settle on the
         pretrained tokens before the encoder bends these to whatever tells a small data set's classes apart.""",
         above=0,
+        added_later=True,
+    )
+    warm_start_steps: int = option(
+        0,
+        """Steps of 64 images in which the two classifiers alone are fitted to the frozen tokens of all training images
+        before training begins: random heads would bend pretrained tokens (Kumar et al., ICLR 2022). Costs one pass over
+        the images. 0: none, as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    frozen_blocks: int = option(
+        0,
+        "The patch embedding and so many first blocks stay as they are. 0: everything is trained, as published.",
+        at_least=0,
         added_later=True,
     )
     weight_decay: float = option(0.01, "Decoupled weight decay of AdamW.", at_least=0)
@@ -457,7 +510,9 @@ class TrainConfig(Config):
     device: str = option("auto", "`auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.")
     precision: str = option(
         "auto",
-        "`fp32`, `bf16` (automatic mixed precision), or `auto`: bf16 where the device gains by it.",
+        """`fp32`, `bf16` (automatic mixed precision), `medium` (float32 whose matrix products are computed in bf16
+        inside; TF32 on CUDA; on a CPU without matrix engines the same as fp32), or `auto`: bf16 where the device gains
+        by it.""",
         one_of=PRECISIONS,
     )
     out_dir: str = option("runs", "Folder in which the run's folder is made.")
@@ -469,6 +524,12 @@ class TrainConfig(Config):
         at_most=16,
     )
     log_interval: int = option(10, "Steps between logged losses.", at_least=1)
+    log_to: str = option(
+        "",
+        """Tracker that also gets losses, rates, scores and pictures: `tensorboard` or `trackio` (see `train.trackers`);
+        empty: none. Like `out_dir` it does not name the run.""",
+        one_of=("", "tensorboard", "trackio"),
+    )
 
     def check(self):
         name, _, number = self.device.partition(":")
@@ -479,13 +540,13 @@ class TrainConfig(Config):
 
     def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
-        does not count) and however it is computed (see `named`).
+        and `log_to` do not count) and however it is computed (see `named`).
 
         every_field: what older versions named it.
         """
         config = self if every_field else self.named()
         values = config.to_dict()
-        del values["out_dir"]
+        del values["out_dir"], values["log_to"]
         for name, section in values.items():
             if isinstance(section, dict):
                 values[name] = getattr(config, name).without_later_defaults()
@@ -494,14 +555,14 @@ class TrainConfig(Config):
     def named(self) -> "TrainConfig":
         """The config with the recipes' values in those fields that are no part of the experiment.
 
-        `workers`, `cache` and `log_interval` move no bit of the weights. `accumulate` moves their rounding, as the
-        number of processes does, which no config holds. So a run that stopped goes on with other values of these. All
-        others count: `device` and `precision` are other arithmetic, which is compared in experiments; `eval_interval`
-        decides which state is the best and which numbers are kept.
+        `workers`, `cache`, `log_interval` and `log_to` move no bit of the weights. `accumulate` moves their rounding,
+        as the number of processes does, which no config holds. So a run that stopped goes on with other values of
+        these. All others count: `device` and `precision` are other arithmetic, which is compared in experiments;
+        `eval_interval` decides which state is the best and which numbers are kept.
         """
         official = self.data.train_split == "train_aug" or self.data.val_split == "val_part"  # VOC and COCO
         workers, cache = 10 if official else 0, self.model.backbone == "scenes_vit_nano"
-        return override(self, workers=workers, cache=cache, log_interval=10, accumulate=1)
+        return override(self, workers=workers, cache=cache, log_interval=10, log_to="", accumulate=1)
 
     def resolved(self) -> "TrainConfig":
         """The config with `dataset` and `weights`, where they are paths, from the root on and without links: one name

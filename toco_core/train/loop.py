@@ -36,6 +36,8 @@ from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
+from toco_core.train.warm_start import warm_start
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -111,7 +113,7 @@ def step_losses(
         lattices = energy_lattices(unit)
 
     with autocast():
-        tokens = model.encode(images)
+        tokens = model.encode(images, attend=config.labels.attended())
         output = model.heads(tokens, segmentation=segments)
     terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
     terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
@@ -192,8 +194,8 @@ def step_labels(
         return StepLabels()
 
     with autocast():
-        tokens = model.encode(images) if tokens is None else tokens
-        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+        tokens = model.encode(images, attend=config.labels.attended()) if tokens is None else tokens
+        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
     if weights["ptc"] > 0:
         token_label = labels.token_label(
             cams.aux_cam,
@@ -339,10 +341,12 @@ def train(
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
     schedule = config.schedule
+    model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
@@ -377,19 +381,25 @@ def train(
     if share.first:
         run.keep_records_before(start)
     progress = progress and share.first
+    if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
+        with attention_of(model, config, device):
+            warm_start(model, data.train, config, autocast=autocast, progress=progress)
     compute = distributed.shared_step(step_losses, model, share)
 
     def validate() -> Evaluation:
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
         return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
 
+    tracker = open_tracker(config, run, start) if share.first else NoTracker()
+
     def note(record: dict) -> None:
         if share.first:
             run.log(record)
+            tracker.log(record["step"], tagged(record))
         if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device), _says_how_to_go_on(run):
+    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -448,6 +458,7 @@ def train(
             if step % config.log_interval == 0 or done == schedule.steps:
                 record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
                 note(record | ({"skipped": skipped} if skipped else {}))
+                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
             is_best, keeps = False, bool(keep_every) and done % keep_every == 0
@@ -457,6 +468,9 @@ def train(
                 bar.set_description("training")
                 scores = _final_numbers(validation, config)
                 note({"step": step} | scores)
+                if config.log_to and share.first:
+                    for tag, picture in validation_pictures(model, data.val, config).items():
+                        tracker.picture(step, tag, picture)
                 is_best = scores.get("cam_miou", scores["map"]) > best
                 best = max(best, scores.get("cam_miou", scores["map"]))
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
@@ -650,7 +664,7 @@ def evaluate_as(
             model,
             source,
             size=eval_size(config),
-            scales=config.labels.cam_scales,
+            **config.labels.cam_options(),
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             crf=crf,
@@ -773,9 +787,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    native = _cpu_has("avx512_bf16") or has_matrix_engines()
     return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def has_matrix_engines() -> bool:
+    """Whether the processor multiplies bf16 matrices in units of its own (AMX), seven times as fast as float32."""
+    return _cpu_has("amx_tile")
+
+
+def _cpu_has(feature: str) -> bool:
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
 
 
 def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
@@ -784,10 +806,22 @@ def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
-    """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
-    plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
-    return model.plain_attention() if plain else contextlib.nullcontext()
+@contextlib.contextmanager
+def attention_of(model: ToCo, config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The kernels that are the fastest for a config's precision, for everything that is computed in this context.
+
+    In bf16 on a CPU attention by matrix products trains about twice as fast as the fused kernel; with matrix engines
+    (AMX) that is so only where a gradient follows, and passes without one take the fused kernel. In `medium` precision
+    matrix products of float32 are computed in bf16 by torch's setting, which is restored afterwards.
+    """
+    precision, products = resolve_precision(config.precision, device), torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu" and precision == "bf16":
+            stack.enter_context(model.plain_attention(fused_without_gradient=has_matrix_engines()))
+        if precision == "medium":
+            stack.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("medium")
+        yield
 
 
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:
