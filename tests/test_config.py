@@ -15,6 +15,7 @@ from toco_core.config import (
     lr_at,
     override,
     shortened,
+    tiny,
     voc,
 )
 from toco_core.errors import ToCoError
@@ -322,3 +323,22 @@ def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
     assert shortened(config, 40).schedule.warmup_steps == 20
     assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
     assert shortened(config, 1).schedule.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 2**63), ("seed", 2**45), ("steps", 10**12), ("batch_size", 10**10), ("crop_size", 10**6), ("layer", 1001),
+     ("par_iterations", 10**6), ("n_local", 10**6), ("par_dilations", (1, 10**6)), ("cam_scales", (1000.0,)),
+     ("proj_hidden", 10**6), ("workers", 10**5), ("loss", 1), ("model", None)],
+)  # fmt: skip
+def test_values_beyond_all_reason(name, value):
+    """A seed above 9.2e12 was a ValueError in the first step; sizes of a stranger's config are bounded."""
+    with pytest.raises(ToCoError, match=f"{name} = .* is not allowed: "):
+        override(tiny(), **{name: value}, **({"ptc": 0.3} if name == "loss" else {}))
+
+
+def test_the_largest_seed_seeds_every_step():
+    from toco_core.train.loop import crop_generator
+
+    config = override(tiny(), seed=9 * 10**12)
+    assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9
