@@ -12,8 +12,9 @@ backbone is for PASCAL VOC, with image-level supervision only? As ImageNet has m
               over the tokens of each picture, after the last block and after one earlier block drawn anew in each step;
               every fourth step shows scenes instead, whose tags come from the maximum over all tokens. So a token
               answers for its surroundings.
-3. `smooth`   blocks 11 and 12 alone learn the tags of mosaics and scenes from the class token and from the mean of the
-              tokens, as ImageNet's classification does: their tokens become alike, those of block 10 stay as they are.
+3. `middle`   the same, but the last of the blocks that are read so is the tenth. After the twelfth only the tags of the
+              whole canvas are asked for, from the class token and from the mean of the tokens, as ImageNet's
+              classification does: its tokens become alike, as those of backbones that are pretrained on ImageNet are.
 
 Writes the encoder (fp16, safetensors) and a record with its curves.
 """
@@ -40,10 +41,12 @@ SIDE, CROP, CANVAS, PATCH, WIDTH = 80, 72, 128, 8, 128
 NONE = len(SPECIES)
 TARGETS = {"species": len(SPECIES) + 1, "coat": len(COATS), "colours": len(SPECIES)}
 WEIGHTS = {"species": 1.0, "coat": 0.4, "colours": 0.3}
-DEPTHS = (3, 6, 12)
-BLOCKS = range(6, 13)
-"""The blocks after which mosaics are read."""
-SMOOTH = (11, 12)
+STAGES = (("single", 3), ("single", 6), ("single", 12), ("mosaic", 12), ("middle", 12))
+"""Kind and number of blocks."""
+RATES = ((1.0, 0.02, 0.3), (0.9, 0.02, 0.3), (0.7, 0.01, 1.0), (0.6, 0.3, 1.0), (0.3, 0.0, 1.0))
+"""Of each stage, as `Stage` takes them."""
+BLOCKS = {"mosaic": range(6, 13), "middle": range(6, 11)}
+"""The blocks after which mosaics are read: the last of them always, and one of the others in each step."""
 STREAM = 77_000_001
 """First element of the pretraining seeds; the data set's own begin with its version."""
 EMPTY = 0.2
@@ -183,22 +186,27 @@ def picture_loss(heads: nn.ModuleDict, prefix: str, vectors: Tensor, labels: Ten
 class Stage:
     """One stage: `loss(encoder, heads, number of the step)`, `accuracy(encoder, heads)`, and which steps it takes."""
 
-    def __init__(self, name: str, steps: int, lr: float, singles, scenes, args):
-        self.name, self.steps, self.lr, self.args = name, steps, lr, args
+    def __init__(self, name: str, depth: int, steps: int, rates: tuple[float, float, float], singles, scenes, args):
+        """`rates`: at the beginning and at the end, as shares of `args.lr`, and the power of the decay between them."""
+        self.name, self.depth, self.steps, self.rates, self.args = name, depth, steps, rates, args
         (self.images, self.labels), (self.scenes, self.tags) = singles, scenes
         self.held_out, self.held_out_scenes = 1000, 200
 
     def pick(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.held_out, len(self.images), (n,), generator=generator)
 
+    def lr(self, step: int) -> float:
+        begin, end, power = self.rates
+        share = max(0.02, 1 - step / self.steps * (1 - end / begin)) ** power
+        return self.args.lr * begin * min(1.0, (step + 1) / 60) * share
+
     def heads(self) -> nn.ModuleDict:
         if self.name == "single":
             return heads_of(("token", "max"))
-        if self.name == "mosaic":
-            heads = heads_of([f"block{b}" for b in BLOCKS])
-            heads.update(tag_heads(["token", *(f"block{b}" for b in BLOCKS)]))
-            return heads
-        return tag_heads(("token", "mean"))
+        read = [f"block{block}" for block in BLOCKS[self.name]]
+        heads = heads_of(read)
+        heads.update(tag_heads(["token", *read] if self.name == "mosaic" else ["token", "mean", *read]))
+        return heads
 
     def loss(self, encoder: nn.Module, heads: nn.ModuleDict, step: int, generator: torch.Generator) -> Tensor:
         if self.name == "single":
@@ -213,16 +221,14 @@ class Stage:
             pick = self.pick(4 * self.args.canvases, generator)
             canvas, cell = mosaics(self.images[pick], generator)
             tags = F.one_hot(self.labels[pick, 0], NONE + 1)[:, :NONE].unflatten(0, (-1, 4)).amax(1).float()
-        early = int(torch.randint(BLOCKS[0], BLOCKS[-1], (1,), generator=generator))
-        before, last = self.run(encoder, canvas, early)
+        blocks = BLOCKS[self.name]
+        early = int(torch.randint(blocks[0], blocks[-1], (1,), generator=generator))
+        *before, last = self.run(encoder, canvas, (early, 10) if self.name == "middle" else (early,))
         binary = F.binary_cross_entropy_with_logits
-        if self.name == "smooth":
-            return 10 * sum(
-                binary(heads[f"{prefix}_tags"](x), tags)
-                for prefix, x in (("token", last[:, 0]), ("mean", last[:, 1:].mean(1)))
-            )
         total = 5 * binary(heads["token_tags"](last[:, 0]), tags)
-        for block, tokens in ((early, before), (BLOCKS[-1], last)):
+        if self.name == "middle":
+            total = total + 10 * binary(heads["mean_tags"](last[:, 1:].mean(1)), tags)
+        for block, tokens in zip((early, blocks[-1]), [*before, last], strict=False):
             patches, prefix = tokens[:, 1:], f"block{block}"
             if cell is None:
                 total = total + 15 * binary(heads[f"{prefix}_tags"](patches.amax(1)), tags)
@@ -231,15 +237,15 @@ class Stage:
                 total = total + picture_loss(heads, prefix, vectors, self.labels[pick])
         return total
 
-    def run(self, encoder: nn.Module, canvas: Tensor, early: int | None = None) -> list[Tensor]:
-        """All tokens after block `early` and after the final norm, float32."""
+    def run(self, encoder: nn.Module, canvas: Tensor, blocks: tuple[int, ...] = ()) -> list[Tensor]:
+        """All tokens after each of `blocks` (that of the class is 0) and after the final norm, float32."""
         with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.float32):
-            if early is None:
+            if not blocks:
                 return [encoder.forward_features(canvas).float()]
-            last, (before,) = encoder.forward_intermediates(
-                canvas, indices=[early - 1], output_fmt="NLC", return_prefix_tokens=False
+            last, before = encoder.forward_intermediates(
+                canvas, indices=[block - 1 for block in blocks], output_fmt="NLC", return_prefix_tokens=False
             )
-        return [F.pad(before.float(), (0, 0, 1, 0)), last.float()]
+        return [*(F.pad(tokens.float(), (0, 0, 1, 0)) for tokens in before), last.float()]
 
     @torch.no_grad()
     def accuracy(self, encoder: nn.Module, heads: nn.ModuleDict) -> dict[str, float]:
@@ -253,13 +259,11 @@ class Stage:
                 found = {"token": tokens[:, 0], "max": tokens[:, 1:].amax(1)}
             else:
                 canvas, cell = mosaics(self.images[pick], random)
-                before, last = self.run(encoder, canvas, 10)
+                before, last = self.run(encoder, canvas, (10,))
                 found = {}
-                if self.name == "mosaic":
-                    for prefix, tokens in (("block10", before), ("block12", last)):
-                        found[prefix] = torch.stack([tokens[:, 1:][:, cell == k].amax(1) for k in range(4)], 1).flatten(
-                            0, 1
-                        )
+                for prefix, tokens in (("block10", before), ("block12", last))[: 2 if self.name == "mosaic" else 1]:
+                    cells = [tokens[:, 1:][:, cell == k].amax(1) for k in range(4)]
+                    found[prefix] = torch.stack(cells, 1).flatten(0, 1)
                 tags = F.one_hot(self.labels[pick, 0], NONE + 1)[:, :NONE].unflatten(0, (-1, 4)).amax(1) > 0
                 logits = heads["token_tags"](last[:, 0])
                 hits.setdefault("token_tags", []).append(((logits > 0) == tags).all(1).float())
@@ -283,8 +287,7 @@ def save(encoder: nn.Module, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=5, default=(1200, 600, 400, 2800, 150),
-                        help="of the stages single (3, 6 and 12 blocks), mosaic and smooth")  # fmt: skip
+    parser.add_argument("--steps", type=int, nargs=5, default=(1200, 600, 400, 1400, 1400), help="of the stages")
     parser.add_argument("--pictures", type=int, default=36_000)
     parser.add_argument("--scenes", type=int, default=6_000)
     parser.add_argument("--batch", type=int, default=64, help="pictures in a step of the first stage")
@@ -304,35 +307,29 @@ def main() -> None:
 
     singles = pool_of(draw_singles, "singles", args.pictures, args.workers)
     scenes = pool_of(draw_scenes, "scenes", args.scenes, args.workers)
-    rates = (1.0, 0.9, 0.7, 0.6, 0.2)
-    stages = [
-        Stage(name, steps, rate * args.lr, singles, scenes, args)
-        for name, steps, rate in zip(("single", "single", "single", "mosaic", "smooth"), args.steps, rates, strict=True)
-    ]
+    stages = [Stage(*stage, n, r, singles, scenes, args) for stage, n, r in zip(STAGES, args.steps, RATES, strict=True)]
     args.work.mkdir(parents=True, exist_ok=True)
     last = args.work / "last.pt"
     state = (
         torch.load(last, weights_only=True) if last.is_file() else {"stage": 0, "step": 0, "curve": [], "seconds": 0.0}
     )
-    encoder, begun = None, time.monotonic() - state["seconds"]
+    encoder, heads, begun = None, None, time.monotonic() - state["seconds"]
     curve = state["curve"]
     for number, stage in enumerate(stages):
         if number < state["stage"]:
             continue
         resumed = number == state["stage"] and "encoder" in state
-        depth = DEPTHS[min(number, 2)]
+        depth = stage.depth
         torch.manual_seed(args.seed + number)
-        if resumed:
-            encoder = of_depth(depth)
-        elif number == 0:
+        if resumed or number == 0:
             encoder = of_depth(depth)
         elif depth > len(encoder.blocks):
             encoder = deeper(encoder, depth)
-        heads = stage.heads()
-        if stage.name == "smooth":
-            for name, parameter in encoder.named_parameters():
-                kept = name.startswith(tuple(f"blocks.{b - 1}." for b in SMOOTH)) or name.startswith("norm.")
-                parameter.requires_grad_(kept)
+        earlier, heads = heads, stage.heads()
+        if stage.name == "middle" and not resumed:  # the heads of the blocks that are read go on
+            heads.load_state_dict(
+                {k: v for k, v in earlier.state_dict().items() if k in heads.state_dict()}, strict=False
+            )
         optimizers, first = optimizers_for(encoder, heads, args), 0
         if resumed:
             encoder.load_state_dict(state["encoder"])
@@ -344,12 +341,8 @@ def main() -> None:
         for step in tqdm(
             range(first, stage.steps), initial=first, total=stage.steps, desc=f"{stage.name}, {depth} blocks"
         ):
-            share = step / stage.steps
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = (
-                        stage.lr * min(1.0, (step + 1) / 60) * max(0.02, 1 - share) ** (1.0 if number > 1 else 0.3)
-                    )
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = stage.lr(step)
             generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1) + step)
             loss = stage.loss(encoder, heads, step, generator)
             loss.backward()
@@ -379,11 +372,11 @@ def main() -> None:
                 }
                 torch.save(state, last.with_suffix(".part"))
                 last.with_suffix(".part").replace(last)
-        if number >= 3:
+        if stage.name != "single":
             save(encoder, args.work / f"{stage.name}.safetensors")
     save(encoder, args.out)
     facts = {k: v for k, v in vars(args).items() if k not in ("work", "out", "record", "workers")}
-    record = facts | {"rates": rates, "threads": torch.get_num_threads(), "torch": torch.__version__, "curve": curve}
+    record = facts | {"rates": RATES, "threads": torch.get_num_threads(), "torch": torch.__version__, "curve": curve}
     args.record.parent.mkdir(parents=True, exist_ok=True)
     args.record.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{curve[-1]}; wrote {args.out}")

@@ -9,6 +9,7 @@ step-00000500.pt  a state that was asked for (`keep_every` of `train.train`)
 failure.pt        a step whose loss was not finite (see `failures`)
 metrics.json      the final numbers; only a finished run has it
 scores.json       what `scores.score_run` found for the finished run
+model.safetensors the weights of a run that comes with the package (see `shipped`), which has no checkpoints
 """
 
 import contextlib
@@ -44,8 +45,10 @@ class Run:
         """Steps done in the newest checkpoint that was saved or loaded here."""
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Run":
+    def of(cls, config: TrainConfig, variant: str = "") -> "Run":
         """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
+
+        `variant` names what the config does not say (see `objective.variant`); it ends the folder's name.
 
         Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
         of the package began, under a name with the path as it is written or with every field, is found.
@@ -54,8 +57,9 @@ class Run:
         folder, resolved = Path(default and os.environ.get("TOCO_RUNS") or config.out_dir), config.resolved()
         name = _run_name(resolved, resolved.short_hash())
         earlier = _run_name(config, config.short_hash()), _run_name(config, config.short_hash(every_field=True))
-        there = (n for n in (name, *earlier) if os.path.isfile(folder / n / "config.json"))
-        return cls(folder / next(there, name))
+        names = [f"{n}-{variant}" if variant else n for n in (name, *earlier)]
+        there = (n for n in names if os.path.isfile(folder / n / "config.json"))
+        return cls(folder / next(there, names[0]))
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
@@ -195,6 +199,10 @@ class Run:
         if which not in names and not which.isdecimal():
             raise ToCoError(f"checkpoint {which!r}: last, best or the number of a kept step is allowed")
         path = self.folder / (names.get(which) or f"step-{int(which):08d}.pt")
+        if which == "last" and not path.is_file() and (self.folder / "model.safetensors").is_file():
+            from .shipped import shipped_state
+
+            return shipped_state(self)
         if not path.is_file():
             return None
         state = read_state(path, ("model", "optimizer", "step"))
