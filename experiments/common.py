@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from toco_core.config import configured, override, tiny
+from toco_core.config import configured, tiny
 from toco_core.errors import ToCoError
 from toco_core.evaluation.scores import scored_run
 from toco_core.runs.folder import Run, write_whole
