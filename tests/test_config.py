@@ -110,6 +110,7 @@ VOC = {
     "eval_interval": 2000,
     "seg_scales": [1.0],
     "log_interval": 10,
+    "log_to": "",
 }
 
 COCO_DIFFERS = {
@@ -204,12 +205,13 @@ def test_a_batch_that_is_not_the_recipes_is_said_aloud():
 def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     config = voc()
     values = config.to_dict()
-    del values["out_dir"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
+    del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
     del values["schedule"]["accumulate"], values["model"]["pooling"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
     assert override(config, pooling="mean").short_hash() != earlier
+    assert override(config, log_to="tensorboard").short_hash(every_field=True) == earlier
 
 
 def test_names_of_runs_stay_the_same():
@@ -270,7 +272,7 @@ def test_configs_are_frozen_and_keyword_only():
         ({"lr": float("nan")}, "lr = nan is not allowed: a finite number"),
         ({"steps": 2.5}, "steps = 2.5 is not allowed: a whole number"),
         ({"steps": 10}, "warmup_steps = 1500 must be at most steps = 10"),
-        ({"precision": "fp16"}, "precision = 'fp16' is not allowed: one of auto, fp32, bf16"),
+        ({"precision": "fp16"}, "precision = 'fp16' is not allowed: one of auto, fp32, medium, bf16"),
         ({"device": "gpu"}, "device = 'gpu' is not allowed: one of auto, cpu, cuda, mps"),
         ({"device": "cpu:1"}, "device = 'cpu:1' is not allowed"),
         ({"betas": (0.9,)}, r"betas = \(0.9,\) is not allowed: 2 numbers"),

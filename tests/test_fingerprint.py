@@ -255,7 +255,7 @@ def test_the_same_relative_folder_twice_is_two_runs(config, tmp_path, monkeypatc
 
 
 def test_fields_that_move_no_bit_name_no_run(config):
-    for free in ({"workers": 3}, {"cache": True}, {"log_interval": 7}, {"accumulate": 2}):
+    for free in ({"workers": 3}, {"cache": True}, {"log_interval": 7}, {"log_to": "tensorboard"}, {"accumulate": 2}):
         assert override(config, **free).short_hash() == config.short_hash(), free
         assert override(tiny(), **free).short_hash() == tiny().short_hash(), free
     for counts in ({"device": "auto"}, {"precision": "bf16"}, {"eval_interval": 3}, {"seed": 4}, {"batch_size": 4}):

@@ -127,7 +127,11 @@ def test_ranges_are_open_and_the_constraints_name_one_version_for_every_python()
 
 @pytest.mark.parametrize("folder", ["toco_core", "experiments", "notebooks"])
 def test_everything_imported_is_required(folder):
-    extras = {"toco_core": ["notebooks"], "experiments": ["notebooks", "sweep", "test"], "notebooks": ["test"]}[folder]
+    extras = {
+        "toco_core": ["notebooks", "track"],
+        "experiments": ["notebooks", "sweep", "test"],
+        "notebooks": ["test"],
+    }[folder]
     known = {canonicalize_name(r.name) for r in required(*extras)} | {"jupyter-client"}  # part of nbclient
     if folder == "experiments":
         known |= {"pandas", "pyarrow"}  # sweep.py wants them for --parquet only, and says so
@@ -176,13 +180,15 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "MANIFEST.in", *ALONGSIDE):
         shutil.copy(ROOT / name, folder)
-    ignore = shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints")
     for name in ("toco_core", *FOLDERS_ALONGSIDE):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        for path in files_of(name):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, folder / path)
     package = folder / "toco_core"
     wanted = {p.relative_to(folder).as_posix() for p in package.rglob("*.py")}
     for pattern in ("py.typed", "weights/*.safetensors", "widgets/*.js", "widgets/*.css"):
         wanted |= {p.relative_to(folder).as_posix() for p in package.glob(pattern)}
+    assert {path.parent for path in package.rglob("*.py")} == {path.parent for path in package.rglob("__init__.py")}
     assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css", "typed"}
     wanted.add(stand_in_weights(package))
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
@@ -211,10 +217,9 @@ def test_sdist_holds_what_its_own_tests_read(built):
     _, sdist, wanted = built
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in FOLDERS_ALONGSIDE:
-        here = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-        wanted |= {p.relative_to(ROOT).as_posix() for p in here if "runs" not in p.parts}
-    assert wanted | set(ALONGSIDE) <= names
+    alongside = {path for folder in FOLDERS_ALONGSIDE for path in files_of(folder)}
+    assert len(alongside) > 100
+    assert wanted | alongside | set(ALONGSIDE) <= names
 
 
 def test_citation_names_the_paper_and_this_version_and_licence():
@@ -265,6 +270,14 @@ def test_readme_has_the_line_that_ci_runs():
     assert readme.count(f"\n{shown}") == 1
     assert "&& pip install -e '.[test]' -c constraints.txt &&" in shown.replace('"', "'")
     assert '.venv/bin/activate && pip install -e ".[notebooks]" -c constraints.txt && papermill notebooks/' in readme
+
+
+def files_of(folder):
+    """Names of a folder's files from the root on, without what runs and tools leave behind."""
+    left = {"__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".ruff_cache"}
+    paths = [path.relative_to(ROOT) for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
+    ours = [p for p in paths if not left & set(p.parts)]
+    return [p.as_posix() for p in ours if p.parts[:2] not in (("notebooks", "runs"), ("experiments", "runs"))]
 
 
 def stand_in_weights(package):

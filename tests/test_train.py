@@ -566,7 +566,7 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
 def test_precisions(monkeypatch):
     cpu = torch.device("cpu")
     assert resolve_precision("fp32", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
-    with pytest.raises(ToCoError, match="precision = 'fp16' is not allowed: one of auto, fp32, bf16"):
+    with pytest.raises(ToCoError, match="precision = 'fp16' is not allowed: one of auto, fp32, medium, bf16"):
         TrainConfig(precision="fp16")
     for instructions, wanted in ((True, "bf16"), (False, "fp32")):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -574,12 +574,33 @@ def test_precisions(monkeypatch):
         assert resolve_precision("auto", cpu) == wanted
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precision_contexts(model, precision):
-    config, cpu = override(small_recipe(), precision=precision), torch.device("cpu")
+@pytest.mark.parametrize("precision", ["fp32", "medium", "bf16"])
+@pytest.mark.parametrize("engines", [False, True])
+def test_precision_contexts(model, monkeypatch, precision, engines):
+    """Attention is plain in bf16; beside matrix engines fused without a gradient, as `F.scaled_dot_product_attention`
+    is called."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: engines, raising=False)
+    config, cpu, calls = override(small_recipe(), precision=precision), torch.device("cpu"), []
     with autocast_of(config, cpu)():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-    fused = model.encoder.blocks[0].attn.fused_attn
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    images, blocks, products = (
+        torch.rand(1, 3, 32, 32).double(),
+        len(model.encoder.blocks),
+        torch.get_float32_matmul_precision(),
+    )
     with attention_of(model, config, cpu):
-        assert model.encoder.blocks[0].attn.fused_attn == (fused and precision == "fp32")
-    assert model.encoder.blocks[0].attn.fused_attn == fused
+        assert torch.get_float32_matmul_precision() == ("medium" if precision == "medium" else products)
+        with_graph = model.encode(images)
+        assert len(calls) == (0 if precision == "bf16" else blocks)
+        calls.clear()
+        with torch.no_grad():
+            without = model.encode(images)
+        assert len(calls) == (0 if precision == "bf16" and not engines else blocks)
+        assert_close(with_graph.patch_tokens, without.patch_tokens)
+        assert len(model.attention(images)) == blocks  # which needs the matrices, and takes them
+    calls.clear()
+    model.encode(images)
+    assert len(calls) == blocks
+    assert torch.get_float32_matmul_precision() == products

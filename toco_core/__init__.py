@@ -3,7 +3,7 @@
 Data flows one way: images -> tokens -> CAM -> labels -> losses.
 """
 
-from ._opencv import warn_of_two
+from .machine.opencv import warn_of_two
 from .machine.threads import let_waiting_threads_sleep
 
 let_waiting_threads_sleep()  # before anything imports torch

@@ -227,7 +227,8 @@ class ToCo(nn.Module):
         return Output(
             class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
             aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
-            seg_logits=self.decoder(tokens.patch_map) if segmentation else None,
+            # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
+            seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,
         )
 
@@ -332,20 +333,24 @@ class ToCo(nn.Module):
         return maps
 
     @contextlib.contextmanager
-    def plain_attention(self):
+    def plain_attention(self, *, fused_without_gradient: bool = False):
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
 
         Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in
-        bf16.
+        bf16. `fused_without_gradient`: only passes that keep a graph are computed so. The innermost context counts.
         """
+
+        def choose(attention: nn.Module, _) -> None:
+            attention.fused_attn = fused_without_gradient and not torch.is_grad_enabled()
+
         attentions = [block.attn for block in self.encoder.blocks]
         before = [attention.fused_attn for attention in attentions]
+        hooks = [attention.register_forward_pre_hook(choose) for attention in attentions]
         try:
-            for attention in attentions:
-                attention.fused_attn = False
             yield
         finally:
-            for attention, fused in zip(attentions, before, strict=True):
+            for attention, fused, hook in zip(attentions, before, hooks, strict=True):
+                hook.remove()
                 attention.fused_attn = fused
 
     # ---- checkpoints of the release

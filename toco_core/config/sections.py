@@ -24,7 +24,7 @@ from typing import Any
 
 from toco_core.errors import ToCoError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "medium", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -444,7 +444,9 @@ class TrainConfig(Config):
     device: str = option("auto", "`auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.")
     precision: str = option(
         "auto",
-        "`fp32`, `bf16` (automatic mixed precision), or `auto`: bf16 where the device gains by it.",
+        """`fp32`, `bf16` (automatic mixed precision), `medium` (float32 whose matrix products are computed in bf16
+        inside; TF32 on CUDA; on a CPU without matrix engines the same as fp32), or `auto`: bf16 where the device gains
+        by it.""",
         one_of=PRECISIONS,
     )
     out_dir: str = option("runs", "Folder in which the run's folder is made.")
@@ -455,6 +457,12 @@ class TrainConfig(Config):
         above=0,
     )
     log_interval: int = option(10, "Steps between logged losses.", at_least=1)
+    log_to: str = option(
+        "",
+        """Tracker that also gets losses, rates, scores and pictures: `tensorboard` or `trackio` (see `train.trackers`);
+        empty: none. Like `out_dir` it does not name the run.""",
+        one_of=("", "tensorboard", "trackio"),
+    )
 
     def check(self):
         name, _, number = self.device.partition(":")
@@ -465,13 +473,13 @@ class TrainConfig(Config):
 
     def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
-        does not count) and however it is computed (see `named`).
+        and `log_to` do not count) and however it is computed (see `named`).
 
         every_field: what older versions named it.
         """
         config = self if every_field else self.named()
         values = config.to_dict()
-        del values["out_dir"]
+        del values["out_dir"], values["log_to"]
         for name, section in values.items():
             if isinstance(section, dict):
                 values[name] = getattr(config, name).without_later_defaults()
@@ -480,14 +488,14 @@ class TrainConfig(Config):
     def named(self) -> "TrainConfig":
         """The config with the recipes' values in those fields that are no part of the experiment.
 
-        `workers`, `cache` and `log_interval` move no bit of the weights. `accumulate` moves their rounding, as the
-        number of processes does, which no config holds. So a run that stopped goes on with other values of these. All
-        others count: `device` and `precision` are other arithmetic, which is compared in experiments; `eval_interval`
-        decides which state is the best and which numbers are kept.
+        `workers`, `cache`, `log_interval` and `log_to` move no bit of the weights. `accumulate` moves their rounding,
+        as the number of processes does, which no config holds. So a run that stopped goes on with other values of
+        these. All others count: `device` and `precision` are other arithmetic, which is compared in experiments;
+        `eval_interval` decides which state is the best and which numbers are kept.
         """
         official = self.data.train_split == "train_aug" or self.data.val_split == "val_part"  # VOC and COCO
         workers, cache = 10 if official else 0, self.model.backbone == "scenes_vit_nano"
-        return override(self, workers=workers, cache=cache, log_interval=10, accumulate=1)
+        return override(self, workers=workers, cache=cache, log_interval=10, log_to="", accumulate=1)
 
     def resolved(self) -> "TrainConfig":
         """The config with `dataset` and `weights`, where they are paths, from the root on and without links: one name

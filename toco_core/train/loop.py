@@ -36,6 +36,7 @@ from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -339,6 +340,7 @@ def train(
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
@@ -383,13 +385,16 @@ def train(
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
         return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
 
+    tracker = open_tracker(config, run, start) if share.first else NoTracker()
+
     def note(record: dict) -> None:
         if share.first:
             run.log(record)
+            tracker.log(record["step"], tagged(record))
         if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device), _says_how_to_go_on(run):
+    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -448,6 +453,7 @@ def train(
             if step % config.log_interval == 0 or done == schedule.steps:
                 record = {"step": step, **_numbers({"total": result.total, **result.terms}, share)}
                 note(record | ({"skipped": skipped} if skipped else {}))
+                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
             is_best, keeps = False, bool(keep_every) and done % keep_every == 0
@@ -457,6 +463,9 @@ def train(
                 bar.set_description("training")
                 scores = _final_numbers(validation, config)
                 note({"step": step} | scores)
+                if config.log_to and share.first:
+                    for tag, picture in validation_pictures(model, data.val, config).items():
+                        tracker.picture(step, tag, picture)
                 is_best = scores.get("cam_miou", scores["map"]) > best
                 best = max(best, scores.get("cam_miou", scores["map"]))
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
@@ -773,9 +782,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    native = _cpu_has("avx512_bf16") or has_matrix_engines()
     return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def has_matrix_engines() -> bool:
+    """Whether the processor multiplies bf16 matrices in units of its own (AMX), seven times as fast as float32."""
+    return _cpu_has("amx_tile")
+
+
+def _cpu_has(feature: str) -> bool:
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
 
 
 def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
@@ -784,10 +801,22 @@ def autocast_of(config: TrainConfig, device: torch.device) -> Callable:
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def attention_of(model: ToCo, config: TrainConfig, device: torch.device):
-    """On a CPU in bf16 attention by matrix products is about twice as fast as the fused kernel."""
-    plain = device.type == "cpu" and resolve_precision(config.precision, device) == "bf16"
-    return model.plain_attention() if plain else contextlib.nullcontext()
+@contextlib.contextmanager
+def attention_of(model: ToCo, config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The kernels that are the fastest for a config's precision, for everything that is computed in this context.
+
+    In bf16 on a CPU attention by matrix products trains about twice as fast as the fused kernel; with matrix engines
+    (AMX) that is so only where a gradient follows, and passes without one take the fused kernel. In `medium` precision
+    matrix products of float32 are computed in bf16 by torch's setting, which is restored afterwards.
+    """
+    precision, products = resolve_precision(config.precision, device), torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu" and precision == "bf16":
+            stack.enter_context(model.plain_attention(fused_without_gradient=has_matrix_engines()))
+        if precision == "medium":
+            stack.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("medium")
+        yield
 
 
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Runs on disk, runs side by side, and the published ones."""
