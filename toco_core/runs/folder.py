@@ -17,13 +17,10 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 
@@ -32,9 +29,9 @@ from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.fingerprint import data_fingerprint, differences
 from toco_core.machine.files import load_tensors
+from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import flush_folder, new_part, place_file, remove_parts, write_whole, writing
-from toco_core.machine.intake import read_json, read_text
 
 
 class Run:
