@@ -31,6 +31,7 @@ VOC = {
         "proj_bottleneck": 256,
         "proj_dim": 1024,
         "decoder_width": 512,
+        "decoder_dilation": 5,
         "pos_embed_antialias": False,
         "freeze_pos_embed": True,
         "mean": None,
@@ -41,6 +42,9 @@ VOC = {
         "beta_h": 0.7,
         "beta": 0.5,
         "cam_scales": [1.0, 0.5, 1.5],
+        "attention_steps": 0,
+        "attention_blocks": [9, 10, 11, 12],
+        "attention_kind": "attention",
         "par_iterations": 10,
         "par_dilations": [1, 2, 4, 8, 12, 24],
         "par_scale": 0.5,
@@ -77,6 +81,8 @@ VOC = {
         "head_lr_scale": 10.0,
         "classifier_lr_scale": None,
         "accumulate": 1,
+        "warm_start_steps": 0,
+        "frozen_blocks": 0,
         "weight_decay": 0.01,
         "betas": [0.9, 0.999],
         "warmup_steps": 1500,
@@ -207,6 +213,9 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     values = config.to_dict()
     del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
     del values["schedule"]["accumulate"], values["model"]["pooling"]
+    del values["schedule"]["warm_start_steps"], values["schedule"]["frozen_blocks"], values["model"]["decoder_dilation"]
+    for name in ("attention_steps", "attention_blocks", "attention_kind"):
+        del values["labels"][name]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from .affinity import carried, token_affinity
 from .errors import ToCoError
 from .model import ToCo, Tokens
 
@@ -49,6 +50,9 @@ def multi_scale_cam(
     flip: bool = True,
     tokens: Tokens | None = None,
     image_labels: Num[Tensor, "B K"] | None = None,
+    attention_steps: int = 0,
+    attention_blocks: Sequence[int] = (),
+    attention_kind: str = "attention",
 ) -> CAMs:
     """CAM and auxiliary CAM, summed over scales of the (normalised) images.
 
@@ -61,9 +65,14 @@ def multi_scale_cam(
     `labels.valid_cam` would make of them. Without it, all K. Which classes those are is looked up where the labels
     are: for labels on the CPU no device is waited for.
 
-    No gradient, no decoder. Equals the release (which always includes scale 1) when `model.dropped_border`, to 3e-6
-    with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a scaled image whose size is not a
-    multiple of the patch is fitted to the nearest multiple and nothing of its border is lost.
+    attention_steps: carry the activations of every view so often along its own attention, at the tokens, before they
+    are resized (see `affinity`, also for `attention_kind`). `tokens` should then come from `model.encode(images,
+    attend=attention_blocks)`; otherwise that pass is repeated.
+
+    No gradient, no decoder. Without attention steps it equals the release (which always includes scale 1) when
+    `model.dropped_border`, to 3e-6 with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a
+    scaled image whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border
+    is lost.
     """
     if not len(scales) or min(scales) <= 0:
         raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
@@ -73,20 +82,25 @@ def multi_scale_cam(
         return CAMs(
             images.new_zeros(len(images), model.n_classes, *size), images.new_zeros(len(images), model.n_classes, *size)
         )
+    attend = tuple(attention_blocks) if attention_steps else ()
+    if tokens is not None and attend and tokens.attention is None:
+        tokens = None
     total = aux_total = 0
     for scale in scales:
         views = scaled(model, images, scale)
         if scale == 1 and tokens is not None:
-            parts = [(tokens, False)] + ([(model.encode(views.flip(-1)), True)] if flip else [])
+            parts = [(tokens, False)] + ([(model.encode(views.flip(-1), attend=attend), True)] if flip else [])
         elif flip:
-            both = model.encode(torch.cat([views, views.flip(-1)]))
+            both = model.encode(torch.cat([views, views.flip(-1)]), attend=attend)
             parts = [(_half(both, 0), False), (_half(both, 1), True)]
         else:
-            parts = [(model.encode(views), False)]
-        cams = [_maps(t.patch_map, model.classifier.weight, labelled, mirrored, size) for t, mirrored in parts]
-        aux_cams = [
-            _maps(t.aux_patch_map, model.aux_classifier.weight, labelled, mirrored, size) for t, mirrored in parts
+            parts = [(model.encode(views, attend=attend), False)]
+        affinities = [token_affinity(t.attention, attention_kind) if attend else None for t, _ in parts]
+        pairs = [
+            _maps(model, *part, labelled, size, affinity=affinity, steps=attention_steps)
+            for part, affinity in zip(parts, affinities, strict=True)
         ]
+        cams, aux_cams = zip(*pairs, strict=True)
         total = total + torch.stack(cams).amax(0).relu_()
         aux_total = aux_total + torch.stack(aux_cams).amax(0).relu_()
 
@@ -117,14 +131,22 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
 
 
 def _half(tokens: Tokens, which: int) -> Tokens:
-    class_token, patch_tokens, aux_patch_tokens = (t.chunk(2)[which] for t in tokens[:3])
-    return Tokens(class_token, patch_tokens, aux_patch_tokens, tokens.grid)
+    """The first or the second half of a batch."""
+    halves = (None if t is None else t.chunk(2)[which] for t in (*tokens[:3], tokens.attention))
+    class_token, patch_tokens, aux_patch_tokens, attention = halves
+    return Tokens(class_token, patch_tokens, aux_patch_tokens, tokens.grid, attention)
 
 
-def _maps(patch_map: Tensor, weight: Tensor, labelled, mirrored: bool, size) -> Tensor:
-    """M H W maps of the labelled classes. A mirrored one is turned back at image size: at token size rounding would
-    differ from the release."""
-    with torch.autocast(patch_map.device.type, enabled=False):
-        cam = class_activation(patch_map.to(weight.dtype), weight)[labelled]
-    cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
-    return cam.flip(-1) if mirrored else cam
+def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, *, affinity, steps: int) -> list[Tensor]:
+    """M H W maps of the labelled classes, of the final and of the auxiliary classifier. A mirrored one is turned back
+    at image size: at token size rounding would differ from the release."""
+    found = []
+    for patch_map, head in ((tokens.patch_map, model.classifier), (tokens.aux_patch_map, model.aux_classifier)):
+        with torch.autocast(patch_map.device.type, enabled=False):
+            cam = class_activation(patch_map.to(head.weight.dtype), head.weight)
+            if steps:
+                cam = carried(cam, affinity, steps).to(cam.dtype)
+            cam = cam[labelled]
+        cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+        found.append(cam.flip(-1) if mirrored else cam)
+    return found

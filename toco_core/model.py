@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .affinity import mean_attention
 from .config import ModelConfig, did_you_mean
 from .errors import ToCoError
 from .machine.files import load_tensors
@@ -45,6 +46,8 @@ class Tokens(NamedTuple):
     """Of block `layer`, through `ToCo.aux_norm`."""
     grid: tuple[int, int]
     """(h, w)."""
+    attention: Float[Tensor, "B N N"] | None = None
+    """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
 
     @property
     def patch_map(self) -> Float[Tensor, "B D h w"]:
@@ -115,7 +118,7 @@ class ToCo(nn.Module):
         self.proj_head_ema = ProjectionHead(self.width, config.proj_hidden, config.proj_bottleneck, config.proj_dim)
         self.proj_head_ema.load_state_dict(self.proj_head.state_dict())
         self.proj_head_ema.requires_grad_(False)
-        self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1)
+        self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1, dilation=config.decoder_dilation)
 
         default = self.encoder.pretrained_cfg
         for name in ("mean", "std"):
@@ -151,12 +154,20 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
-        """One pass through the encoder. Images are normalised (see `normalise`) and of any size."""
-        for number, x, grid in self._run_blocks(images):
-            if number == self.layer:
-                aux = x
-        return self._tokens(self.final_norm(x), aux, grid)
+    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> Tokens:
+        """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
+
+        `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
+        matrix products. Raises ToCoError for a block that is not there.
+        """
+        with self._attention_of(attend) as maps:
+            for number, x, grid in self._run_blocks(images):
+                if number == self.layer:
+                    aux = x
+        tokens = self._tokens(self.final_norm(x), aux, grid)
+        if not maps:
+            return tokens
+        return tokens._replace(attention=mean_attention(maps, self.encoder.num_prefix_tokens))
 
     def _tokens(self, last: Tensor, aux: Tensor, grid: tuple[int, int]) -> Tokens:
         """From all tokens after the final norm, and all after block `layer`."""
@@ -251,6 +262,21 @@ class ToCo(nn.Module):
         for teacher, student in zip(self.proj_head_ema.parameters(), self.proj_head.parameters(), strict=True):
             teacher.mul_(momentum).add_(student, alpha=1 - momentum)
 
+    def freeze_blocks(self, n: int) -> None:
+        """Leave the patch embedding, the prefix tokens and the first `n` blocks untrained; 0: nothing is frozen.
+
+        Raises ToCoError where the encoder has no block left to train.
+        """
+        if n >= self.depth:
+            raise ToCoError(f"frozen_blocks = {n} is not allowed: {self.config.backbone} has {self.depth} blocks")
+        if not n:
+            return
+        for part in (self.encoder.patch_embed, self.encoder.norm_pre, *self.encoder.blocks[:n]):
+            part.requires_grad_(False)
+        for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+            if isinstance(getattr(self.encoder, name, None), nn.Parameter):
+                getattr(self.encoder, name).requires_grad_(False)
+
     def parameter_groups(
         self,
         *,
@@ -318,19 +344,27 @@ class ToCo(nn.Module):
         The fused attention, which never forms these matrices, is switched off for this call only. Blocks behind the
         last wanted one are not run. Raises ToCoError for a block that is not there.
         """
-        wanted = set(range(1, self.depth + 1) if blocks is None else blocks)
-        for number in sorted(wanted - set(range(1, self.depth + 1))):
-            raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
-        maps: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.plain_attention())
-            for number in wanted:
-                dropout = self.encoder.blocks[number - 1].attn.attn_drop
-                stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
+        wanted = range(1, self.depth + 1) if blocks is None else blocks
+        with self._attention_of(wanted) as maps:
             for number, _, _ in self._run_blocks(images):
                 if number >= max(wanted, default=0):
                     break
         return maps
+
+    @contextlib.contextmanager
+    def _attention_of(self, blocks: Sequence[int]):
+        """Yield a list to which every pass within this context appends the attention probabilities of `blocks`."""
+        wanted = set(blocks)
+        for number in sorted(wanted - set(range(1, self.depth + 1))):
+            raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
+        maps: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            if wanted:
+                stack.enter_context(self.plain_attention())
+            for number in wanted:
+                dropout = self.encoder.blocks[number - 1].attn.attn_drop
+                stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
+            yield maps
 
     @contextlib.contextmanager
     def plain_attention(self, *, fused_without_gradient: bool = False):
@@ -404,13 +438,13 @@ class WeightNormLinear(nn.Module):
 
 
 class LargeFOV(nn.Module):
-    """Segmentation decoder: two 3 x 3 convolutions with dilation 5 and ReLU, then one 1 x 1; no biases. Output at the
-    patch grid."""
+    """Segmentation decoder: two 3 x 3 convolutions with a dilation (5 as published) and ReLU, then one 1 x 1; no
+    biases. Output at the patch grid."""
 
-    def __init__(self, width: int, hidden: int, out: int):
+    def __init__(self, width: int, hidden: int, out: int, *, dilation: int = DILATION):
         super().__init__()
-        self.conv6 = nn.Conv2d(width, hidden, 3, padding=DILATION, dilation=DILATION, bias=False)
-        self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=DILATION, dilation=DILATION, bias=False)
+        self.conv6 = nn.Conv2d(width, hidden, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation, bias=False)
         self.conv8 = nn.Conv2d(hidden, out, 1, bias=False)
 
     def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:

@@ -67,7 +67,7 @@ def cams_of_split(model: ToCo, source, config: TrainConfig) -> list[ImageCAMs]:
             raise ToCoError(f"image {item.name} has no mask: labels are judged by masks")
         unit = to_unit(item.image).to(model.classifier.weight)
         image_labels = item.image_labels.to(unit.device)
-        cams = multi_scale_cam(model, model.normalise(unit), scales=config.labels.cam_scales, image_labels=image_labels)
+        cams = multi_scale_cam(model, model.normalise(unit), **config.labels.cam_options(), image_labels=image_labels)
         slots = torch.nonzero(image_labels[0])[:, 0]
         kept = (cams.cam[:, slots], cams.aux_cam[:, slots])
         found.append(ImageCAMs(item.name, source.image(index), item.mask, unit, slots.cpu().numpy() + 1, *kept))

@@ -146,6 +146,13 @@ class ModelConfig(Config):
     )
     proj_dim: int = option(1024, "P, the width in which crops are compared by CTC.", at_least=1)
     decoder_width: int = option(512, "Channels of the LargeFOV decoder.", at_least=1)
+    decoder_dilation: int = option(
+        5,
+        """Dilation of the LargeFOV decoder. 5: as published, for 28 x 28 tokens. On a grid of 16 x 16 its outer taps
+        lie beyond the border for many tokens.""",
+        at_least=1,
+        added_later=True,
+    )
     pos_embed_antialias: bool = option(
         False,
         """Antialias when position embeddings are resized, as timm does. Off: the release does not, and its
@@ -188,6 +195,24 @@ class LabelConfig(Config):
     cam_scales: tuple[float, ...] = option(
         (1.0, 0.5, 1.5), "Image scales over which CAM is summed, each also mirrored.", above=0
     )
+    attention_steps: int = option(
+        0,
+        """How often CAMs are carried along the encoder's own attention before anything is made of them (see
+        `affinity`). 0: never, as published.""",
+        at_least=0,
+        at_most=16,
+        added_later=True,
+    )
+    attention_blocks: tuple[int, ...] = option(
+        (9, 10, 11, 12), "Blocks, from 1, whose attention is averaged for that.", at_least=1, added_later=True
+    )
+    attention_kind: str = option(
+        "attention",
+        """`attention`: tokens go together where they attend to each other. `pattern`: where they attend to the same
+        tokens, for backbones whose tokens attend to what they are not.""",
+        one_of=("attention", "pattern"),
+        added_later=True,
+    )
     par_iterations: int = option(10, "Iterations of pixel-adaptive refinement; 0 leaves the CAM as it is.", at_least=0)
     par_dilations: tuple[int, ...] = option(
         (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1
@@ -197,6 +222,15 @@ class LabelConfig(Config):
     def check(self):
         if self.beta_l >= self.beta_h:
             raise ToCoError(f"beta_l = {self.beta_l} must be below beta_h = {self.beta_h}")
+
+    def attended(self) -> tuple[int, ...]:
+        """The blocks whose attention a pass must keep for its CAMs."""
+        return self.attention_blocks if self.attention_steps else ()
+
+    def cam_options(self) -> dict:
+        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention."""
+        carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
+        return {"scales": self.cam_scales, **(carried if self.attention_steps else {})}
 
     def thresholds(self) -> dict:
         """The keywords `beta_l` and `beta_h`."""
@@ -313,6 +347,20 @@ class ScheduleConfig(Config):
         """The same for the two classifiers. None: `head_lr_scale`, as published. A larger one lets them settle on the
         pretrained tokens before the encoder bends these to whatever tells a small data set's classes apart.""",
         above=0,
+        added_later=True,
+    )
+    warm_start_steps: int = option(
+        0,
+        """Steps of 64 images in which the two classifiers alone are fitted to the frozen tokens of all training images
+        before training begins: random heads would bend pretrained tokens (Kumar et al., ICLR 2022). Costs one pass over
+        the images. 0: none, as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    frozen_blocks: int = option(
+        0,
+        "The patch embedding and so many first blocks stay as they are. 0: everything is trained, as published.",
+        at_least=0,
         added_later=True,
     )
     weight_decay: float = option(0.01, "Decoupled weight decay of AdamW.", at_least=0)

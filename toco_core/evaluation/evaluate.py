@@ -145,6 +145,9 @@ def evaluate(
     size: int | None,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     flip: bool = True,
+    attention_steps: int = 0,
+    attention_blocks: Sequence[int] = (),
+    attention_kind: str = "attention",
     seg_scales: Sequence[float] = (1.0,),
     max_over_scales: bool = True,
     seg_size: int | str | None = AS_CAM,
@@ -166,6 +169,7 @@ def evaluate(
             Where an image has no mask it counts for the image-level predictions only.
         size: images are stretched to this square; None keeps the native size.
         scales, flip: of the CAM. Image-level predictions are made at scale 1, unflipped.
+        attention_steps, attention_blocks, attention_kind: how CAMs are carried along attention (`cam.multi_scale_cam`).
         seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
             at scale 1, unflipped.
         seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
@@ -189,13 +193,15 @@ def evaluate(
     crf_options = checked_crf(crf)
     if keep is not None and on_batch is not None:
         raise ToCoError("keep and on_batch: one of them is allowed, as on_batch would not see what was finished before")
-    views = _Views(size, tuple(scales), flip, size if seg_size == AS_CAM else seg_size, tuple(seg_scales))
+    carried = (attention_steps, tuple(attention_blocks), attention_kind) if attention_steps else ()
+    views = _Views(size, tuple(scales), flip, size if seg_size == AS_CAM else seg_size, tuple(seg_scales), carried)
     protocol = f"{len(source)} images at {views}, {crf_named(crf_options)}"
     counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
     kept, todo = None, mine
     if keep is not None:
         if share.first:
-            exact = views._asdict() | {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+            exact = {name: value for name, value in views._asdict().items() if name != "attention" or value}
+            exact |= {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
             kept = KeptEvaluation(keep, {"protocol": protocol, **exact, **_depends_on(model, source, autocast)})
         kept = share.from_first(kept)
         todo = counted.add_finished(kept, source.names, mine, batch_size)
@@ -270,15 +276,23 @@ class _Views(NamedTuple):
     flip: bool
     seg_size: int | None
     seg_scales: tuple[float, ...]
+    attention: tuple = ()
+    """Steps, blocks and kind of affinity with which CAMs are carried; empty: they are not."""
 
     @property
     def once(self) -> bool:
         """Whether the segmentation is one pass at scale 1."""
         return self.seg_scales == (1.0,)
 
+    @property
+    def carried(self) -> dict:
+        """The keywords of `multi_scale_cam` for it."""
+        return dict(zip(("attention_steps", "attention_blocks", "attention_kind"), self.attention, strict=False))
+
     def __str__(self) -> str:
         return (
             f"{_named(self.size)}, CAM scales {_listed(self.scales)}{' + flip' if self.flip else ''}, "
+            f"{carried_named(**self.carried)}"
             f"segmentation {'' if self.seg_size == self.size else f'at {_named(self.seg_size)} '}"
             f"{'once' if self.once else f'scales {_listed(self.seg_scales)} + flip'}"
         )
@@ -301,11 +315,10 @@ def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Calla
     image_labels = torch.cat([i.image_labels for i in items]).to(device)
     images = model.normalise(unit)
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
-        tokens = model.encode(images)
+        tokens = model.encode(images, attend=views.attention[1] if views.attention else ())
         output = model.heads(tokens)
-        cams = multi_scale_cam(
-            model, images, scales=views.scales, flip=views.flip, tokens=tokens, image_labels=image_labels
-        )
+        options = {"scales": views.scales, "flip": views.flip, **views.carried}
+        cams = multi_scale_cam(model, images, tokens=tokens, image_labels=image_labels, **options)
         if views.seg_size != views.size:
             seg_maps = _maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
         else:
@@ -485,8 +498,8 @@ def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
     unit = to_unit(item.image).to(model.classifier.weight.device)
     image_labels = item.image_labels.to(unit.device)
     images = model.normalise(unit)
-    tokens = model.encode(images)
-    cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+    tokens = model.encode(images, attend=config.labels.attended())
+    cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
     refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
     image = source.image(index)
     size = image.shape[:2]
@@ -521,6 +534,13 @@ def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[n
     maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
     value, slot = maps.max(0)
     return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+def carried_named(*, attention_steps: int = 0, attention_blocks: Sequence[int] = (), attention_kind: str = "") -> str:
+    """ "carried 2 x along the attention of blocks 9, 10 (pattern), ", or "" where CAMs are not."""
+    if not attention_steps:
+        return ""
+    return f"carried {attention_steps} x along the attention of blocks {_listed(attention_blocks)} ({attention_kind}), "
 
 
 def _named(size: int | None) -> str:

@@ -27,7 +27,15 @@ from toco_core.config import TrainConfig, override
 from toco_core.crf import crf_label
 from toco_core.data import Split, TrainVal, evaluation_items, open_source, to_unit
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import checked_crf, crf_named, eval_size, merged_label, segmentation_maps, strongest
+from toco_core.evaluation.evaluate import (
+    carried_named,
+    checked_crf,
+    crf_named,
+    eval_size,
+    merged_label,
+    segmentation_maps,
+    strongest,
+)
 from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
 from toco_core.labels import merged_logits, pseudo_label
@@ -132,8 +140,8 @@ def labels_of(
     unit, image_labels = to_unit(item.image).to(device), item.image_labels.to(device)
     with attention_of(model, config, device), autocast_of(config, device)():
         images = model.normalise(unit)
-        tokens = model.encode(images)
-        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+        tokens = model.encode(images, attend=config.labels.attended())
+        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
         once = [model.heads(tokens).seg_logits]
         several = segmentation_maps(model, images, scales)
     found = {}
@@ -232,7 +240,9 @@ def assess(
             counts.setdefault(kind, []).append(one.counts)
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
-    cam = f"{where}, image labels known, CAM scales {_listed(config.labels.cam_scales)} + flip"
+    options = config.labels.cam_options()
+    cam = f"{where}, image labels known, CAM scales {_listed(options.pop('scales'))} + flip, {carried_named(**options)}"
+    cam = cam.rstrip(", ")
     par = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}, PAR {config.labels.par_iterations}"
     several = f"{where}, scales {_listed(scales)} + flip"
     protocol = {

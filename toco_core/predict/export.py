@@ -155,7 +155,7 @@ def label_maps(
 def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, beta: float, crf: Mapping):
     unit, image_labels = to_unit(item.image).to(native.device), item.image_labels.to(native.device)
     size = tuple(native.shape[-2:])
-    cam = multi_scale_cam(model, model.normalise(unit), scales=config.labels.cam_scales, image_labels=image_labels).cam
+    cam = multi_scale_cam(model, model.normalise(unit), **config.labels.cam_options(), image_labels=image_labels).cam
     if method == "cam":
         value, label = strongest(cam, image_labels, size)
         return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
@@ -223,7 +223,9 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
             name: getattr(o, name) for name in ("beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale")
         }
     if not method.startswith("seg"):
-        settings |= {"cam_scales": o.cam_scales, "image_labels": _sha256(source.image_labels.tobytes())}
+        names = {"scales": "cam_scales"}
+        settings |= {names.get(name, name): value for name, value in o.cam_options().items()}
+        settings |= {"image_labels": _sha256(source.image_labels.tobytes())}
     else:
         settings |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
     settings |= {"crf": crf, "images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}

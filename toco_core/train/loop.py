@@ -37,6 +37,7 @@ from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
+from toco_core.train.warm_start import warm_start
 
 TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 
@@ -112,7 +113,7 @@ def step_losses(
         lattices = energy_lattices(unit)
 
     with autocast():
-        tokens = model.encode(images)
+        tokens = model.encode(images, attend=config.labels.attended())
         output = model.heads(tokens, segmentation=segments)
     terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
     terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
@@ -193,8 +194,8 @@ def step_labels(
         return StepLabels()
 
     with autocast():
-        tokens = model.encode(images) if tokens is None else tokens
-        cams = multi_scale_cam(model, images, scales=config.labels.cam_scales, tokens=tokens, image_labels=image_labels)
+        tokens = model.encode(images, attend=config.labels.attended()) if tokens is None else tokens
+        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
     if weights["ptc"] > 0:
         token_label = labels.token_label(
             cams.aux_cam,
@@ -345,6 +346,7 @@ def train(
     torch.manual_seed(config.seed)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
     schedule = config.schedule
+    model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
@@ -379,6 +381,9 @@ def train(
     if share.first:
         run.keep_records_before(start)
     progress = progress and share.first
+    if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
+        with attention_of(model, config, device):
+            warm_start(model, data.train, config, autocast=autocast, progress=progress)
     compute = distributed.shared_step(step_losses, model, share)
 
     def validate() -> Evaluation:
@@ -659,7 +664,7 @@ def evaluate_as(
             model,
             source,
             size=eval_size(config),
-            scales=config.labels.cam_scales,
+            **config.labels.cam_options(),
             seg_scales=config.seg_scales,
             max_over_scales=config.release.max_over_scales,
             crf=crf,

@@ -1,0 +1,83 @@
+"""Warm start: the classifiers are fitted to frozen tokens before anything is bent.
+
+A classifier that begins at random sends random gradients into a pretrained encoder and distorts what it knows; fitted
+first, it does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022). The tokens of all training
+images are computed once, pooled, and both classifiers are fitted to them in seconds.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from toco_core.config.sections import TrainConfig
+from toco_core.data import evaluation_items, to_unit
+from toco_core.losses import classification_loss
+from toco_core.model import ToCo, pooled
+
+BATCH, RATE, DECAY = 64, 1e-2, 1e-2
+ENCODED_AT_ONCE = 16
+
+
+def warm_start(
+    model: ToCo,
+    source,
+    config: TrainConfig,
+    *,
+    autocast: Callable = contextlib.nullcontext,
+    progress: bool = True,
+) -> None:
+    """Fit both classifiers to the frozen tokens of a split, `config.schedule.warm_start_steps` steps of 64 images.
+
+    Every image is seen once, at `crop_size` square. AdamW at a rate that falls linearly from 0.01 to 0; what is drawn
+    follows from the config's seed.
+    """
+    final, aux = pooled_tokens(model, source, config, autocast=autocast, progress=progress)
+    labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32, device=final.device)
+    for tokens, classifier in ((final, model.classifier), (aux, model.aux_classifier)):
+        generator = torch.Generator().manual_seed(config.seed)
+        fit_classifier(classifier, tokens, labels, steps=config.schedule.warm_start_steps, generator=generator)
+
+
+@torch.no_grad()
+def pooled_tokens(
+    model: ToCo, source, config: TrainConfig, *, autocast: Callable = contextlib.nullcontext, progress: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What the final and the auxiliary classifier read of every image of a split: two n D, float32."""
+    found, was_training = ([], []), model.training
+    device, waiting = model.classifier.weight.device, []
+    model.eval()
+
+    def encode() -> None:
+        with autocast():
+            tokens = model.encode(model.normalise(to_unit(torch.cat(waiting).to(device))))
+        for kept, patches in zip(found, (tokens.patch_tokens, tokens.aux_patch_tokens), strict=True):
+            kept.append(pooled(patches.float(), model.config.pooling))
+        waiting.clear()
+
+    items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers)
+    for item in tqdm(items, total=len(source), desc="warm start", unit="image", disable=not progress, leave=False):
+        waiting.append(item.image)
+        if len(waiting) == ENCODED_AT_ONCE:
+            encode()
+    if waiting:
+        encode()
+    model.train(was_training)
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def fit_classifier(
+    classifier: nn.Linear, tokens: Tensor, labels: Tensor, *, steps: int, generator: torch.Generator
+) -> None:
+    """Fit a linear layer to pooled tokens (n D) and image-level labels (n K) by the multi-label loss."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=DECAY)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
+        pick = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.device)
+        optimizer.zero_grad(set_to_none=True)
+        classification_loss(classifier(tokens[pick]), labels[pick]).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
