@@ -236,6 +236,11 @@ def test_a_lock_keeps_others_out_and_is_gone(tmp_path, monkeypatch, capfd):
             pass
 
 
+def test_who_holds_a_lock_does_not_wait_for_itself(tmp_path):
+    with alone(tmp_path / "run", "trains"), alone(tmp_path / "run", "trains"):
+        pass
+
+
 @POSIX
 def test_a_lock_follows_no_link(tmp_path, monkeypatch):
     (tmp_path / "precious").write_text("precious")

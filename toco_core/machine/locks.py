@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_held = threading.local()
+
 
 @contextlib.contextmanager
 def alone(folder: Path, does: str, *, wait: bool = True) -> Iterator[None]:
@@ -29,6 +32,9 @@ def alone(folder: Path, does: str, *, wait: bool = True) -> Iterator[None]:
     """
     busy = f"another process {does} {folder.name}"
     path = _lock_path(folder)
+    if wait and path in _mine():  # this thread has it: it would wait for itself
+        yield
+        return
     try:
         handle = _hold(path, block=False)
         if handle is None:
@@ -40,10 +46,19 @@ def alone(folder: Path, does: str, *, wait: bool = True) -> Iterator[None]:
         raise ToCoError(
             f"the lock {path} cannot be made: {error.strerror or error}; remove it, or set TMPDIR to a folder of yours"
         ) from error
+    _mine().add(path)
     try:
         yield
     finally:
+        _mine().discard(path)
         _let_go(path, handle)
+
+
+def _mine() -> set[Path]:
+    """The locks that this thread holds."""
+    if not hasattr(_held, "paths"):
+        _held.paths = set()
+    return _held.paths
 
 
 def _lock_path(folder: Path) -> Path:
@@ -87,4 +102,5 @@ def _let_go(path: Path, handle) -> None:
         return handle.release()
     with contextlib.suppress(OSError):
         path.unlink()  # while it is held: `_hold` sees that it is gone
+    fcntl.flock(handle, fcntl.LOCK_UN)  # a loader process that lives on has the handle, too
     os.close(handle)
