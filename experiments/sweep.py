@@ -26,6 +26,7 @@ from common import _literal
 
 from toco_core.config import RECIPES, TrainConfig, did_you_mean, field_sections, override
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import read_json
 from toco_core.machine.writing import write_whole
 from toco_core.runs.folder import Run
 
@@ -46,11 +47,23 @@ class Point(NamedTuple):
     def record(self) -> dict:
         """What is known of it; {"state": "waiting"} before it began."""
         path = self.folder / f"{self.name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"state": "waiting"}
+        if not path.is_file():
+            return {"state": "waiting"}
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("state") not in STATES or not _is_record(record):
+            raise ToCoError(f"{path} is no record of a sweep: delete it, and this point is executed again")
+        return record
 
     def note(self, **record) -> None:
         """Replace what is known."""
         write_whole(self.folder / f"{self.name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def _is_record(record: dict) -> bool:
+    """Whether the values of a record have the types that `note` is given."""
+    kinds = {"parameters": dict, "numbers": dict, "seconds": (int, float), "run": str, "error": str, "source": str}
+    known = all(isinstance(record[name], kind) for name, kind in (kinds | {"cell": int}).items() if name in record)
+    return known and (record["state"] != "failed" or "error" in record)
 
 
 def points_of(notebook: Path, folder: Path, grid: dict[str, list], common: dict) -> list[Point]:
@@ -179,7 +192,7 @@ def _written(point: Point) -> Path:
 
 def read_point(path: Path) -> Point:
     """The inverse of what the sweep wrote for a process."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     config = TrainConfig.from_dict(values["config"])
     return Point(Path(values["notebook"]), Path(values["folder"]), values["parameters"], config, values["name"])
 
@@ -230,8 +243,8 @@ def table(points: list[Point], records: list[dict]) -> str:
         if "seconds" in record:
             line += f"  {record['seconds']} s"
         if record["state"] == "failed":
-            where = f"cell {record['cell']} ({record['source']}): " if "cell" in record else ""
-            line += f"\n           {where}{record['error'].splitlines()[0][:160]}"
+            where = f"cell {record['cell']} ({record.get('source', '')}): " if "cell" in record else ""
+            line += f"\n           {where}{(record['error'].splitlines() or [''])[0][:160]}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -259,7 +272,10 @@ def main(argv=None) -> int:
     parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)  # one point, in a process of the sweep
     args = parser.parse_args(argv)
     if args.execute:
-        execute(read_point(args.execute))
+        try:
+            execute(read_point(args.execute))
+        except ToCoError as error:
+            raise SystemExit(f"error: {error}") from error
         return 0
     if not args.notebook or not args.notebook.is_file():
         parser.error(f"notebook {args.notebook} is not a file")
@@ -274,7 +290,10 @@ def main(argv=None) -> int:
         parser.error(str(error))
     jobs = args.jobs or (len(points) if args.slurm else 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    records = run_sweep(points, jobs=jobs, cluster="slurm" if args.slurm else "local", options=options)
+    try:
+        records = run_sweep(points, jobs=jobs, cluster="slurm" if args.slurm else "local", options=options)
+    except ToCoError as error:
+        raise SystemExit(f"error: {error}") from error
     if args.parquet:
         write_parquet(args.out / "results.parquet", points, records)
     print(args.out / "results.csv")

@@ -113,3 +113,9 @@ def test_mixed_precision_gives_full_precision_maps():
 def test_wrong_scales_are_refused(scales):
     with pytest.raises(ToCoError, match="scales"):
         multi_scale_cam(small_model(), images(), scales=scales)
+
+
+def test_a_scale_that_leaves_less_than_a_patch_is_refused():
+    model = small_model(0, dropped_border=True)
+    with pytest.raises(ToCoError, match="scale = 0.001 of an image of 24 x 32 leaves less than a patch"):
+        multi_scale_cam(model, torch.zeros(1, 3, 24, 32, dtype=torch.float64), scales=(0.001,))

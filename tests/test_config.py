@@ -15,6 +15,7 @@ from toco_core.config import (
     lr_at,
     override,
     shortened,
+    tiny,
     voc,
 )
 from toco_core.errors import ToCoError
@@ -81,6 +82,7 @@ VOC = {
         "head_lr_scale": 10.0,
         "classifier_lr_scale": None,
         "accumulate": 1,
+        "compile_blocks": False,
         "warm_start_steps": 0,
         "frozen_blocks": 0,
         "weight_decay": 0.01,
@@ -212,7 +214,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     config = voc()
     values = config.to_dict()
     del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
-    del values["schedule"]["accumulate"], values["model"]["pooling"]
+    del values["schedule"]["accumulate"], values["model"]["pooling"], values["schedule"]["compile_blocks"]
     del values["schedule"]["warm_start_steps"], values["schedule"]["frozen_blocks"], values["model"]["decoder_dilation"]
     for name in ("attention_steps", "attention_blocks", "attention_kind"):
         del values["labels"][name]
@@ -321,3 +323,22 @@ def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
     assert shortened(config, 40).schedule.warmup_steps == 20
     assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
     assert shortened(config, 1).schedule.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 2**63), ("seed", 2**45), ("steps", 10**12), ("batch_size", 10**10), ("crop_size", 10**6), ("layer", 1001),
+     ("par_iterations", 10**6), ("n_local", 10**6), ("par_dilations", (1, 10**6)), ("cam_scales", (1000.0,)),
+     ("proj_hidden", 10**6), ("workers", 10**5), ("loss", 1), ("model", None)],
+)  # fmt: skip
+def test_values_beyond_all_reason(name, value):
+    """A seed above 9.2e12 was a ValueError in the first step; sizes of a stranger's config are bounded."""
+    with pytest.raises(ToCoError, match=f"{name} = .* is not allowed: "):
+        override(tiny(), **{name: value}, **({"ptc": 0.3} if name == "loss" else {}))
+
+
+def test_the_largest_seed_seeds_every_step():
+    from toco_core.train.loop import crop_generator
+
+    config = override(tiny(), seed=9 * 10**12)
+    assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9

@@ -1,11 +1,13 @@
 """A long evaluation: the CRF in processes of its own, and a folder from which an interrupted one goes on."""
 
+import io
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from growth import memory_growth
 from small_config import stir
 from voc_folder import write_voc_folder
 
@@ -15,6 +17,7 @@ from toco_core.data import VOCFolder, read_mask
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
+from toco_core.evaluation.resume import KeptEvaluation
 from toco_core.model import ToCo
 
 K, N, BATCH = 3, 7, 2
@@ -174,3 +177,36 @@ def test_another_model_or_split_or_folder_is_refused(model, source, tmp_path):
         evaluate(model, part, **options, keep=tmp_path / "kept")
     path.unlink()
     equal(evaluate(model, part, **options, keep=tmp_path / "kept"), evaluate(model, part, **options))
+
+
+def npz(**changes):
+    """A kept image of `K` classes, changed."""
+    maps = np.zeros((21, K + 1, K + 1), np.int64)
+    rows = dict.fromkeys(("logits", "aux_logits", "image_labels"), np.zeros(K, np.float32))
+    values = {"cam": maps, "aux_cam": maps, "seg": maps[0], **rows, "has_mask": np.array(True)} | changes
+    file = io.BytesIO()
+    np.savez_compressed(file, **values)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cam": np.zeros((2, 2))}, {"seg": np.zeros((K + 1, K + 1))}, {"seg": -np.ones((K + 1, K + 1), np.int64)},
+        {"has_mask": np.zeros(3, bool)}, {"has_mask": np.array(1)}, {"logits": np.array(["a", "b", "c"])},
+        {"logits": np.zeros(K + 1, np.float32)}, {"cam": np.zeros((21, 3, 3), np.int64)},
+        {"cam": np.zeros((20, K + 1, K + 1), np.int64)}, {"logits": np.zeros((K, 1), np.float32)},
+        {"cam": np.zeros(2**29, np.uint8)},
+    ],
+)  # fmt: skip
+def test_kept_images_of_another_shape_or_type(tmp_path, change):
+    """They were added up in UFuncTypeError and ValueError; three megabytes unpacked to gigabytes."""
+    kept = KeptEvaluation(tmp_path / "kept", {"a": 1})
+    (tmp_path / "kept" / "counts").mkdir()
+    (tmp_path / "kept" / "counts" / "a.npz").write_bytes(npz())
+    assert evaluation._Counted(K).add_finished(kept, ["a"], [0], 8) == []
+    (tmp_path / "kept" / "counts" / "a.npz").write_bytes(npz(**change))
+    growth = memory_growth()
+    with pytest.raises(ToCoError, match="kept.*(is damaged: delete it|delete the folder)"):
+        evaluation._Counted(K).add_finished(kept, ["a"], [0], 8)
+    assert growth() < 100

@@ -17,6 +17,7 @@ from toco_core.model import ToCo
 from toco_core.runs.release import to_release
 from toco_core.train.loop import TERMS, StepInput, step_losses
 
+WHOLE = 1e-5  # of the largest value
 WEIGHTS = {"cls": 1.0, "aux_cls": 1.0, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}  # of `total`
 
 
@@ -29,7 +30,10 @@ def checkpoint_path():
 
 
 def agree(ours, theirs, name):
-    assert_close(ours, theirs.reshape(ours.shape), rtol=RTOL, atol=ATOL, msg=lambda text: f"{name}: {text}")
+    """Values of the whole network agree relative to the largest of them: what twelve blocks of float32 round differs by
+    a few millionths of it from processor to processor, also where a value is near 0."""
+    atol = WHOLE * theirs.abs().max().item()
+    assert_close(ours, theirs.reshape(ours.shape), rtol=RTOL, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.fixture

@@ -184,3 +184,21 @@ def test_nearest_equals_torch():
     for size in ((7, 5), (13, 4), (3, 11), (14, 10)):
         slow = torch.nn.functional.interpolate(torch.from_numpy(label)[None, None].float(), size=size, mode="nearest")
         np.testing.assert_array_equal(scoring._nearest(label, size), slow[0, 0].long().numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iou", {"cam": [10**400]}), ("iou", {"cam": ["a"]}), ("miou", {"cam": "much"}), ("beta", "half"),
+        ("part", 3), ("val", [1]), ("token_similarity", {"a": 1}), ("token_similarity", [True]), ("committed", 10**400),
+    ],
+)  # fmt: skip
+def test_scores_that_are_no_numbers(scored, name, value):
+    path = scored.run.folder / "scores.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {name: value}))
+    try:
+        with pytest.raises(ToCoError, match="scores.json holds no scores"):
+            read_scores(scored.run)
+    finally:
+        path.write_text(whole)

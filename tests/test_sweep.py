@@ -110,3 +110,22 @@ def test_wrong_options_are_refused(notebook, capsys):
         with pytest.raises(SystemExit):
             sweep.main(command)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]", b"{}", b'{"state": "asleep"}', b'{"state": []}', b"{", b"\xff", b"[" * 100_000, b'{"state": "failed"}',
+        b'{"state": "done", "numbers": [1]}', b'{"state": "failed", "error": 3}', b'{"state": "done", "run": 3}',
+        b'{"state": "failed", "error": "", "cell": "x"}',
+    ],
+)  # fmt: skip
+def test_records_that_are_none(notebook, tmp_path, content):
+    """KeyError, JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError."""
+    (point,) = sweep.points_of(notebook, tmp_path / "out", {}, {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{point.name}.json").write_bytes(content)
+    with pytest.raises(ToCoError, match=r"\.json is (no record of a sweep: delete it|not valid JSON)"):
+        sweep.table([point], [point.record])
+    point.note(state="failed", parameters={}, error="", cell=3)
+    assert "failed" in sweep.table([point], [point.record])

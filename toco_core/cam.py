@@ -125,6 +125,9 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return images
     height, width = int(scale * images.shape[-2]), int(scale * images.shape[-1])
+    if model.dropped_border and (height < model.patch_size[0] or width < model.patch_size[1]):
+        size = f"{images.shape[-2]} x {images.shape[-1]}"
+        raise ToCoError(f"scale = {scale} of an image of {size} leaves less than a patch: a larger one is needed")
     if not model.dropped_border:
         height, width = model.fitted_size(height, width)
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)

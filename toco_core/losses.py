@@ -21,7 +21,8 @@ PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, 
 EXP_EPSILON = 1e-4  # added to the denominator of InfoNCE; keeps the gradient of an image without negatives near 0
 POSITIVE_EPSILON = 1e-4  # added to the number of positive views in CTC
 
-PTC_ROWS = 128  # rows of the N x N similarity that PTC holds at a time
+PTC_ROWS = 128  # rows of the N x N similarity that PTC holds at a time on a CPU: they stay in its cache
+PTC_ENTRIES = 2**26  # entries of B similarities that it holds at a time on other devices, which want few large pieces
 
 
 def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
@@ -175,8 +176,10 @@ class _WeightedSimilarity(torch.autograd.Function):
         total = tokens.new_zeros(())
         gradient = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
         columns = tokens.transpose(1, 2)
-        for start in range(0, tokens.shape[1], PTC_ROWS):
-            rows = slice(start, start + PTC_ROWS)
+        B, N, _ = tokens.shape
+        step = PTC_ROWS if tokens.device.type == "cpu" else max(PTC_ROWS, PTC_ENTRIES // (B * N))
+        for start in range(0, N, step):
+            rows = slice(start, start + step)
             similarity = tokens[:, rows] @ columns  # B rows N
             weight = torch.where(label[:, rows, None] == label[:, None, :], same_weight, different_weight)
             weight.diagonal(offset=start, dim1=1, dim2=2).zero_()  # a token makes no pair with itself

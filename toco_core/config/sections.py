@@ -28,6 +28,9 @@ PRECISIONS = ("auto", "fp32", "medium", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
+LARGEST = 10**9
+
+
 def option(
     default: Any,
     help: str,
@@ -42,9 +45,13 @@ def option(
 ):
     """A field with its help text and the values that it allows (bounds also hold for each item of a tuple).
 
+    A whole number has an upper bound, `LARGEST` unless `at_most` says otherwise: a config may come from a stranger.
+
     `added_later`: configs without this field name runs already. At its default it is left out of `short_hash`, so that
     a newer version of the package finds the runs of an older one.
     """
+    if type(default) is int and at_most is None:
+        at_most = LARGEST
     allowed = {
         "at_least": at_least,
         "above": above,
@@ -124,7 +131,10 @@ class ModelConfig(Config):
         True, "Begin with pretrained weights. False begins with random ones and ignores `weights`."
     )
     layer: int = option(
-        10, "Block that feeds the auxiliary classifier, counted from 1 as in the paper (10 of 12).", at_least=1
+        10,
+        "Block that feeds the auxiliary classifier, counted from 1 as in the paper (10 of 12).",
+        at_least=1,
+        at_most=1000,
     )
     aux_norm: bool = option(
         False,
@@ -140,17 +150,18 @@ class ModelConfig(Config):
         one_of=("max", "mean", "topk"),
         added_later=True,
     )
-    proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1)
+    proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1, at_most=65536)
     proj_bottleneck: int = option(
-        256, "Width of the projection head before its last, weight-normalised layer.", at_least=1
+        256, "Width of the projection head before its last, weight-normalised layer.", at_least=1, at_most=65536
     )
-    proj_dim: int = option(1024, "P, the width in which crops are compared by CTC.", at_least=1)
-    decoder_width: int = option(512, "Channels of the LargeFOV decoder.", at_least=1)
+    proj_dim: int = option(1024, "P, the width in which crops are compared by CTC.", at_least=1, at_most=65536)
+    decoder_width: int = option(512, "Channels of the LargeFOV decoder.", at_least=1, at_most=65536)
     decoder_dilation: int = option(
         5,
         """Dilation of the LargeFOV decoder. 5: as published, for 28 x 28 tokens. On a grid of 16 x 16 its outer taps
         lie beyond the border for many tokens.""",
         at_least=1,
+        at_most=1000,
         added_later=True,
     )
     pos_embed_antialias: bool = option(
@@ -193,7 +204,10 @@ class LabelConfig(Config):
     )
     beta: float = option(0.5, "The one threshold with which a CAM is scored.", at_least=0, at_most=1)
     cam_scales: tuple[float, ...] = option(
-        (1.0, 0.5, 1.5), "Image scales over which CAM is summed, each also mirrored.", above=0
+        (1.0, 0.5, 1.5), "Image scales over which CAM is summed, each also mirrored.", above=0, at_most=16
+    )
+    par_iterations: int = option(
+        10, "Iterations of pixel-adaptive refinement; 0 leaves the CAM as it is.", at_least=0, at_most=1000
     )
     attention_steps: int = option(
         0,
@@ -204,7 +218,11 @@ class LabelConfig(Config):
         added_later=True,
     )
     attention_blocks: tuple[int, ...] = option(
-        (9, 10, 11, 12), "Blocks, from 1, whose attention is averaged for that.", at_least=1, added_later=True
+        (9, 10, 11, 12),
+        "Blocks, from 1, whose attention is averaged for that.",
+        at_least=1,
+        at_most=1000,
+        added_later=True,
     )
     attention_kind: str = option(
         "attention",
@@ -213,9 +231,8 @@ class LabelConfig(Config):
         one_of=("attention", "pattern"),
         added_later=True,
     )
-    par_iterations: int = option(10, "Iterations of pixel-adaptive refinement; 0 leaves the CAM as it is.", at_least=0)
     par_dilations: tuple[int, ...] = option(
-        (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1
+        (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1, at_most=10000
     )
     par_scale: float = option(0.5, "PAR refines at this fraction of the image's size.", above=0, at_most=1)
 
@@ -286,8 +303,8 @@ class LossConfig(Config):
 class CropConfig(Config):
     """Local views for class token contrast ("Class Token Contrast" in the paper)."""
 
-    n_local: int = option(8, "Local views per image, besides the two global ones.", at_least=0)
-    local_size: int = option(96, "Height and width of a local view in pixels.", at_least=8)
+    n_local: int = option(8, "Local views per image, besides the two global ones.", at_least=0, at_most=1000)
+    local_size: int = option(96, "Height and width of a local view in pixels.", at_least=8, at_most=16384)
     positive_threshold: float = option(
         0.2, "A crop is positive when the mean of its region values is above this.", at_least=0, at_most=2
     )
@@ -305,7 +322,7 @@ class DataConfig(Config):
     train_split: str = option("train", "Split to train on.")
     val_split: str = option("val", "Split to validate on during training.")
     crop_size: int = option(
-        448, "Height and width of a training crop and of an evaluated image, in pixels.", at_least=16
+        448, "Height and width of a training crop and of an evaluated image, in pixels.", at_least=16, at_most=16384
     )
     scale_range: tuple[float, ...] = option(
         (0.5, 2.0), "Random rescaling of a training image before it is cropped.", length=2, above=0
@@ -318,6 +335,7 @@ class DataConfig(Config):
         0,
         "Processes that load images; 0 loads in the training process. The images are the same, bit for bit.",
         at_least=0,
+        at_most=1024,
     )
 
     def check(self):
@@ -338,6 +356,12 @@ class ScheduleConfig(Config):
         """Equal parts into which each process cuts its images of a step, computed one after the other where memory is
         short. Losses and gradients stay those of `batch_size` images in one piece.""",
         at_least=1,
+        added_later=True,
+    )
+    compile_blocks: bool = option(
+        False,
+        """Train with the encoder's blocks compiled by torch.compile, once for each size of view: minutes before the
+        first step, for steps that a GPU waits less in. Values differ in their last bits.""",
         added_later=True,
     )
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)
@@ -488,7 +512,7 @@ class TrainConfig(Config):
     release: ReleaseBehaviour = field(
         default_factory=ReleaseBehaviour, metadata={"help": "What is done as in the published release."}
     )
-    seed: int = option(0, "Seed of everything random.", at_least=0)
+    seed: int = option(0, "Seed of everything random.", at_least=0, at_most=9 * 10**12)
     device: str = option("auto", "`auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.")
     precision: str = option(
         "auto",
@@ -503,6 +527,7 @@ class TrainConfig(Config):
         (1.0,),
         "Image scales over which segmentation is evaluated, each also mirrored; 1 alone is one pass, not mirrored.",
         above=0,
+        at_most=16,
     )
     log_interval: int = option(10, "Steps between logged losses.", at_least=1)
     log_to: str = option(
@@ -646,7 +671,10 @@ def override(config: TrainConfig, **values: Any) -> TrainConfig:
         changes.setdefault(where[name], {})[name] = value
     whole = changes.pop("", {})
     for section, fields in changes.items():
-        whole[section] = dataclasses.replace(whole.get(section, getattr(config, section)), **fields)
+        given = whole.get(section, getattr(config, section))
+        if not _is_config(type(given)):
+            raise ToCoError(f"{section} = {given!r:.60} is not allowed: a {type(getattr(config, section)).__name__}")
+        whole[section] = dataclasses.replace(given, **fields)
     return dataclasses.replace(config, **whole)
 
 

@@ -365,8 +365,20 @@ class _Counted:
                 todo += batch
                 continue
             for number in batch:
-                self.add(number, kept.read(names[number]))
+                image = kept.read(names[number])
+                for name, shape in self._shapes().items():
+                    if getattr(image, name).shape != shape:
+                        raise ToCoError(
+                            f"{kept.folder}: {name} of the image {names[number]} is {getattr(image, name).shape} and "
+                            f"not {shape}: delete the folder, and it is evaluated again"
+                        )
+                self.add(number, image)
         return todo
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """What each image adds."""
+        maps = {"cam": self.cam.counts.shape, "aux_cam": self.aux_cam.counts.shape, "seg": self.seg.counts.shape}
+        return maps | dict.fromkeys(("logits", "aux_logits", "image_labels"), (self.cam.n_classes,))
 
     def rows(self, numbers: list[int]) -> list[list[Tensor]]:
         """Logits, auxiliary logits and image-level labels, 1 K per image."""

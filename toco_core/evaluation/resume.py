@@ -9,6 +9,7 @@ Each file is written whole or not at all, the counts last.
 
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
 from toco_core.data.files import palette_png
+from toco_core.data.layouts.npy import plain_array
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import limit, read_bytes
 from toco_core.machine.writing import remove_parts, write_whole, writing
 from toco_core.runs.folder import claim_folder
 
@@ -31,6 +34,12 @@ class ImageCounts(NamedTuple):
     aux_logits: Float[np.ndarray, " K"]
     image_labels: Float[np.ndarray, " K"]
     has_mask: bool
+
+
+KINDS = {  # axes, and integers, floating-point numbers or a truth value
+    "cam": (3, "i"), "aux_cam": (3, "i"), "seg": (2, "i"),
+    "logits": (1, "f"), "aux_logits": (1, "f"), "image_labels": (1, "f"), "has_mask": (0, "b"),
+}  # fmt: skip
 
 
 class KeptEvaluation:
@@ -49,12 +58,20 @@ class KeptEvaluation:
     def read(self, name: str) -> ImageCounts:
         """A finished image. Raises ToCoError for a damaged file."""
         path = self._counts(name)
+        data = read_bytes(path, "counts_bytes")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                values = {field: file[field] for field in ImageCounts._fields}
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                parts = [archive.getinfo(f"{field}.npy") for field in ImageCounts._fields]
+                if sum(part.file_size for part in parts) > limit("counts_bytes"):
+                    raise ValueError("its parts are too large")
+                values = [plain_array(archive.read(part)) for part in parts]
+            found = dict(zip(ImageCounts._fields, values, strict=True))
+            for field, value in found.items():
+                if (value.ndim, value.dtype.kind) != KINDS[field] or (value.dtype.kind == "i" and value.min() < 0):
+                    raise ValueError(f"{field} is no such array")
         except Exception as error:  # noqa: BLE001  a damaged archive raises many kinds
             raise ToCoError(f"{path} is damaged: delete it, and the image is evaluated again") from error
-        return ImageCounts(**values | {"has_mask": bool(values["has_mask"])})
+        return ImageCounts(**found | {"has_mask": bool(found["has_mask"])})
 
     def write(self, name: str, counts: ImageCounts, label: UInt8[np.ndarray, "H W"] | None) -> None:
         """Keep a finished image, and its label map where it was scored."""

@@ -13,7 +13,7 @@ Where the data set has no part "test", the scores are of val, on which the thres
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,10 +131,34 @@ def read_scores(run: Run) -> RunScores | None:
     if set(values) != set(RunScores._fields):
         raise ToCoError(f"{run.folder}/scores.json is of another version: delete it, and the run is scored again")
     try:
-        iou = {name: [math.nan if v is None else float(v) for v in row] for name, row in values["iou"].items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ToCoError(f"{run.folder}/scores.json holds no scores per class: {error}") from error
-    return RunScores(**values | {"iou": iou})
+        for name, kind in (
+            ("part", str),
+            ("protocol", str),
+            ("beta", float),
+            ("aux_beta", float),
+            ("committed", float),
+        ):
+            values[name] = _number(values[name]) if kind is float else _text(values[name])
+        for name in ("val", "miou"):
+            values[name] = {_text(key): _number(value) for key, value in values[name].items()}
+        values["iou"] = {_text(key): [_number(value) for value in row] for key, row in values["iou"].items()}
+        values["token_similarity"] = [_number(value) for value in values["token_similarity"]]
+    except (AttributeError, TypeError, OverflowError) as error:
+        raise ToCoError(f"{run.folder}/scores.json holds no scores: {error}") from error
+    return RunScores(**values)
+
+
+def _number(value: Any) -> float:
+    """A number of JSON, null as NaN."""
+    if value is not None and type(value) not in (int, float):
+        raise TypeError(f"{value!r:.60} is no number")
+    return math.nan if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} is no text")
+    return value
 
 
 def _scores_of(run: Run, data: TrainVal) -> RunScores | None:

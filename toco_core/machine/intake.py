@@ -33,7 +33,7 @@ DEFAULTS = {
     "annotation_bytes": 2**30,  # COCO's JSON; that of 2017 has 450 MB
     "outline_pixels": 2**23,  # length of all outlines of one image
     "painted_pixels": 2**31,  # area of all objects of one image
-    "counts_bytes": 2**26,  # what a kept evaluation unpacks for one image
+    "counts_bytes": 2**28,  # what a kept evaluation unpacks for one image
     "checkpoint_bytes": 2**35,
     "pickle_bytes": 2**24,  # names and shapes of a checkpoint's tensors
     "folder_entries": 5_000_000,

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image
-from pycocotools import mask as rle
 from torch import Tensor
 from tqdm import tqdm
 
@@ -316,6 +315,8 @@ def _annotations(label: np.ndarray, image: int, first: int) -> list[dict]:
 
 
 def _rle(mask: np.ndarray) -> dict:
+    from pycocotools import mask as rle
+
     packed = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(n) for n in packed["size"]], "counts": packed["counts"].decode()}
 

@@ -74,7 +74,7 @@ def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
             raise ToCoError(f"{field!r} is not allowed: NAME=VALUE is wanted")
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             values[name] = value
     return override(config, **values)
 

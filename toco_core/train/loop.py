@@ -355,6 +355,8 @@ def train(
         decay_all=config.release.decay_all,
     )
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=device.type != "mps")
+    if schedule.compile_blocks:
+        model.compile_blocks()
     autocast = autocast_of(config, device)
     keep_freed_memory()
 

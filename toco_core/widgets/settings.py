@@ -1,5 +1,6 @@
 """What is shown of an image, as one frozen record that refuses impossible values, and as a line for papermill."""
 
+import numbers
 import shlex
 from dataclasses import dataclass, fields
 from typing import Any
@@ -35,15 +36,17 @@ class Settings(Config):
     beta_l: float = option(0.25, "CAM at most this: background.", at_least=0, at_most=1)
     beta_h: float = option(0.7, "CAM at least this: foreground; uncertain between the two.", at_least=0, at_most=1)
     par_iterations: int = option(10, "Iterations of PAR.", at_least=0, at_most=50)
-    par_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "Distances of PAR's neighbours.", at_least=1)
+    par_dilations: tuple[int, ...] = option(
+        (1, 2, 4, 8, 12, 24), "Distances of PAR's neighbours.", at_least=1, at_most=10000
+    )
     par_scale: float = option(0.5, "PAR refines at this fraction of the size.", above=0, at_most=1)
-    cam_scales: tuple[float, ...] = option((1.0,), "Image scales over which CAM is summed.", above=0)
+    cam_scales: tuple[float, ...] = option((1.0,), "Image scales over which CAM is summed.", above=0, at_most=16)
     flip: bool = option(True, "CAM also of the mirrored image.")
     crf: bool = option(False, "Segmentation through the dense CRF.")
     head: int = option(0, "Attention head, from 1; 0: the mean of all.", at_least=0)
-    crop_size: int = option(32, "Side of a local view in pixels of the model's image.", at_least=8)
+    crop_size: int = option(32, "Side of a local view in pixels of the model's image.", at_least=8, at_most=16384)
     n_crops: int = option(4, "Local views to sample.", at_least=0, at_most=32)
-    crop_seed: int = option(0, "Seed of the sampled views.", at_least=0)
+    crop_seed: int = option(0, "Seed of the sampled views.", at_least=0, at_most=9 * 10**12)
 
     def check(self):
         if self.beta_l >= self.beta_h:
@@ -71,6 +74,9 @@ def changed(settings: Settings, **values: Any) -> Settings:
             raise ToCoError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         wants_several = isinstance(now[name], tuple) and not isinstance(value, (tuple, list))
         now[name] = _numbers(name, str(value)) if wants_several else value
+    for name in ("beta_l", "beta_h"):
+        if not isinstance(now[name], numbers.Real) or not 0 <= now[name] <= 1:
+            raise ToCoError(f"{name} = {now[name]!r:.60} is not allowed: a number from 0 to 1 is wanted")
     if "beta_l" in values and "beta_h" not in values and now["beta_l"] >= now["beta_h"]:
         now["beta_h"] = min(1.0, round(now["beta_l"] + 0.01, 2))
         now["beta_l"] = min(now["beta_l"], 0.99)
@@ -114,4 +120,4 @@ def _numbers(name: str, text: str) -> tuple:
         values = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         raise ToCoError(f"{name} = {text!r} is not allowed: numbers separated by commas") from None
-    return tuple(int(v) if name == "par_dilations" and v == int(v) else v for v in values)
+    return tuple(int(v) if name == "par_dilations" and v.is_integer() else v for v in values)

@@ -28,9 +28,7 @@ def read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
     """The mapping or the array. Raises ToCoError, naming the file."""
     try:
         file = io.BytesIO(read_bytes(path, "npy_bytes"))
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_column, dtype = header(file)
+        shape, by_column, dtype = _header(file)
         if dtype.hasobject:
             content = _plain(_ArrayUnpickler(file).load())
         else:
@@ -42,6 +40,20 @@ def read_npy_labels(path: Path) -> Mapping[str, Any] | np.ndarray:
     if not isinstance(content, Mapping) and not (isinstance(content, np.ndarray) and content.ndim == 2):
         raise ToCoError(f"labels {path} holds a {type(content).__name__}: a mapping name -> labels or N K is needed")
     return content
+
+
+def plain_array(data: bytes) -> np.ndarray:
+    """The array of an `.npy` file's bytes. Raises ValueError, or what NumPy raises, for one that is damaged, holds
+    objects, or claims more numbers than there are bytes."""
+    file = io.BytesIO(data)
+    shape, by_column, dtype = _header(file)
+    return _array(file.read(), dtype, shape, by_column)
+
+
+def _header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], by_column: bool) -> np.ndarray:
