@@ -43,8 +43,10 @@ class Run:
         """Steps done in the newest checkpoint that was saved or loaded here."""
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Run":
+    def of(cls, config: TrainConfig, variant: str = "") -> "Run":
         """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
+
+        `variant` names what the config does not say (see `objective.variant`); it ends the folder's name.
 
         Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
         of the package began, under a name with the path as it is written or with every field, is found.
@@ -53,8 +55,9 @@ class Run:
         folder, resolved = Path(default and os.environ.get("TOCO_RUNS") or config.out_dir), config.resolved()
         name = _run_name(resolved, resolved.short_hash())
         earlier = _run_name(config, config.short_hash()), _run_name(config, config.short_hash(every_field=True))
-        there = (n for n in (name, *earlier) if os.path.isfile(folder / n / "config.json"))
-        return cls(folder / next(there, name))
+        names = [f"{n}-{variant}" if variant else n for n in (name, *earlier)]
+        there = (n for n in names if os.path.isfile(folder / n / "config.json"))
+        return cls(folder / next(there, names[0]))
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
