@@ -572,7 +572,7 @@ def scenes_folder(config: ScenesConfig | None = None, *, progress: bool = True) 
         return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with alone(root, "draws"):
+        with alone(root, "draws", tell=progress):
             if not os.path.isfile(root / "scenes.json"):  # the process that was waited for may have drawn it
                 remove_parts(root.parent, f".{name}-*")
                 if root.exists():  # left without its manifest: not ours to trust

@@ -25,8 +25,8 @@ _held = threading.local()
 
 
 @contextlib.contextmanager
-def alone(folder: Path, does: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder; who comes second waits, and says so: "another process `does` <folder>".
+def alone(folder: Path, does: str, *, wait: bool = True, tell: bool = True) -> Iterator[None]:
+    """Hold a folder; who comes second waits, and with `tell` says so: "another process `does` <folder>".
 
     Without `wait` ToCoError is raised where another process has it, and always where no lock can be made.
     """
@@ -40,7 +40,8 @@ def alone(folder: Path, does: str, *, wait: bool = True) -> Iterator[None]:
         if handle is None:
             if not wait:
                 raise ToCoError(f"{busy}: start again when it is done")
-            print(f"{busy}: waiting until it is done", flush=True)
+            if tell:
+                print(f"{busy}: waiting until it is done", flush=True)
             handle = _hold(path, block=True)
     except OSError as error:
         raise ToCoError(
