@@ -261,8 +261,14 @@ class ToCo(nn.Module):
     @torch.no_grad()
     def update_ema(self, momentum: float) -> None:
         """Teacher's head <- momentum * teacher's head + (1 - momentum) * student's head."""
-        for teacher, student in zip(self.proj_head_ema.parameters(), self.proj_head.parameters(), strict=True):
-            teacher.mul_(momentum).add_(student, alpha=1 - momentum)
+        teacher, student = list(self.proj_head_ema.parameters()), list(self.proj_head.parameters())
+        torch._foreach_mul_(teacher, momentum)
+        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the encoder's blocks, at their first call with each size of batch and view."""
+        for block in self.encoder.blocks:
+            block.compile(dynamic=False)
 
     def freeze_blocks(self, n: int) -> None:
         """Leave the patch embedding, the prefix tokens and the first `n` blocks untrained; 0: nothing is frozen.
