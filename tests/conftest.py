@@ -12,3 +12,13 @@ _hook = install_import_hook("toco_core", "shape_check.check")
 from toco_core.machine.torchvision_shim import make_importable  # noqa: E402
 
 make_importable()  # some tests import timm by themselves
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `slow`, unless `-m` says what is wanted."""
+    if config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("slow")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
