@@ -15,10 +15,8 @@ make_importable()  # some tests import timm by themselves
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `slow`, unless `-m` says what is wanted."""
-    if config.option.markexpr:
-        return
-    left = [item for item in items if item.get_closest_marker("slow")]
-    if left:
+    """Leave out what is marked `exhaustive`, unless `-m` names it."""
+    left = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left and "exhaustive" not in (config.option.markexpr or ""):
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

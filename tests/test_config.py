@@ -82,6 +82,7 @@ VOC = {
         "head_lr_scale": 10.0,
         "classifier_lr_scale": None,
         "accumulate": 1,
+        "compile_blocks": False,
         "warm_start_steps": 0,
         "frozen_blocks": 0,
         "weight_decay": 0.01,
@@ -213,7 +214,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     config = voc()
     values = config.to_dict()
     del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
-    del values["schedule"]["accumulate"], values["model"]["pooling"]
+    del values["schedule"]["accumulate"], values["model"]["pooling"], values["schedule"]["compile_blocks"]
     del values["schedule"]["warm_start_steps"], values["schedule"]["frozen_blocks"], values["model"]["decoder_dilation"]
     for name in ("attention_steps", "attention_blocks", "attention_kind"):
         del values["labels"][name]

@@ -444,3 +444,17 @@ def test_mixed_precision_trains():
     loss.backward()
     assert_close(output.class_logits.float(), model(images().float()).class_logits, rtol=0.1, atol=0.1)
     assert all(torch.isfinite(p.grad).all() for p in trained(model).values() if p.grad is not None)
+
+
+def test_compiled_blocks_are_those_of_the_checkpoint():
+    """The blocks are compiled in place: names and values of the weights stay, and what a block returns."""
+    torch.manual_seed(0)
+    model = ToCo(ModelConfig(backbone="plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)",
+                             pretrained=False, layer=2, proj_hidden=8, proj_bottleneck=6, proj_dim=5), 2)  # fmt: skip
+    images, before = torch.rand(1, 3, 32, 40), dict(model.state_dict())
+    wanted = model.encode(images)
+    model.compile_blocks()
+    assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)
+    assert list(model.state_dict()) == list(before)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model.encode(images).patch_tokens, wanted.patch_tokens)

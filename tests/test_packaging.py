@@ -128,7 +128,7 @@ def test_ranges_are_open_and_the_constraints_name_one_version_for_every_python()
 @pytest.mark.parametrize("folder", ["toco_core", "experiments", "notebooks"])
 def test_everything_imported_is_required(folder):
     extras = {
-        "toco_core": ["notebooks", "track"],
+        "toco_core": ["notebooks", "track", "onnx"],
         "experiments": ["notebooks", "sweep", "test"],
         "notebooks": ["test"],
     }[folder]

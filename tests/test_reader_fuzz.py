@@ -2,7 +2,7 @@
 end.
 
 Mutated files keep their structure (see `mutators`); pipes, devices, folders and endless files take their place, too.
-The ordinary run gives each reader a few, `pytest -m slow` 10,000 each, in a process with a cap on memory and time. The
+The ordinary run gives each reader a few, `pytest -m exhaustive` 10,000 each, in a process with a cap on memory and time. The
 environment variable TOCO_FUZZ is the number for the ordinary run, TOCO_FUZZ_SEED the seed of both.
 """
 
@@ -55,7 +55,7 @@ def test_damaged_files(folders, name):
     assert peak_megabytes() - before < MEGABYTES
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", READERS)
 def test_ten_thousand_damaged_files(name):
     command = [sys.executable, str(Path(__file__).with_name("fuzz_readers.py")), name, str(SLOW_INPUTS), str(SEED)]

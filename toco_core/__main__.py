@@ -2,6 +2,7 @@
 
 toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
+toco onnx <run> <file>     writes the model of a run as ONNX
 toco <recipe> ...          trains: see `train.launch`
 """
 
@@ -13,6 +14,7 @@ from .errors import ToCoError
 COMMANDS = {  # name -> "module:function", which takes the arguments after the name and returns the exit status
     "notebooks": "toco_core.shipped_notebooks:copy_command",
     "lab": "toco_core.shipped_notebooks:lab_command",
+    "onnx": "toco_core.predict.portable:onnx_command",
 }
 
 

@@ -145,9 +145,10 @@ class ToCo(nn.Module):
         return max(1, int(height / ph + 0.5)) * ph, max(1, int(width / pw + 0.5)) * pw
 
     def _fitted(self, images: Tensor) -> Tensor:
-        size = self.fitted_size(*images.shape[-2:])
-        if size == tuple(images.shape[-2:]):
+        height, width = images.shape[-2:]
+        if height % self.patch_size[0] == 0 and width % self.patch_size[1] == 0:
             return images
+        size = self.fitted_size(height, width)
         if self.dropped_border:
             return images[..., : size[0], : size[1]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
@@ -193,7 +194,7 @@ class ToCo(nn.Module):
         """Prepend the prefix tokens (class, distillation, register) and add position embeddings."""
         encoder = self.encoder
         prefix = [getattr(encoder, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-        prefix = [token.expand(len(patches), -1, -1) for token in prefix if token is not None]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix if token is not None]
         if encoder.pos_embed is None:
             return torch.cat([*prefix, patches], dim=1)
         positions = self._resized_positions(grid)
@@ -202,11 +203,12 @@ class ToCo(nn.Module):
         return torch.cat([*prefix, patches], dim=1) + positions
 
     def _resized_positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings of a grid; kept per size while they are frozen and unchanged."""
+        """Position embeddings of a grid; kept per size while they are frozen and unchanged, but not in a graph that is
+        traced for every size."""
         pos_embed = self.encoder.pos_embed
         n_prefix = 0 if self.encoder.no_embed_class else self.encoder.num_prefix_tokens
         old = tuple(self.encoder.patch_embed.grid_size)
-        if pos_embed.requires_grad:
+        if pos_embed.requires_grad or torch.compiler.is_compiling():
             return resize_positions(pos_embed, old, grid, n_prefix, antialias=self.config.pos_embed_antialias)
         state = (pos_embed.data_ptr(), pos_embed._version, pos_embed.device, pos_embed.dtype)
         if self._positions.get("state") != state:
@@ -259,8 +261,14 @@ class ToCo(nn.Module):
     @torch.no_grad()
     def update_ema(self, momentum: float) -> None:
         """Teacher's head <- momentum * teacher's head + (1 - momentum) * student's head."""
-        for teacher, student in zip(self.proj_head_ema.parameters(), self.proj_head.parameters(), strict=True):
-            teacher.mul_(momentum).add_(student, alpha=1 - momentum)
+        teacher, student = list(self.proj_head_ema.parameters()), list(self.proj_head.parameters())
+        torch._foreach_mul_(teacher, momentum)
+        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the encoder's blocks, at their first call with each size of batch and view."""
+        for block in self.encoder.blocks:
+            block.compile(dynamic=False)
 
     def freeze_blocks(self, n: int) -> None:
         """Leave the patch embedding, the prefix tokens and the first `n` blocks untrained; 0: nothing is frozen.
@@ -476,8 +484,8 @@ def resize_positions(
 ) -> Float[Tensor, "1 T2 D"]:
     """Position embeddings of an `old` (h, w) grid for a `new` one, bicubic; the first `n_prefix` belong to prefix
     tokens and stay."""
-    if tuple(old) == tuple(new):
-        return pos_embed
+    if not torch.compiler.is_compiling() and tuple(old) == tuple(new):
+        return pos_embed  # bicubic interpolation at the same size changes nothing either
     prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
     as_map = patches.unflatten(1, old).permute(0, 3, 1, 2)
     as_map = F.interpolate(as_map, size=new, mode="bicubic", align_corners=False, antialias=antialias)

@@ -74,12 +74,15 @@ def affinity(images: Float[Tensor, "B 3 H W"], *, dilations: tuple[int, ...] = D
 
 
 def apply(
-    affinity: Affinity, masks: Float[Tensor, "B C h w"], *, iterations: int = ITERATIONS
+    affinity: Affinity, masks: Float[Tensor, "B C h w"], *, iterations: int = ITERATIONS, compiled: bool = False
 ) -> Float[Tensor, "B C H W"]:
     """`iterations` rounds of M_i <- sum_j a(i, j) M_j.
 
     Masks of another size than the affinity's images are resized first, bilinearly with aligned corners as in the
     release. Zero iterations only resize. Raises ToCoError for a negative number.
+
+    compiled: a round is one kernel made by torch.compile (tens of seconds at the first call with each size), which
+        reads every weight once instead of writing each of 48 partial sums: for GPUs, whose memory bounds them.
     """
     if iterations < 0:
         raise ToCoError(f"iterations = {iterations} of PAR: 0 or more are allowed")
@@ -88,12 +91,18 @@ def apply(
         masks = full_precision(masks)
         if masks.shape[2:] != weights.shape[2:]:
             masks = F.interpolate(masks, size=weights.shape[2:], mode="bilinear", align_corners=True)
+        play = torch.compile(_round, dynamic=False) if compiled else _round
         for _ in range(iterations):
-            neighbours = _Neighbours(masks, offsets)
-            masks = torch.zeros_like(masks)
-            for weight, neighbour in zip(weights, neighbours, strict=True):
-                masks.addcmul_(weight[:, None], neighbour)
+            masks = play(weights, masks, offsets)
     return masks
+
+
+def _round(weights: Tensor, masks: Tensor, offsets: tuple[tuple[int, int], ...]) -> Tensor:
+    neighbours = _Neighbours(masks, offsets)
+    total = torch.zeros_like(masks)
+    for weight, neighbour in zip(weights, neighbours, strict=True):
+        total.addcmul_(weight[:, None], neighbour)
+    return total
 
 
 def refine(

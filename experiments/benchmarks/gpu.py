@@ -24,7 +24,8 @@ from measure import LATE, batch_of, config_of, machine, model_of, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core.data import Batch
-from toco_core.train.loop import attention_of, autocast_of, gradient_length, not_finite, step_losses, to_device
+from toco_core.objective import Step, objective
+from toco_core.train.loop import attention_of, autocast_of, gradient_length, not_finite, to_device
 
 K = 20
 MAKERS_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, SXM
@@ -53,8 +54,8 @@ class Training:
     def losses(self):
         generator = torch.Generator().manual_seed(self.numbers)
         batch, autocast = to_device(self.loaded, self.model, self.device), autocast_of(self.config, self.device)
-        weights = self.config.loss.at(LATE)
-        return step_losses(self.model, batch, self.config, weights, step=LATE, generator=generator, autocast=autocast)
+        step = Step(self.model, batch, self.config, LATE, generator=generator, autocast=autocast)
+        return objective(step)
 
     def step(self) -> None:
         self.numbers += 1

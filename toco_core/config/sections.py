@@ -288,15 +288,9 @@ class LossConfig(Config):
 
     def at(self, step: int) -> dict[str, float]:
         """Term -> weight on this step; 0 before the term's start, so that the loop can skip it."""
-        starts = {
-            "cls": 0,
-            "aux_cls": 0,
-            "ptc": self.ptc_start,
-            "ctc": self.ctc_start,
-            "seg": self.seg_start,
-            "energy": self.energy_start,
-        }
-        return {term: getattr(self, term) if step >= start else 0.0 for term, start in starts.items()}
+        names = [f.name for f in dataclasses.fields(self)]
+        terms = [name for name in names if name in ("cls", "aux_cls") or f"{name}_start" in names]
+        return {term: getattr(self, term) if step >= getattr(self, f"{term}_start", 0) else 0.0 for term in terms}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +350,12 @@ class ScheduleConfig(Config):
         """Equal parts into which each process cuts its images of a step, computed one after the other where memory is
         short. Losses and gradients stay those of `batch_size` images in one piece.""",
         at_least=1,
+        added_later=True,
+    )
+    compile_blocks: bool = option(
+        False,
+        """Train with the encoder's blocks compiled by torch.compile, once for each size of view: minutes before the
+        first step, for steps that a GPU waits less in. Values differ in their last bits.""",
         added_later=True,
     )
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from pycocotools import mask as rle
 
 from toco_core.data.files import IMAGE_SUFFIXES, image_size
 from toco_core.data.split import (
@@ -300,6 +299,8 @@ def _runs(shape: Any, H: int, W: int, where: str) -> _Runs:
         counts = _given_counts(shape, H, W, where)
     else:
         polygons = [polygon.tolist() for polygon in shape]
+        from pycocotools import mask as rle  # here, as training on other layouts needs no such library
+
         counts = _counts(rle.merge(rle.frPyObjects(polygons, H, W))["counts"])
     edges = np.cumsum(counts)
     begins, ends = edges[: len(edges) // 2 * 2 : 2], edges[1::2]

@@ -1,0 +1,121 @@
+"""Take a trained model elsewhere: `torch.export` and ONNX, with a dynamic batch and a dynamic size.
+
+    toco onnx runs/<run> model.onnx
+
+The graph has one input, `images` (B 3 H W, RGB in [0, 1], H and W multiples of the patch), and three outputs: `scores`
+(B K, probability of each class), `cam` (B K H W in [0, 1), one scale, not mirrored, each class on its own) and
+`segmentation` (B C H W, logits, background first). Labels from scores, several scales, PAR and the CRF stay outside.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from toco_core.cam import class_activation, normalise_cam
+from toco_core.errors import ToCoError
+from toco_core.model import ToCo
+from toco_core.train.loop import open_run
+
+INPUT, OUTPUTS = "images", ("scores", "cam", "segmentation")
+TOLERANCE = 1e-4
+"""Largest difference of an output of the written file, as onnxruntime computes it, relative to the largest value."""
+
+
+class Portable(nn.Module):
+    """The network from image to maps, without anything that depends on a value."""
+
+    def __init__(self, model: ToCo):
+        super().__init__()
+        self.model = model.eval()
+        self.eval()
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K H W"], Float[Tensor, "B C H W"]]:
+        """Return scores, CAM and segmentation logits of images in [0, 1]."""
+        size = images.shape[-2:]
+        found = self.model(self.model.normalise(images))
+        cam = class_activation(found.tokens.patch_map, self.model.classifier.weight)
+        cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
+        segmentation = F.interpolate(found.seg_logits, size=size, mode="bilinear", align_corners=False)
+        cam = normalise_cam(F.relu(cam).flatten(0, 1)).unflatten(0, cam.shape[:2])
+        return found.class_logits.sigmoid(), cam, segmentation
+
+
+def exported(model: ToCo) -> torch.export.ExportedProgram:
+    """Trace the model by `torch.export`, for every batch and every size in whole patches from 2 x 2 on."""
+    images, shapes = _traced_with(model)
+    with torch.no_grad():
+        return torch.export.export(Portable(model), (images,), dynamic_shapes=(shapes,), strict=False)
+
+
+def write_onnx(model: ToCo, path: str | Path) -> Path:
+    """Write the model as an ONNX file and compare it with this one by onnxruntime, at other sizes than it was traced.
+
+    Raises ToCoError where a package is missing, and where an output differs by more than TOLERANCE: no file is left.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ToCoError(f"ONNX needs the package {name}: pip install 'toco_core[onnx]'") from error
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ToCoError(f"path = {str(path)!r} is in no folder that exists")
+    images, shapes = _traced_with(model)
+    with torch.no_grad():
+        torch.onnx.export(
+            Portable(model), (images,), str(path), input_names=[INPUT], output_names=list(OUTPUTS), dynamo=True,
+            dynamic_shapes=(shapes,), external_data=False, verbose=False,
+        )  # fmt: skip
+    worst = onnx_difference(model, path)
+    if worst > TOLERANCE:
+        path.unlink()
+        raise ToCoError(f"the outputs of the ONNX file differ by {worst:.1e} from the model's: {TOLERANCE} is allowed")
+    return path
+
+
+@torch.no_grad()
+def onnx_difference(model: ToCo, path: Path) -> float:
+    """Return the largest difference between the file's outputs and the model's, relative to each output's largest."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    portable, worst = Portable(model), 0.0
+    ph, pw = model.patch_size
+    generator = torch.Generator().manual_seed(0)
+    for batch, height, width in ((1, 5 * ph, 7 * pw), (3, 9 * ph, 4 * pw)):
+        images = torch.rand(batch, 3, height, width, generator=generator)
+        wanted = [output.cpu() for output in portable(images.to(model.classifier.weight.device))]
+        found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
+        for ours, theirs in zip(wanted, found, strict=True):
+            if ours.shape != theirs.shape:
+                return float("inf")
+            worst = max(worst, float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max()))
+    return worst
+
+
+def onnx_command(arguments: list[str]) -> int:
+    """Run `toco onnx`."""
+    parser = argparse.ArgumentParser(
+        prog="toco onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("file", help="the ONNX file to write")
+    chosen = parser.parse_args(arguments)
+    print(write_onnx(open_run(chosen.run, device="cpu").model, chosen.file))
+    return 0
+
+
+def _traced_with(model: ToCo) -> tuple[Tensor, dict]:
+    """Images and which of their axes are dynamic."""
+    ph, pw = model.patch_size
+    rows, columns = (torch.export.Dim(name, min=2, max=1024) for name in ("rows", "columns"))
+    shapes = {0: torch.export.Dim("batch", min=1, max=1024), 2: ph * rows, 3: pw * columns}
+    weight = model.classifier.weight
+    return torch.rand(2, 3, 3 * ph, 6 * pw, dtype=weight.dtype, device=weight.device), shapes
