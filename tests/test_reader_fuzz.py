@@ -2,8 +2,8 @@
 end.
 
 Mutated files keep their structure (see `mutators`); pipes, devices, folders and endless files take their place, too.
-The ordinary run gives each reader a few, `pytest -m exhaustive` 10,000 each, in a process with a cap on memory and time. The
-environment variable TOCO_FUZZ is the number for the ordinary run, TOCO_FUZZ_SEED the seed of both.
+The ordinary run gives each reader a few, `pytest -m exhaustive` 10,000 each, each process with a cap.
+The environment variable TOCO_FUZZ is the number for the ordinary run, TOCO_FUZZ_SEED the seed of both.
 """
 
 import io
