@@ -16,7 +16,7 @@ from common import RECORDS, mean_and_spread
 from toco_core.analysis.second_stage import train_segmentation
 from toco_core.config import override, tiny
 from toco_core.evaluation.scores import reported_part
-from toco_core.runs.folder import write_whole
+from toco_core.machine.writing import write_whole
 from toco_core.train.loop import evaluate_as, open_data
 
 

@@ -18,7 +18,8 @@ import torch
 from toco_core.config import configured, tiny
 from toco_core.errors import ToCoError
 from toco_core.evaluation.scores import scored_run
-from toco_core.runs.folder import Run, write_whole
+from toco_core.machine.writing import write_whole
+from toco_core.runs.folder import Run
 
 METRICS = {"cam": "cam_miou", "aux_cam": "aux_cam_miou", "pseudo_label": "pseudo_miou", "seg": "seg_miou"}
 """Kind of score (see `scores`) -> its name in a record."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors
+from toco_core.machine.writing import write_whole
 from toco_core.model import WEIGHTS_FOLDER
 
-from .folder import Run, write_whole
+from .folder import Run
 
 FOLDER = Path(__file__).parent.parent / "trained"
 MODEL = "model.safetensors"
