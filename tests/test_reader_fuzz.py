@@ -28,7 +28,7 @@ from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
 from toco_core.evaluation.scores import RunScores, read_scores
-from toco_core.model import read_tensors
+from toco_core.machine.files import read_tensors
 from toco_core.runs.folder import Run
 from toco_core.train.failures import load_failure
 
