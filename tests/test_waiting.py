@@ -116,7 +116,9 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
 def test_the_lattices_come_first(monkeypatch):
     """Where a device has nothing to do yet there is little to wait for."""
     queued, encode = [], ToCo.encode
-    monkeypatch.setattr(ToCo, "encode", lambda model, images: queued.append("encoder") or encode(model, images))
+    monkeypatch.setattr(
+        ToCo, "encode", lambda model, images, **how: queued.append("encoder") or encode(model, images, **how)
+    )
     monkeypatch.setattr(objectives, "energy_lattices", lambda images: queued.append("lattices") or [])
     with pytest.raises(ToCoError, match="lattices has 0 entries"):
         waits_of(config_of())
