@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 
 from toco_core.config import coco, voc
+from toco_core.machine.writing import write_whole
 from toco_core.objective import Step, objective
-from toco_core.runs.folder import write_whole
 from toco_core.train.loop import attention_of, autocast_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
