@@ -18,7 +18,8 @@ import torch
 from toco_core.config import TrainConfig, override, tiny
 from toco_core.errors import ToCoError
 from toco_core.evaluation.scores import reported_part
-from toco_core.runs.folder import Run, write_whole
+from toco_core.machine.writing import write_whole
+from toco_core.runs.folder import Run
 from toco_core.train.loop import evaluate_as, train
 
 METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 
 from toco_core.config import coco, voc
-from toco_core.runs.folder import write_whole
-from toco_core.train.loop import attention_of, autocast_of, step_losses
+from toco_core.machine.writing import write_whole
+from toco_core.objective import Step, objective
+from toco_core.train.loop import attention_of, autocast_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from measure import LATE, batch_of, config_of, machine, model_of, seconds_of  # noqa: E402
@@ -110,7 +111,7 @@ def measured_here(images: int, precisions: list[str]) -> dict:
     steps, cpu = [], torch.device("cpu")
     for precision in precisions:
         config = config_of("base", precision=precision)
-        model, weights = model_of(config, 20), config.loss.at(LATE)
+        model = model_of(config, 20)
         batch, optimizer = (
             batch_of(model, config.data.crop_size, images),
             torch.optim.AdamW(model.parameters(), lr=0.0, fused=True),
@@ -120,7 +121,7 @@ def measured_here(images: int, precisions: list[str]) -> dict:
         def step():
             autocast = autocast_of(config, cpu)
             with attention_of(model, config, cpu):
-                total = step_losses(model, batch, config, weights, step=LATE, autocast=autocast).total
+                total = objective(Step(model, batch, config, LATE, autocast=autocast)).total
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
             optimizer.step()

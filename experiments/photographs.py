@@ -20,7 +20,7 @@ from loss_terms import VARIANTS
 
 from toco_core.config import override, photographs
 from toco_core.evaluation.protocols import assess
-from toco_core.runs.folder import write_whole
+from toco_core.machine.writing import write_whole
 from toco_core.train.loop import evaluate_as, trained_run
 
 RECORD = RECORDS / "photographs.json"

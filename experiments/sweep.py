@@ -27,7 +27,8 @@ from common import _literal
 from toco_core.config import RECIPES, TrainConfig, did_you_mean, field_sections, override
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json
-from toco_core.runs.folder import Run, write_whole
+from toco_core.machine.writing import write_whole
+from toco_core.runs.folder import Run
 
 STATES = ("waiting", "running", "done", "failed")
 POLL_SECONDS = 1.0

@@ -26,7 +26,7 @@ from toco_core.config import (
     lr_at,
 )
 from toco_core.model import ToCo
-from toco_core.train.loop import StepInput, crop_generator, step_in_parts, step_losses
+from toco_core.objective import StepInput, backward, crop_generator, objective
 
 STORED = Path(__file__).with_suffix(".json")
 STEPS, B, K, SIZE = 10, 4, 3, 48
@@ -91,11 +91,7 @@ def curve(dtype: torch.dtype = torch.float32, accumulate: int = 1) -> tuple[list
 def _backward(model, loaded, settings, step):
     """The step under test, the one place that follows its names."""
 
-    def compute(*arguments, **options):
-        return step_losses(model, *arguments, **options)
-
-    generator = crop_generator(settings, step)
-    return step_in_parts(compute, model, loaded, settings, settings.loss.at(step), step=step, generator=generator)
+    return backward(objective, model, loaded, settings, step, generator=crop_generator(settings, step))
 
 
 def digests(accumulate: int = 1) -> dict[str, str]:

@@ -16,7 +16,7 @@ from toco_core.config import override
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
-from toco_core.train.loop import StepInput, step_losses
+from toco_core.objective import Step, StepInput, objective
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 SMALL = {
@@ -73,7 +73,8 @@ def test_a_whole_step(baseline, model, batch):
     weights = config.loss.at(10_000)
     region = torch.ones(2, 32, 48, dtype=torch.int8)
     boxes = crops.sample_crops(region, n_crops=3, crop_size=16, generator=torch.Generator().manual_seed(0))
-    found = step_losses(model, batch, config, weights, step=10_000, boxes=boxes)
+    step = Step(model, batch, config, 10_000, boxes=boxes)
+    found = objective(step)
     wanted = baseline.step_losses(model, batch, config, weights, tuple(boxes))
     assert set(found.terms) == set(wanted.terms)
     for name, term in wanted.terms.items():
@@ -81,7 +82,7 @@ def test_a_whole_step(baseline, model, batch):
         assert_close(found.terms[name].double(), term.double(), rtol=1e-6, atol=1e-9)
     for name in ("token_label", "pseudo_label", "is_positive"):
         assert len(getattr(wanted, name).unique()) > 1
-        assert_close(getattr(found, name), getattr(wanted, name), check_dtype=False)
+        assert_close(getattr(step, name), getattr(wanted, name), check_dtype=False)
     gradients = []
     for total in (found.total, wanted.total):
         model.zero_grad()

@@ -17,7 +17,8 @@ from toco_core.config import override
 from toco_core.data import VOCFolder, training_views
 from toco_core.errors import ToCoError
 from toco_core.losses import ctc_loss
-from toco_core.train.loop import StepInput, step_losses, view_options
+from toco_core.objective import Step, StepInput, objective
+from toco_core.train.loop import view_options
 
 K = 3
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [0, 0, 0]}
@@ -135,7 +136,7 @@ def test_look_draws_as_the_audit_does(model, items, config):
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_logits_are_those_of_the_training_step(model, items, config, index):
-    """The loss of the shown logits equals the loss that `step_losses` makes of the same views; img_2 has no class."""
+    """The loss of the shown logits equals the loss that `objective` makes of the same views; img_2 has no class."""
     item = items[index]
     found = audit.look_at_crops(model, item, config, seed=2)
     views = training_views(item.image, crop_size=(24, 24), rng=np.random.default_rng(2), **view_options(config, model))
@@ -146,10 +147,10 @@ def test_logits_are_those_of_the_training_step(model, items, config, index):
     second = model.normalise(torch.from_numpy(views.global_view)[None].double() / 255)
     batch = StepInput(image, second, image, image_labels, torch.tensor([[0, 24, 0, 24]]))
     weights = dict.fromkeys(("cls", "aux_cls", "ptc", "seg", "energy"), 0.0) | {"ctc": 1.0}
-    step = step_losses(model, batch, config, weights, boxes=found.boxes)
+    step = Step(model, batch, config, weights=weights, boxes=found.boxes)
     assert torch.equal(step.is_positive[0, 2:], found.is_positive)
     assert torch.equal(step.region_mask[0], torch.from_numpy(found.region))
     as_tokens = found.logits.double()[None] * config.loss.temperature  # student . teacher, with teacher = unit vectors
     loss = ctc_loss(as_tokens, torch.eye(2).double()[None], step.is_positive, temperature=config.loss.temperature)
-    assert_close(loss.float(), step.terms["ctc"].detach().float(), rtol=1e-5, atol=1e-6)
+    assert_close(loss.float(), objective(step).terms["ctc"].detach().float(), rtol=1e-5, atol=1e-6)
     assert found.logits.shape == (7, 2) and found.logits.std() > 0

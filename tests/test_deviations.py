@@ -16,7 +16,8 @@ from toco_core.crops import CropBoxes
 from toco_core.data import training_views
 from toco_core.evaluation.evaluate import merged_label
 from toco_core.model import ToCo
-from toco_core.train.loop import StepInput, step_losses, train, view_options
+from toco_core.objective import Step, StepInput, objective
+from toco_core.train.loop import train, view_options
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 OFF = ReleaseBehaviour(**{f.name: False for f in dataclasses.fields(ReleaseBehaviour)})
@@ -51,10 +52,14 @@ def batch(model, *, boxes=None, image_labels=None, images=None):
     return StepInput(*(model.normalise(view) for view in views), image_labels, boxes)
 
 
-def run(model, inputs, weights, *, boxes=None, **options):
+def step_of(model, inputs, weights, *, boxes=None, **options):
     weights = dict.fromkeys(("cls", "aux_cls", "ptc", "ctc", "seg", "energy"), 0.0) | {"cls": 1.0} | weights
     generator = torch.Generator().manual_seed(2)
-    return step_losses(model, inputs, only(**options), weights, boxes=boxes, generator=generator)
+    return Step(model, inputs, only(**options), weights=weights, boxes=boxes, generator=generator)
+
+
+def run(*arguments, **options):
+    return objective(step_of(*arguments, **options))
 
 
 def views_of(image, seeds, **options):
@@ -106,7 +111,7 @@ def test_independent_local_image():
 def test_pixel_box_on_tokens(model):
     """20 pixels of padding at the top are more than the grid's 5 rows."""
     inputs = batch(model, boxes=torch.tensor([[20, H, 0, W], [0, H, 0, W]]))
-    ours, theirs = (run(model, inputs, PTC, pixel_box_on_tokens=on).token_label for on in (False, True))
+    ours, theirs = (step_of(model, inputs, PTC, pixel_box_on_tokens=on).token_label for on in (False, True))
     assert (ours[0, 3:] != losses.IGNORE).any() and (ours[0, :2] == losses.IGNORE).all()
     assert (theirs[0] == losses.IGNORE).all()
     assert torch.equal(ours[1], theirs[1])
@@ -172,7 +177,7 @@ def test_ptc_constant(model):
 def test_foreground_counts_double(model):
     """Flags differ exactly where the doubled mean passes the threshold and the plain share does not."""
     inputs, boxes = batch(model), CropBoxes(*(torch.randint(0, H - CROP, (B, 12)) for _ in range(2)))
-    plain, double = (run(model, inputs, CTC, boxes=boxes, foreground_counts_double=on) for on in (False, True))
+    plain, double = (step_of(model, inputs, CTC, boxes=boxes, foreground_counts_double=on) for on in (False, True))
     region = plain.region_mask
     for found, values in ((plain, region.clamp(max=1)), (double, region)):
         for b in range(B):

@@ -16,9 +16,10 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.machine import distributed
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
+from toco_core.objective import TERMS, StepInput, Term, backward, crop_generator, objective
 from toco_core.runs.folder import Run
 from toco_core.train import launch
-from toco_core.train.loop import StepInput, crop_generator, step_in_parts, step_losses, train
+from toco_core.train.loop import train
 
 K, B = 3, 4
 ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
@@ -48,13 +49,30 @@ def batch_of(model):
     return StepInput(*views, image_labels, boxes)
 
 
+def objects(step):
+    """A label of our own: B H W, 1 where the pseudo label shows a class."""
+    return (step.pseudo_label > 0) & (step.pseudo_label != 255)
+
+
+def count_objects(label):
+    return label.sum()[None]
+
+
+def edge_of_objects(step):
+    """A term of our own: the mean squared logit of the background over all pixels of objects in the batch."""
+    (pixels,) = step.count("own")
+    return step.parts * (step.seg_logits[:, 0].square() * step.made(objects)).sum() / pixels
+
+
 def one_step(config, share):
     """Terms of the whole batch and gradients after one step's backward pass."""
     model, part = model_of(config), share.part(B)
     batch = StepInput(*(value[part] for value in batch_of(model)))
-    compute = distributed.shared_step(step_losses, model, share)
-    options = {"step": 20, "generator": crop_generator(config, 20, part.start), "share": share}
-    result = step_in_parts(compute, model, batch, config, ALL, **options)
+    compute = distributed.shared_step(objective, model, share)
+    terms = TERMS | {"own": Term(edge_of_objects, label=objects, count=count_objects, weight=0.3)}
+    options = {"terms": terms, "weights": ALL | {"own": 0.3}}
+    options |= {"generator": crop_generator(config, 20, part.start), "share": share}
+    result = backward(compute, model, batch, config, 20, **options)
     terms = {"total": result.total, **result.terms}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: share.mean(value.detach()) for name, value in terms.items()}, gradients

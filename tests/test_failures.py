@@ -61,8 +61,8 @@ def test_the_step_comes_back(config, monkeypatch, change, words):
     monkeypatch.undo()
     found = replay(failure)
     assert all(is_finite(found).values())  # without the fault that was planted
-    assert_close(found.terms["ctc"], calls[2], rtol=0, atol=0)  # the very same step
-    assert replay(failure, config=override(config, ctc=0.0)).terms["ctc"] == 0
+    assert_close(found.objective.terms["ctc"], calls[2], rtol=0, atol=0)  # the very same step
+    assert replay(failure, config=override(config, ctc=0.0)).objective.terms["ctc"] == 0
 
 
 def test_as_many_steps_as_allowed_are_left_out(config, monkeypatch):

@@ -14,8 +14,8 @@ from toco_core.config import ReleaseBehaviour, override, voc
 from toco_core.crops import CropBoxes
 from toco_core.labels import valid_cam
 from toco_core.model import ToCo
+from toco_core.objective import TERMS, Step, StepInput, objective
 from toco_core.runs.release import to_release
-from toco_core.train.loop import TERMS, StepInput, step_losses
 
 WHOLE = 1e-5  # of the largest value
 WEIGHTS = {"cls": 1.0, "aux_cls": 1.0, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}  # of `total`
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def step():
-    """The arrays of the step, the model with its gradients after it, and what the step gave."""
+    """The arrays of the step, the model with its gradients after it, what the step gave, and the step."""
     model, arrays = ToCo.from_release(checkpoint_path()), load_reference("train_step.npz")
     config = override(
         voc(),
@@ -58,9 +58,10 @@ def step():
     batch = StepInput(*(arrays[name] for name in ("images", "global_view", "local_image", "image_labels", "boxes")))
     model.update_ema(config.schedule.momentum)  # as the release does before it uses the teacher's head
     with model.plain_attention():
-        result = step_losses(model, batch, config, WEIGHTS, boxes=CropBoxes(arrays["top"], arrays["left"]))
+        made = Step(model, batch, config, weights=WEIGHTS, boxes=CropBoxes(arrays["top"], arrays["left"]))
+        result = objective(made)
         result.total.backward()
-    return arrays, model, result
+    return arrays, model, result, made
 
 
 def test_network(model):
@@ -97,7 +98,7 @@ def test_checkpoint_goes_back_unchanged(model):
 
 
 def test_losses_of_a_step(step):
-    arrays, _, result = step
+    arrays, _, result, _ = step
     assert set(TERMS) == {name.removeprefix("loss_") for name in arrays if name.startswith("loss_")}
     ours = {f"loss_{term}": value.detach() for term, value in result.terms.items()} | {"total": result.total.detach()}
     for name, value in ours.items():  # the energy is small: ATOL would be 1 % of it
@@ -106,22 +107,22 @@ def test_losses_of_a_step(step):
 
 
 def test_maps_and_labels_of_a_step(step):
-    arrays, model, result = step
+    arrays, model, _, made = step
     for name in ("cam", "aux_cam"):  # the step makes the maps of labelled classes only
-        agree(getattr(result.cams, name), valid_cam(arrays[name], arrays["image_labels"]), name)
+        agree(getattr(made.cams, name), valid_cam(arrays[name], arrays["image_labels"]), name)
     with model.plain_attention():
         all_classes = multi_scale_cam(model, arrays["images"])
     agree(all_classes.cam, arrays["cam"], "cam")
     agree(all_classes.aux_cam, arrays["aux_cam"], "aux_cam")
 
-    assert_labels_agree(result.region_mask, arrays["roi_mask"])
-    assert_labels_agree(result.pseudo_label, arrays["par_label"])
-    assert torch.equal(result.token_label, arrays["aux_label"].to(result.token_label))
-    assert torch.equal(result.is_positive, arrays["positive"] > 0)
+    assert_labels_agree(made.region_mask, arrays["roi_mask"])
+    assert_labels_agree(made.pseudo_label, arrays["par_label"])
+    assert torch.equal(made.token_label, arrays["aux_label"].to(made.token_label))
+    assert torch.equal(made.is_positive, arrays["positive"] > 0)
 
 
 def test_gradients_of_a_step(step):
-    arrays, model, _ = step
+    arrays, model, *_ = step
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wanted = {key[2:].replace("__", "."): norm for key, norm in arrays.items() if key.startswith("g_")}
     assert wanted

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import toco_core.runs.folder as runs
 from toco_core.config import override, tiny
 from toco_core.errors import ToCoError
-from toco_core.runs.folder import Run, manifest, write_whole
+from toco_core.machine.writing import write_whole
+from toco_core.runs.folder import Run, manifest
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 
 import toco_core.data.scenes as scenes
+import toco_core.objective as objectives
 import toco_core.train.loop as training
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
@@ -18,16 +19,15 @@ from toco_core.crf import dense_energy_loss
 from toco_core.data import VOCFolder, open_train_val, training_batches
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
+from toco_core.objective import TERMS, Step, StepInput, objective
 from toco_core.runs.folder import Run
 from toco_core.train.loop import (
-    StepInput,
     attention_of,
     autocast_of,
     estimate_seconds,
     open_data,
     resolve_device,
     resolve_precision,
-    step_losses,
     to_device,
     train,
     trained_run,
@@ -153,17 +153,18 @@ EXACT = {
 )
 def test_a_step_equals_its_parts(model, batch, step, changes, release):
     config = override(small_recipe(), **SMALL, **changes, release=ReleaseBehaviour(**release))
-    found = step_losses(model, batch, config, ALL, step=step, boxes=BOXES)
+    made = Step(model, batch, config, step, weights=ALL, boxes=BOXES)
+    found = objective(made)
     total, terms, (token_label, region, flags, refined) = slow_step(model, batch, config, ALL, step)
-    assert list(found.terms) == list(terms) == list(training.TERMS)
+    assert list(found.terms) == list(terms) == list(TERMS)
     for name, wanted in terms.items():
         assert_close(found.terms[name].double(), wanted.double(), rtol=1e-5, atol=1e-8)
         assert wanted != 0
     assert_close(found.total.double(), total.double(), rtol=1e-5, atol=0)
-    assert_close(found.token_label, token_label)
-    assert_close(found.region_mask, region)
-    assert_close(found.is_positive, flags)
-    assert_close(found.pseudo_label, refined)
+    assert_close(made.token_label, token_label)
+    assert_close(made.region_mask, region)
+    assert_close(made.is_positive, flags)
+    assert_close(made.pseudo_label, refined)
     assert {False, True} == set(flags[:, 2:].flatten().tolist()) and len(token_label.unique()) > 2
 
     slow = gradients(model, total)
@@ -175,7 +176,7 @@ def test_a_step_equals_its_parts(model, batch, step, changes, release):
 
 def test_the_final_cam_teaches_from_its_step_on(model, batch):
     config = override(small_recipe(), **SMALL, final_cam_start=8)
-    before, after = (step_losses(model, batch, config, ALL, step=step, boxes=BOXES) for step in (7, 8))
+    before, after = (Step(model, batch, config, step) for step in (7, 8))
     assert (before.pseudo_label != after.pseudo_label).any()
 
 
@@ -183,20 +184,21 @@ def test_crops_are_drawn_from_the_generator(model, batch):
     config = override(small_recipe(), **SMALL)
 
     def ctc(**where):
-        return step_losses(model, batch, config, ALL, **where)
+        return objective(Step(model, batch, config, weights=ALL, **where)).terms["ctc"]
 
-    found = ctc(generator=torch.Generator().manual_seed(5))
+    found = Step(model, batch, config)
     boxes = crops.sample_crops(
         found.region_mask, n_crops=3, crop_size=16, generator=torch.Generator().manual_seed(5),
         valid_box=batch.valid_box,
     )  # fmt: skip
-    assert_close(found.terms["ctc"], ctc(boxes=boxes).terms["ctc"], rtol=0, atol=0)
-    assert found.terms["ctc"] != ctc(generator=torch.Generator().manual_seed(6)).terms["ctc"]
+    drawn = ctc(generator=torch.Generator().manual_seed(5))
+    assert_close(drawn, ctc(boxes=boxes), rtol=0, atol=0)
+    assert drawn != ctc(generator=torch.Generator().manual_seed(6))
 
 
 def test_no_local_view_at_all(model, batch):
-    found = step_losses(model, batch, override(small_recipe(), **{**SMALL, "n_local": 0}), ALL)
-    assert torch.isfinite(found.terms["ctc"]) and found.is_positive.shape == (2, 2)
+    step = Step(model, batch, override(small_recipe(), **{**SMALL, "n_local": 0}), weights=ALL)
+    assert torch.isfinite(objective(step).terms["ctc"]) and step.is_positive.shape == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -207,36 +209,39 @@ def test_no_local_view_at_all(model, batch):
         (("seg",), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
         (("seg", "energy"), {"cams", "region_mask", "is_positive", "token_label"}),
         (("ptc", "ctc", "seg", "energy"), set()),
+        (("cls", "aux_cls"), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
     ],
 )
 def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
     config, weights = override(small_recipe(), **SMALL), ALL | dict.fromkeys(off, 0.0)
     functions = {
         "ptc": (losses, "ptc_loss"), "ctc": (losses, "ctc_loss"), "seg": (losses, "segmentation_loss"),
-        "energy": (training, "dense_energy_loss"),
+        "energy": (objectives, "dense_energy_loss"), "cls": (losses, "classification_loss"),
+        "aux_cls": (losses, "classification_loss"),
     }  # fmt: skip
     for name in off:
         monkeypatch.setattr(*functions[name], None)
     if {"seg", "energy"} <= set(off):
         monkeypatch.setattr(model.decoder, "forward", None)
     if not made:
-        monkeypatch.setattr(training, "multi_scale_cam", None)
-    found = step_losses(model, batch, config, weights, boxes=BOXES)
+        monkeypatch.setattr(objectives, "multi_scale_cam", None)
+    step = Step(model, batch, config, weights=weights, boxes=BOXES)
+    found = objective(step)
     assert {name for name in off if found.terms[name] != 0} == set()
     pieces = ("cams", "region_mask", "is_positive", "token_label", "pseudo_label")
-    assert {name for name in pieces if getattr(found, name) is not None} == made
+    assert {name for name in pieces if name in vars(step)} == made
     assert_close(found.total, sum(weights[name] * found.terms[name] for name in weights if weights[name]))
 
 
 def test_a_loss_without_any_weight_is_refused(model, batch):
     with pytest.raises(ToCoError, match="all weights of the loss are 0 on step 4: one of cls, aux_cls, ptc"):
-        step_losses(model, batch, override(small_recipe(), **SMALL), dict.fromkeys(ALL, 0.0), step=4)
+        objective(Step(model, batch, override(small_recipe(), **SMALL), 4, weights=dict.fromkeys(ALL, 0.0)))
 
 
 def test_a_step_changes_nothing(model, batch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.zero_grad()
-    step_losses(model, batch, override(small_recipe(), **SMALL), ALL, boxes=BOXES)
+    objective(Step(model, batch, override(small_recipe(), **SMALL), weights=ALL, boxes=BOXES))
     assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert all(p.grad is None for p in model.parameters())
 
@@ -298,15 +303,15 @@ def test_a_run_is_the_same_bits_again(config, whole):
 
 def test_no_step_keeps_the_maps_of_the_one_before(config, whole, monkeypatch):
     """They are as large as the images, times two per class."""
-    step, before = training.step_in_parts, []
+    cams, before = objectives.multi_scale_cam, []
 
     def watched(*args, **kwargs):
         assert before.pop()() is None if before else True
-        result = step(*args, **kwargs)
-        before.append(weakref.ref(result.cams.cam))
+        result = cams(*args, **kwargs)
+        before.append(weakref.ref(result.cam))
         return result
 
-    monkeypatch.setattr(training, "step_in_parts", watched)
+    monkeypatch.setattr(objectives, "multi_scale_cam", watched)
     assert_same_weights(train(config, progress=False).model, whole[0].model)
     assert len(before) == 1
 
@@ -361,7 +366,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, whole, st
 
 
 def test_a_finished_run_is_loaded_and_not_repeated(config, whole, monkeypatch):
-    monkeypatch.setattr(training, "step_losses", pytest.fail)
+    monkeypatch.setattr(training, "objective", pytest.fail)
     told = []
     config = override(config, out_dir=str(whole[0].run.folder.parent))
     loaded = train(config, on_record=told.append, progress=False)
@@ -385,7 +390,7 @@ def test_a_run_can_be_started_anew(config):
 @pytest.mark.parametrize("before", [True, False])
 def test_the_teachers_head_is_averaged_in_the_loop(config, monkeypatch, before):
     """Once a step, before the teacher is used, as published, or after it."""
-    order, plain, plain_step, heads = [], ToCo.update_ema, step_losses, []
+    order, plain, heads = [], ToCo.update_ema, []
 
     def update_ema(model, momentum):
         order.append(momentum)
@@ -394,10 +399,10 @@ def test_the_teachers_head_is_averaged_in_the_loop(config, monkeypatch, before):
 
     def losses_of_a_step(*args, **kwargs):
         order.append("losses")
-        return plain_step(*args, **kwargs)
+        return objective(*args, **kwargs)
 
     monkeypatch.setattr(ToCo, "update_ema", update_ema)
-    monkeypatch.setattr(training, "step_losses", losses_of_a_step)
+    monkeypatch.setattr(training, "objective", losses_of_a_step)
     release = ReleaseBehaviour(average_before_teacher=before)
     config = override(config, steps=3, eval_interval=0, momentum=0.7, release=release)
     torch.manual_seed(config.seed)
@@ -461,7 +466,7 @@ def test_what_cannot_work_is_refused_before_training(config, wrong, words):
 
 def test_an_out_dir_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(training, "step_losses", pytest.fail)
+    monkeypatch.setattr(training, "objective", pytest.fail)
     with pytest.raises(ToCoError, match="out_dir: cannot write to .*file/runs"):
         train(override(config, out_dir=str(tmp_path / "file" / "runs")), progress=False)
 

@@ -4,22 +4,21 @@ The step runs on the device `meta`, whose tensors have no values: looking at one
 whose size depends on it (nonzero, a mask as an index) ends in an error there, as it would end in a wait on a GPU.
 """
 
-import functools
-
 import pytest
 import torch
 from small_config import small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toco_core import crf
+from toco_core import objective as objectives
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
 from toco_core.machine import device as float64
 from toco_core.model import ToCo
-from toco_core.train import loop as train
-from toco_core.train.loop import TERMS, gradient_length, step_in_parts, step_losses, to_device
+from toco_core.objective import TERMS, Step, backward, objective
+from toco_core.train.loop import gradient_length, to_device
 
 B, K, SIZE, LATE = 3, 4, 48, 10**6
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
@@ -77,13 +76,18 @@ def waits_of(config: TrainConfig) -> list[str]:
     """Of a late step, forward and backward, with all that follows up to the question whether it may count."""
     model, batch = on_meta(config)
     weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
+    steps = []
+
+    def watched(step):
+        steps.append(step)
+        return objective(step)
+
     with Waits() as waits:
-        compute = functools.partial(step_losses, model)
-        result = step_in_parts(compute, model, batch, config, weights, step=LATE, generator=generator)
+        result = backward(watched, model, batch, config, LATE, generator=generator)
         gradient_length(model)
         model.update_ema(0.9)
     assert {result.terms[name].device.type for name in TERMS if weights[name] > 0} == {"meta"}
-    assert result.token_label is not None and result.is_positive is not None and result.pseudo_label is not None
+    assert all({"token_label", "is_positive", "pseudo_label"} <= set(vars(step)) for step in steps)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     return waits.found
 
@@ -105,7 +109,7 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
     made = [lattice.to(META) for lattice in crf.energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
-    monkeypatch.setattr(train, "energy_lattices", lambda *args, **kwargs: made)
+    monkeypatch.setattr(objectives, "energy_lattices", lambda *args, **kwargs: made)
     assert waits_of(config) == []
 
 
@@ -113,7 +117,7 @@ def test_the_lattices_come_first(monkeypatch):
     """Where a device has nothing to do yet there is little to wait for."""
     queued, encode = [], ToCo.encode
     monkeypatch.setattr(ToCo, "encode", lambda model, images: queued.append("encoder") or encode(model, images))
-    monkeypatch.setattr(train, "energy_lattices", lambda images: queued.append("lattices") or [])
+    monkeypatch.setattr(objectives, "energy_lattices", lambda images: queued.append("lattices") or [])
     with pytest.raises(ToCoError, match="lattices has 0 entries"):
         waits_of(config_of())
     assert queued[0] == "lattices" and queued.count("lattices") == 1
@@ -153,12 +157,12 @@ def test_a_device_without_float64_can_train(monkeypatch):
     """As on Apple's MPS. All terms but the dense energy, which `meta` has no lattice for."""
     config = config_of(energy=0.0)
     model, batch = on_meta(config)
-    weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     found = []
     for lacking in ((), ("meta",)):
         monkeypatch.setattr(float64, "WITHOUT_FLOAT64", lacking)
         with Doubles() as doubles:
-            step_losses(model, batch, config, weights, step=LATE, generator=generator).total.backward()
+            objective(Step(model, batch, config, LATE, generator=generator)).total.backward()
         found.append(doubles.found)
     assert found[0] > 0
     assert found[1] == 0

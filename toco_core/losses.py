@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .errors import ToCoError
 from .labels import IGNORE
-from .machine.distributed import ALONE, Share
 
 COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
 PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, it makes the mean of few pairs smaller
@@ -41,8 +40,8 @@ def ptc_loss(
     label: Integer[Tensor, "B h w"],
     *,
     keep_constant: bool = False,
-    share: Share = ALONE,
-    whole_label: Integer[Tensor, "A h w"] | None = None,
+    pairs: Int[Tensor, "2"] | None = None,
+    parts: int = 1,
 ) -> Float[Tensor, ""]:
     """Patch token contrast (PTC): tokens of one class shall be alike, tokens of different classes shall not.
 
@@ -59,9 +58,8 @@ def ptc_loss(
     A half without any pair is 0. The release leaves the constant 1/2 of the same-class half there, with the same
     gradient; `keep_constant` brings it back.
 
-    Where processes share a batch (`share`), pairs are counted over all of it, and the mean of the processes' results,
-    and of their gradients, is that of the whole batch. The same holds for equal parts that are computed one after the
-    other, given the label of all of them (`whole_label`).
+    Where this is one of `parts` equal parts of a batch, `pairs` are those of the whole batch (the sum of `count_pairs`
+    over the parts), and the mean of the parts' results, and of their gradients, is that of the whole batch.
     """
     if label.shape[-2:] != patch_map.shape[-2:]:
         raise ToCoError(
@@ -71,8 +69,7 @@ def ptc_loss(
         tokens = _at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
         tokens = F.normalize(tokens, dim=2, eps=COSINE_EPSILON)
         label = label.flatten(1).long()
-        counted = label if whole_label is None else whole_label.flatten(1).long()
-        same_pairs, different_pairs = share.total(torch.stack(_count_pairs(counted)))
+        same_pairs, different_pairs = _count_pairs(label) if pairs is None else pairs
 
         valid = label != IGNORE
         tokens = tokens * valid[..., None]  # an ignored token has similarity 0 with everything, hence no gradient
@@ -80,7 +77,7 @@ def ptc_loss(
         different_weight = 0.5 / (different_pairs.to(tokens.dtype) + PAIR_EPSILON)
         similarity = _WeightedSimilarity.apply(tokens, label, same_weight, different_weight)
         constant = torch.full_like(similarity, 0.5) if keep_constant else 0.5 * (same_pairs > 0)
-        return constant + share.n * (len(counted) // len(label)) * similarity
+        return constant + parts * similarity
 
 
 def ctc_loss(
@@ -130,8 +127,8 @@ def segmentation_loss(
     label: Integer[Tensor, "B H W"],
     *,
     nan_when_empty: bool = False,
-    share: Share = ALONE,
-    whole_label: Integer[Tensor, "A H W"] | None = None,
+    pixels: Int[Tensor, "2"] | None = None,
+    parts: int = 1,
 ) -> Float[Tensor, ""]:
     """Cross-entropy in balance: half the mean over the background's pixels, half the mean over those of 1..K.
 
@@ -139,9 +136,8 @@ def segmentation_loss(
     release it is NaN, and NaN times weight 0 is NaN: one such batch in the warm-up ends the training. `nan_when_empty`
     does the same.
 
-    Where processes share a batch (`share`), pixels are counted over all of it, and the mean of the processes' results
-    is that of the whole batch. The same holds for equal parts that are computed one after the other, given the label of
-    all of them (`whole_label`).
+    Where this is one of `parts` equal parts of a batch, `pixels` are those of the whole batch (the sum of
+    `count_pixels` over the parts), and the mean of the parts' results is that of the whole batch.
     """
     if label.shape[-2:] != logits.shape[-2:]:
         raise ToCoError(
@@ -150,11 +146,19 @@ def segmentation_loss(
     with _full_precision(logits):
         label = label.long()
         cost = F.cross_entropy(_at_least_float32(logits), label, ignore_index=IGNORE, reduction="none")
-        counted = label if whole_label is None else whole_label
-        counts = share.total(torch.stack([half.sum() for half in _halves(counted)]))
-        counts = counts.clamp(min=0 if nan_when_empty else 1)
+        counts = (count_pixels(label) if pixels is None else pixels).clamp(min=0 if nan_when_empty else 1)
         means = [(cost * half).sum() / n for half, n in zip(_halves(label), counts, strict=True)]
-        return share.n * (len(counted) // len(label)) * 0.5 * (means[0] + means[1])
+        return parts * 0.5 * (means[0] + means[1])
+
+
+def count_pairs(label: Integer[Tensor, "B h w"]) -> Int[Tensor, "2"]:
+    """Pairs of tokens that `ptc_loss` takes its means over: of the same class, of different classes."""
+    return torch.stack(_count_pairs(label.flatten(1).long()))
+
+
+def count_pixels(label: Integer[Tensor, "B H W"]) -> Int[Tensor, "2"]:
+    """Pixels that `segmentation_loss` takes its means over: background, foreground."""
+    return torch.stack([half.sum() for half in _halves(label)])
 
 
 def _halves(label: Integer[Tensor, "B H W"]) -> tuple[Bool[Tensor, "B H W"], Bool[Tensor, "B H W"]]:

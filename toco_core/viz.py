@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from .data.scenes import voc_palette
 from .labels import IGNORE
 
+OWN_TERM_COLOURS = ("#8c564b", "#7f7f7f", "#17becf", "#6a3d9a", "#bcbd22", "#e377c2")
 IGNORE_GREYS = (225, 225, 225), (150, 150, 150)  # ground and lines of the hatching
 TERM_COLOURS = {
     "total": "#222222",
@@ -144,9 +145,15 @@ def label_histogram(ax: plt.Axes, counts: dict[str, Sequence[int]], class_names:
 
 
 def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
-    """Every term of the loss, unweighted, against the step; terms that have not begun are left out."""
+    """Every term of the loss, unweighted, against the step; terms that have not begun are left out.
+
+    Terms of one's own (see `objective`) come after the package's.
+    """
     lines = [r for r in records if "total" in r]
-    for term, colour in TERM_COLOURS.items():
+    known = {*TERM_COLOURS, "step", "skipped"}
+    own = [term for term in dict.fromkeys(name for r in lines for name in r) if term not in known]
+    colours = TERM_COLOURS | {term: OWN_TERM_COLOURS[i % len(OWN_TERM_COLOURS)] for i, term in enumerate(own)}
+    for term, colour in colours.items():
         points = [(r["step"], r[term]) for r in lines if r.get(term)]
         if points:
             ax.plot(*zip(*points, strict=True), color=colour, label=term, lw=2 if term == "total" else 1.2)

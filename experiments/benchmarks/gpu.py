@@ -45,13 +45,13 @@ from toco_core.crf import crf_lattices, dense_crf, dense_energy_loss, energy_lat
 from toco_core.data import Batch, training_batches
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.model import build_encoder
+from toco_core.objective import Step, objective
 from toco_core.train.loop import (
     attention_of,
     autocast_of,
     gradient_length,
     not_finite,
     open_data,
-    step_losses,
     to_device,
     train,
     view_options,
@@ -196,18 +196,18 @@ def ten_steps(config: TrainConfig, precision: str, device: torch.device, size: i
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     terms, gradients, found_labels = [], {}, {}
     with attention_of(model, config, device):
-        for step in range(steps):
-            result = step_losses(
-                model, inputs, config, config.loss.at(LATE), step=LATE, autocast=autocast_of(config, device),
-                generator=torch.Generator().manual_seed(step),
-            )  # fmt: skip
+        for number in range(steps):
+            generator = torch.Generator().manual_seed(number)
+            options = {"generator": generator, "autocast": autocast_of(config, device)}
+            step = Step(model, inputs, config, LATE, **options)
+            result = objective(step)
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()
             terms.append({name: value.item() for name, value in result.terms.items()})
-            if not step:
+            if not number:
                 gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
                 names = ("pseudo_label", "token_label", "is_positive")
-                found_labels = {name: getattr(result, name).cpu() for name in names}
+                found_labels = {name: getattr(step, name).cpu() for name in names}
             model.update_ema(config.schedule.momentum)
             optimizer.step()
     return Steps(terms, gradients, found_labels)
@@ -260,8 +260,8 @@ class Training:
     def losses(self):
         generator = torch.Generator().manual_seed(self.numbers)
         batch, autocast = to_device(self.loaded, self.model, self.device), autocast_of(self.config, self.device)
-        weights = self.config.loss.at(LATE)
-        return step_losses(self.model, batch, self.config, weights, step=LATE, generator=generator, autocast=autocast)
+        step = Step(self.model, batch, self.config, LATE, generator=generator, autocast=autocast)
+        return objective(step)
 
     def step(self) -> None:
         self.numbers += 1

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from toco_core.config import TrainConfig, override, voc
+from toco_core.machine.writing import write_whole
 from toco_core.model import ToCo
-from toco_core.runs.folder import write_whole
-from toco_core.train.loop import StepInput
+from toco_core.objective import StepInput
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 WIDTHS = {

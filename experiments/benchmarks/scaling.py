@@ -22,7 +22,8 @@ from measure import LATE, RECORDS, alternate, batch_of, config_of, machine, mode
 from toco_core import labels, losses
 from toco_core.data.augment import training_views
 from toco_core.machine.device import keep_freed_memory
-from toco_core.train.loop import attention_of, autocast_of, step_losses
+from toco_core.objective import Step, objective
+from toco_core.train.loop import attention_of, autocast_of
 
 POINT = {"crop": 448, "batch": 2, "classes": 20}
 POINTS = {
@@ -58,9 +59,10 @@ def one_point(crop: int, batch: int, classes: int, repeats: int) -> dict:
         nonlocal found
         with attention_of(model, config, cpu):
             autocast = autocast_of(config, cpu)
-            found = step_losses(model, images, config, config.loss.at(LATE), step=LATE, autocast=autocast)
+            found = Step(model, images, config, LATE, autocast=autocast)
+            total = objective(found).total
             model.zero_grad(set_to_none=True)
-            found.total.backward()
+            total.backward()
         optimizer.step()
 
     seconds = statistics.median(alternate({"step": step}, repeats)["step"])

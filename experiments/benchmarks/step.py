@@ -25,7 +25,8 @@ from toco_core import crops, labels, losses
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
-from toco_core.train.loop import attention_of, autocast_of, step_losses
+from toco_core.objective import Step, objective
+from toco_core.train.loop import attention_of, autocast_of
 
 CPU = torch.device("cpu")
 SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96
@@ -86,24 +87,25 @@ def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
         config = configs[precision]
         autocast = autocast_of(config, CPU)
         with attention_of(model, config, CPU):
-            found = step_losses(model, batch, config, weights, step=LATE, boxes=boxes, autocast=autocast)
+            step = Step(model, batch, config, LATE, boxes=boxes, autocast=autocast)
+            found = objective(step)
             model.zero_grad(set_to_none=True)
             found.total.backward()
         if train:
             fast_optimizer.step()
             model.update_ema(config.schedule.momentum)
-        return found
+        return found, step
 
     wanted = slow((boxes.top, boxes.left), train=False)
     slow_gradients = gradients(model)
     agreement = {}
     for precision in configs:
-        found = fast(precision, boxes, train=False)
+        found, step = fast(precision, boxes, train=False)
         agreement[precision] = {
             "losses": worst(wanted.terms, found.terms),
             "gradients": difference(slow_gradients, gradients(model)),
-            "labels": float((wanted.pseudo_label == found.pseudo_label).double().mean()),
-            "flags": float((wanted.is_positive == found.is_positive).double().mean()),
+            "labels": float((wanted.pseudo_label == step.pseudo_label).double().mean()),
+            "flags": float((wanted.is_positive == step.is_positive).double().mean()),
         }
     sides = {
         SLOW: slow,

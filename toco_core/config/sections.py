@@ -288,15 +288,9 @@ class LossConfig(Config):
 
     def at(self, step: int) -> dict[str, float]:
         """Term -> weight on this step; 0 before the term's start, so that the loop can skip it."""
-        starts = {
-            "cls": 0,
-            "aux_cls": 0,
-            "ptc": self.ptc_start,
-            "ctc": self.ctc_start,
-            "seg": self.seg_start,
-            "energy": self.energy_start,
-        }
-        return {term: getattr(self, term) if step >= start else 0.0 for term, start in starts.items()}
+        names = [f.name for f in dataclasses.fields(self)]
+        terms = [name for name in names if name in ("cls", "aux_cls") or f"{name}_start" in names]
+        return {term: getattr(self, term) if step >= getattr(self, f"{term}_start", 0) else 0.0 for term in terms}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ import cv2
 import numpy as np
 
 from toco_core.errors import ToCoError
+from toco_core.machine.locks import alone
+from toco_core.machine.writing import remove_parts, whole_folder
 
 VERSION = 2
 """Raised whenever the drawing changes, so that a cached folder of an older drawing is not taken for this one."""
@@ -567,27 +568,23 @@ def scenes_folder(config: ScenesConfig | None = None, *, progress: bool = True) 
     config = config or ScenesConfig()
     name = _folder_name(config)
     root = cache_folder() / name
-    if (root / "scenes.json").is_file():
+    if os.path.isfile(root / "scenes.json"):
         return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root.parent))
+        with alone(root, "draws", tell=progress):
+            if not os.path.isfile(root / "scenes.json"):  # the process that was waited for may have drawn it
+                remove_parts(root.parent, f".{name}-*")
+                if root.exists():  # left without its manifest: not ours to trust
+                    shutil.rmtree(root)
+                with whole_folder(root) as work:
+                    write_scenes(work, config, progress=progress)
     except OSError as error:
-        raise ToCoError(
-            f"the embedded data set cannot be written to {root.parent}: {error.strerror or error}; "
-            "set TOCO_CACHE to a folder that can be"
-        ) from error
-    try:
-        write_scenes(work, config, progress=progress)
-        if root.exists() and not (root / "scenes.json").is_file():  # left without its manifest: not ours to trust
-            shutil.rmtree(root)
-        try:
-            os.rename(work, root)
-        except OSError:
-            if not (root / "scenes.json").is_file():  # otherwise another process was faster: its folder is the same
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not os.path.isfile(root / "scenes.json"):  # otherwise another user was faster, whose folder is the same
+            raise ToCoError(
+                f"the embedded data set cannot be written to {root.parent}: {error.strerror or error}; "
+                "set TOCO_CACHE to a folder that can be"
+            ) from error
     return root
 
 

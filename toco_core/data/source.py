@@ -75,7 +75,7 @@ def _reading(dataset: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ToCoError(f"{error.filename or dataset} cannot be read: {error.strerror or error}") from error
+        raise ToCoError(f"{str(error.filename or dataset):.200} cannot be read: {error.strerror or error}") from error
 
 
 def split_names(dataset: Path | str) -> tuple[str, ...]:

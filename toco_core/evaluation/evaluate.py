@@ -6,6 +6,8 @@ all thresholds 0, 1/20, ..., 1 at once, so that a threshold can be chosen on one
 is scored as it comes, or after a dense CRF. Images without a mask count for the image-level predictions only.
 """
 
+import contextlib
+import functools
 import hashlib
 import inspect
 from collections import deque
@@ -33,6 +35,7 @@ from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
 from toco_core.fingerprint import file_digests
 from toco_core.labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from toco_core.machine.distributed import ALONE, Share
+from toco_core.machine.locks import alone
 from toco_core.model import ToCo
 from toco_core.predict.crf_workers import CRFWorkers
 from toco_core.runs.folder import weights_hash
@@ -120,8 +123,21 @@ class Evaluation:
         return {name: round(100 * float(value), 3) for name, value in percent.items()}
 
 
+def _alone_where_kept(function: Callable) -> Callable:
+    """One process at a time fills a folder that keeps an evaluation; the next one waits, and finds it finished."""
+
+    @functools.wraps(function)
+    def waits(*args, share: Share = ALONE, keep: Path | str | None = None, **options):
+        held = keep is not None and share.first
+        with alone(Path(keep), "evaluates into", wait=share.n == 1) if held else contextlib.nullcontext():
+            return function(*args, share=share, keep=keep, **options)
+
+    return waits
+
+
 @torch.no_grad()
 @loader_errors()
+@_alone_where_kept
 def evaluate(
     model: ToCo,
     source,

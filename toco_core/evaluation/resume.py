@@ -20,7 +20,8 @@ from toco_core.data.files import palette_png
 from toco_core.data.layouts.npy import plain_array
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import limit, read_bytes
-from toco_core.runs.folder import claim_folder, write_whole
+from toco_core.machine.writing import remove_parts, write_whole, writing
+from toco_core.runs.folder import claim_folder
 
 
 class ImageCounts(NamedTuple):
@@ -48,6 +49,7 @@ class KeptEvaluation:
     def __init__(self, folder: Path | str, settings: dict):
         self.folder, self.settings = Path(folder), settings
         claim_folder(self.folder, settings, "evaluation")
+        remove_parts(self.folder, "**/*")
 
     def has(self, name: str) -> bool:
         """Whether an image is finished."""
@@ -85,11 +87,9 @@ class KeptEvaluation:
         self._put(self.folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
 
     def _put(self, path: Path, content: bytes) -> None:
-        try:
+        with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
-        except OSError as error:
-            raise ToCoError(f"cannot write to {self.folder}: {error.strerror or error}") from error
 
     def _counts(self, name: str) -> Path:
         return self.folder / "counts" / f"{name}.npz"

@@ -6,7 +6,6 @@ beyond its part: losses that are means over all pairs or pixels of the batch, th
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -105,15 +104,16 @@ def joined(device: str = "auto", **options) -> Iterator[Share]:
     torch.distributed.destroy_process_group()
 
 
-def shared_step(step: Callable, model: nn.Module, share: Share) -> Callable:
-    """`step(model, ...)`, whose result's `total` gives every process the gradient of the mean of all totals.
+def shared_step(function: Callable, model: nn.Module, share: Share) -> Callable:
+    """`function` of a step of this model, whose result's `total` gives every process the gradient of the mean of all
+    totals.
 
     The model's gradients are averaged by DistributedDataParallel while `total.backward()` runs.
     """
     if share.n == 1:
-        return functools.partial(step, model)
+        return function
     return nn.parallel.DistributedDataParallel(
-        _Step(step, model), broadcast_buffers=False, find_unused_parameters=True
+        _Step(function, model), broadcast_buffers=False, find_unused_parameters=True
     )  # some stages leave heads unused
 
 
@@ -124,13 +124,13 @@ def unshared_gradients(compute: Callable) -> contextlib.AbstractContextManager:
 
 
 class _Step(nn.Module):
-    """A step as a module's forward pass: DistributedDataParallel watches nothing else."""
+    """A function of a step as a module's forward pass: DistributedDataParallel watches nothing else."""
 
-    def __init__(self, step: Callable, model: nn.Module):
+    def __init__(self, function: Callable, model: nn.Module):
         super().__init__()
-        self.step, self.model = step, model
+        self.function, self.model = function, model
 
-    def forward(self, *args, **kwargs):
-        result = self.step(self.model, *args, **kwargs)
+    def forward(self, step):
+        result = self.function(step)
         # only through `total` come gradients: a term outside it would be waited for
         return result._replace(terms={name: value.detach() for name, value in result.terms.items()})

@@ -18,8 +18,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +42,10 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
 from toco_core.fingerprint import file_digests
 from toco_core.labels import IGNORE, merged_logits, pseudo_label, valid_cam
+from toco_core.machine.locks import alone
+from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo
-from toco_core.runs.folder import claim_folder, weights_hash, write_whole
+from toco_core.runs.folder import claim_folder, weights_hash
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
 
 METHODS = {
@@ -107,19 +107,21 @@ def export(
     if method.endswith("crf") and options is None:
         raise ToCoError(f"method = {method!r} needs a CRF: crf = False is not allowed")
     settings = _settings(model, source, config, method, beta, options)
-    claim_folder(folder, settings, "export")
-    (folder / "SegmentationClass").mkdir(exist_ok=True)
-    missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
-    if missing:
-        made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
-        with ThreadPoolExecutor(2) as pool:
-            bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
-            for done in pool.map(lambda item: _write_label(_label_path(folder, item[0]), item[1]), bar):
-                assert done is None
-    if images != "none":
-        for i, name in enumerate(source.names):
-            _place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
-    return _finish(folder, source, split, settings, len(missing))
+    with alone(folder, "exports to"), writing(folder):
+        claim_folder(folder, settings, "export")
+        remove_parts(folder, "**/*")
+        (folder / "SegmentationClass").mkdir(exist_ok=True)
+        missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
+        if missing:
+            made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
+            with ThreadPoolExecutor(2) as pool:
+                bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
+                for done in pool.map(lambda item: _write_label(_label_path(folder, item[0]), item[1]), bar):
+                    assert done is None
+        if images != "none":
+            for i, name in enumerate(source.names):
+                _place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
+        return _finish(folder, source, split, settings, len(missing))
 
 
 def label_maps(
@@ -251,15 +253,7 @@ def _place_image(original: Path, source: Split, index: int, folder: Path, name: 
         with io.BytesIO() as file:
             Image.fromarray(source.image(index)).save(file, "PNG")
             return write_whole(target, file.getvalue())
-    part = target.with_name(target.name + ".part")
-    part.unlink(missing_ok=True)
-    try:
-        if not link:
-            raise OSError
-        os.link(original, part)
-    except OSError:
-        shutil.copyfile(original, part)
-    os.replace(part, target)
+    place_file(original, target, link=link)
 
 
 def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
@@ -297,7 +291,7 @@ def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    return (p for p in (folder / "JPEGImages").rglob("*") if p.is_file() and p.suffix != ".part")
+    return (p for p in (folder / "JPEGImages").rglob("*") if p.is_file() and p.suffix != PART)
 
 
 def _annotations(label: np.ndarray, image: int, first: int) -> list[dict]:
@@ -348,8 +342,7 @@ def voc_archive(
     if source.class_names != VOC_CLASSES:
         raise ToCoError(f"{folder} has the classes {', '.join(source.class_names[1:])}: VOC's 20 are wanted")
     below = f"results/VOC{year}/Segmentation/{competition}_{split}_cls"
-    part = Path(f"{archive}.part")
-    with open(part, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+    with writing(archive), whole_file(Path(archive)) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
         with tarfile.open(fileobj=packed, mode="w") as tar:
             for index, name in enumerate(source.names):
                 if (source.mask(index) == IGNORE).any():
@@ -360,7 +353,6 @@ def voc_archive(
                 entry = tarfile.TarInfo(f"{below}/{name}.png")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
-    os.replace(part, archive)
     return len(source)
 
 

@@ -17,13 +17,10 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 
@@ -33,6 +30,8 @@ from toco_core.errors import ToCoError
 from toco_core.fingerprint import data_fingerprint, differences
 from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
+from toco_core.machine.locks import alone
+from toco_core.machine.writing import flush_folder, new_part, place_file, remove_parts, write_whole, writing
 
 
 class Run:
@@ -44,8 +43,10 @@ class Run:
         """Steps done in the newest checkpoint that was saved or loaded here."""
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Run":
+    def of(cls, config: TrainConfig, variant: str = "") -> "Run":
         """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
+
+        `variant` names what the config does not say (see `objective.variant`); it ends the folder's name.
 
         Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
         of the package began, under a name with the path as it is written or with every field, is found.
@@ -54,29 +55,16 @@ class Run:
         folder, resolved = Path(default and os.environ.get("TOCO_RUNS") or config.out_dir), config.resolved()
         name = _run_name(resolved, resolved.short_hash())
         earlier = _run_name(config, config.short_hash()), _run_name(config, config.short_hash(every_field=True))
-        there = (n for n in (name, *earlier) if os.path.isfile(folder / n / "config.json"))
-        return cls(folder / next(there, name))
+        names = [f"{n}-{variant}" if variant else n for n in (name, *earlier)]
+        there = (n for n in names if os.path.isfile(folder / n / "config.json"))
+        return cls(folder / next(there, names[0]))
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[None]:
         """Keep other processes of this machine from training the same run at the same time; they wait, and then find it
-        finished. The lock lies among the temporary files: what is refused before training leaves nothing behind.
-
-        Without `wait` ToCoError is raised where another process has the run.
-        """
-        name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:20]
-        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"toco-run-{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            if not wait:
-                raise ToCoError(f"another process trains {self.folder.name}: start again when it is done") from None
-            print(f"another process trains {self.folder.name}: waiting until it is done", flush=True)
-            lock.acquire()
-        try:
+        finished. Without `wait` ToCoError is raised where another process has the run."""
+        with alone(self.folder, "trains", wait=wait):
             yield
-        finally:
-            lock.release()
 
     def refuse_other_data(self, data: TrainVal, weights: str | None = None) -> None:
         """Raise ToCoError where the run began with other data, or with another content of the file `weights`, than
@@ -114,6 +102,7 @@ class Run:
             earlier = ("scores.json", "metrics.json", "checkpoint.pt", "best.pt", *kept, "failure.pt", "metrics.jsonl")
             for name in earlier:
                 (self.folder / name).unlink(missing_ok=True)
+            remove_parts(self.folder)
             write_whole(self.folder / "config.json", _json(config.to_dict()))
             write_whole(self.folder / "manifest.json", _json(manifest() | facts))
 
@@ -145,11 +134,13 @@ class Run:
 
     def keep_scores(self, scores: dict) -> None:
         """Write what the finished run was scored with (see `scores`)."""
-        write_whole(self.folder / "scores.json", _json(scores))
+        with self._writing():
+            write_whole(self.folder / "scores.json", _json(scores))
 
     def log(self, record: dict) -> None:
-        """Append one line to metrics.jsonl."""
-        with self._writing(), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        """Append one line to metrics.jsonl; a link of that name is not followed."""
+        path = self.folder / "metrics.jsonl"
+        with self._writing(), open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def records(self) -> list[dict]:
@@ -170,6 +161,7 @@ class Run:
         """Forget what was logged from `step` on: a resumed run logs it again."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] < step]
         with self._writing():
+            remove_parts(self.folder)  # of a killed process
             write_whole(self.folder / "metrics.jsonl", "".join(kept))
 
     def save(self, state: dict, *, best: bool = False, keep: bool = False) -> None:
@@ -213,30 +205,21 @@ class Run:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _replace(self, name: str, state: dict, also: Sequence[str] = ()) -> None:
-        part = self.folder / (Path(name).stem + ".part")
-        with self._writing():
-            try:
-                part.unlink(missing_ok=True)  # it may be best.pt under a second name, left by a killed process
-                with open(part, "wb") as file:
-                    _save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                for other in also:  # before the name that a resumed run goes on from: it would not come here again
-                    _also_as(part, self.folder / other)
-                os.replace(part, self.folder / name)
-                _flush_folder(self.folder)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    part.unlink(missing_ok=True)  # on a full disk its space is wanted
-                raise
+        with self._writing(), new_part(self.folder / name) as part:
+            with open(part, "wb") as file:
+                _save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            for other in also:  # before the name that a resumed run goes on from: it would not come here again
+                place_file(part, self.folder / other)
+            os.replace(part, self.folder / name)
+            flush_folder(self.folder)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """What the system says about writing, in our words."""
-        try:
+        with writing(self.folder, "out_dir: "):
             yield
-        except OSError as error:
-            raise ToCoError(f"out_dir: cannot write to {self.folder}: {error.strerror or error}") from error
 
     def _read(self, name: str) -> dict:
         path = self.folder / name
@@ -298,6 +281,10 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _run_name(config: TrainConfig, digits: str) -> str:
     dataset = Path(config.data.dataset).name or "data"
     return f"{dataset}-layer{config.model.layer}-seed{config.seed}-{digits}"
@@ -347,23 +334,11 @@ def claim_folder(folder: Path, settings: dict, what: str) -> None:
             raise ToCoError(f"{path} is not the manifest of an {what}: choose a new folder") from None
         if different:
             raise ToCoError(f"{folder} holds an {what} with another {', '.join(different)}: choose a new folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ToCoError(f"{folder} is not empty and holds no {what}: choose a new folder")
-    try:
+    with writing(folder):
+        if not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ToCoError(f"{folder} is not empty and holds no {what}: choose a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
-    except OSError as error:
-        raise ToCoError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part. Text is written as UTF-8."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _save(state: dict, file) -> None:
@@ -387,30 +362,6 @@ def _save(state: dict, file) -> None:
         if failed:
             raise failed[0] from None
         raise
-
-
-def _also_as(path: Path, name: Path) -> None:
-    """A second name for a file, put there at once; a copy where the file system knows no second names."""
-    part = name.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:
-        with open(path, "rb") as old, open(part, "wb") as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
-    os.replace(part, name)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Names reach the disk, too; Windows has no such call."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _json(values: dict) -> str:

@@ -9,9 +9,9 @@ operations use inside. On a CPU, where that is 0.2 to 1.4 GB, a process's peak g
 said here, below that by up to 35 MB more (`tests/peak_memory.py`); never compared on a GPU.
 """
 
-import functools
 import sys
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +24,12 @@ from toco_core.config import TrainConfig, override
 from toco_core.data import TrainVal, training_batches
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
+from toco_core.objective import TERMS, Term, backward, objective
 from toco_core.train.loop import (
     attention_of,
     autocast_of,
     resolve_device,
     resolve_precision,
-    step_in_parts,
-    step_losses,
     to_device,
     view_options,
 )
@@ -87,7 +86,9 @@ class StepMemory(NamedTuple):
         return f"{text} and may not fit: {self.free / GIB:.2f} GiB are free; what helps: {', '.join(ways)}"
 
 
-def step_memory(config: TrainConfig, data: TrainVal, *, processes: int = 1) -> StepMemory:
+def step_memory(
+    config: TrainConfig, data: TrainVal, *, processes: int = 1, terms: Mapping[str, Term] = TERMS
+) -> StepMemory:
     """What a step of the last stage, in which most terms count, takes on the device of the config.
 
     `processes`: how many share the batch, each with a device (or a part of this machine's memory) of its own. Raises
@@ -107,7 +108,7 @@ def step_memory(config: TrainConfig, data: TrainVal, *, processes: int = 1) -> S
         if summed:  # they wait for the next part
             for p in trained:
                 p.grad = torch.zeros_like(p)
-        step = _allocated_by_a_step(model, config, data, measured, place)
+        step = _allocated_by_a_step(model, config, data, measured, place, terms)
     except torch.OutOfMemoryError as error:
         raise ToCoError(
             f"{device} has {free / GIB:.2f} GiB free, too little for {measured} images at a time: a larger accumulate, "
@@ -128,20 +129,21 @@ def step_memory(config: TrainConfig, data: TrainVal, *, processes: int = 1) -> S
     )
 
 
-def _allocated_by_a_step(model: ToCo, config: TrainConfig, data: TrainVal, images: int, device: torch.device) -> int:
+def _allocated_by_a_step(
+    model: ToCo, config: TrainConfig, data: TrainVal, images: int, device: torch.device, terms: Mapping[str, Term]
+) -> int:
     """The most that one forward and backward pass holds at any time, without what was there before."""
     last = config.schedule.steps - 1
     config = override(config, batch_size=images, accumulate=1)
     options = {"seed": config.seed, "stop_step": 1, **view_options(config, model)}
     (loaded,) = training_batches(data.train, crop_size=config.data.crop_size, batch_size=images, **options)
     batch = to_device(loaded, model, device)
-    compute, weights = functools.partial(step_losses, model), config.loss.at(last)
-    options = {"step": last, "generator": torch.Generator().manual_seed(0), "autocast": autocast_of(config, device)}
+    options = {"generator": torch.Generator().manual_seed(0), "autocast": autocast_of(config, device)}
     with attention_of(model, config, device), Allocations() as counted:
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        step_in_parts(compute, model, batch, config, weights, **options)
+        backward(objective, model, batch, config, last, terms=terms, **options)
         return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else counted.most
 
 

@@ -2,11 +2,12 @@
 
 failure = load_failure(run.folder)
 print(failure.message)
-result = replay(failure)                        # every loss and label of that step
+found = replay(failure)                         # found.objective.terms, found.step.pseudo_label, ...
 replay(failure, config=override(failure.config, precision="fp32", ptc=0.0))
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +17,12 @@ from toco_core.config import TrainConfig
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
+from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.loop import (
-    StepResult,
     attention_of,
     autocast_of,
-    crop_generator,
     resolve_device,
-    step_losses,
     to_device,
 )
 
@@ -66,29 +65,39 @@ def load_failure(run: Run | Path | str) -> Failure:
     return Failure(model.train(), config, state["step"], batch, state["message"])
 
 
-def replay(failure: Failure, *, config: TrainConfig | None = None, device: str | None = None) -> StepResult:
+class Replay(NamedTuple):
+    """A step computed again."""
+
+    step: Step
+    """Tokens, CAMs and labels, as they are asked for."""
+    objective: Objective
+
+
+def replay(
+    failure: Failure,
+    *,
+    config: TrainConfig | None = None,
+    device: str | None = None,
+    terms: Mapping[str, Term] = TERMS,
+) -> Replay:
     """The failed step again, with its graph: the same images, weights and random numbers; nothing is changed.
 
     The batch is computed in one piece, also where the run cuts it into parts (`accumulate`): that rounds otherwise, and
     needs the memory. device="cpu" helps where it is short.
 
-    `config`: another one, to find out what helps. `device`: another one than the config's.
+    `config`: another one, to find out what helps. `device`: another one than the config's. `terms`: those of the run.
     """
     config = config or failure.config
     device = resolve_device(device or config.device)
     model = failure.model.to(device)
+    batch, generator = to_device(failure.batch, model, device), crop_generator(config, failure.step)
     with attention_of(model, config, device):
-        return step_losses(
-            model,
-            to_device(failure.batch, model, device),
-            config,
-            config.loss.at(failure.step),
-            step=failure.step,
-            generator=crop_generator(config, failure.step),
-            autocast=autocast_of(config, device),
-        )
+        autocast = autocast_of(config, device)
+        step = Step(model, batch, config, failure.step, terms=terms, generator=generator, autocast=autocast)
+        return Replay(step, objective(step))
 
 
-def is_finite(result: StepResult) -> dict[str, bool]:
+def is_finite(found: Replay) -> dict[str, bool]:
     """Whether the total and each term of a step is finite."""
-    return {name: bool(torch.isfinite(value)) for name, value in {"total": result.total, **result.terms}.items()}
+    values = {"total": found.objective.total, **found.objective.terms}
+    return {name: bool(torch.isfinite(value)) for name, value in values.items()}

@@ -1,9 +1,4 @@
-"""Training: what one step computes (`step_losses`), and the loop around it (`train`).
-
-Total loss ("Training Objective"): L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy, each from its first step.
-The main image is the first global view and the teacher differs from the student only in its projection head, so the
-encoder sees every picture once: main image, second global view, local views, the scaled and mirrored copies for CAM.
-"""
+"""Training: the loop around a step (`train`); what a step computes is in `objective`."""
 
 import contextlib
 import dataclasses
@@ -16,15 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from toco_core import crops, labels, losses
-from toco_core.cam import CAMs, multi_scale_cam
 from toco_core.config import DataConfig, TrainConfig, lr_at
-from toco_core.crf import dense_energy_loss, energy_lattices
 from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
 from toco_core.data.loader import loader_errors
@@ -34,252 +24,22 @@ from toco_core.fingerprint import data_fingerprint
 from toco_core.machine import distributed
 from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
-from toco_core.model import ToCo, Tokens, are_tensors, refuse_wrong_keys, skeleton
+from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
+from toco_core.objective import (
+    TERMS,
+    StepInput,
+    Term,
+    backward,
+    check_terms,
+    crop_generator,
+    objective,
+    own_terms,
+    stage_starts,
+    variant,
+)
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
-
-TERMS = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
-
-
-class StepInput(NamedTuple):
-    """One step's images, normalised, on the training device (see `data.training_views`).
-
-    The image labels stay on the CPU: what they choose is then known there, and the step never waits for the device.
-    """
-
-    images: Float[Tensor, "B 3 H W"]
-    global_view: Float[Tensor, "B 3 H W"]
-    local_image: Float[Tensor, "B 3 H W"]
-    image_labels: Float[Tensor, "B K"]
-    valid_box: Int[Tensor, "B 4"]
-
-
-class StepLabels(NamedTuple):
-    """What the CAMs of a step say of its images, without graph. None: no term of this step asks for it."""
-
-    cams: CAMs | None = None
-    region_mask: Int[Tensor, "B H W"] | None = None
-    token_label: Int[Tensor, "B h w"] | None = None
-    pseudo_label: Int[Tensor, "B H W"] | None = None
-
-
-class StepResult(NamedTuple):
-    """What one step computed. A term of weight 0 is 0 and what only it needs is None."""
-
-    total: Float[Tensor, ""]
-    terms: dict[str, Tensor]
-    cams: CAMs | None
-    region_mask: Int[Tensor, "B H W"] | None
-    is_positive: Bool[Tensor, "B V"] | None
-    token_label: Int[Tensor, "B h w"] | None
-    pseudo_label: Int[Tensor, "B H W"] | None
-
-
-def step_losses(
-    model: ToCo,
-    batch: StepInput,
-    config: TrainConfig,
-    weights: dict[str, float],
-    *,
-    step: int = 0,
-    generator: torch.Generator | None = None,
-    boxes: crops.CropBoxes | None = None,
-    autocast: Callable = contextlib.nullcontext,
-    share: Share = ALONE,
-    made: StepLabels | None = None,
-    whole: StepLabels | None = None,
-) -> StepResult:
-    """All losses of one step, with their graph; changes nothing.
-
-    Args:
-        weights: term -> weight, as `config.loss.at(step)` gives; terms of weight 0 are not computed.
-        generator: CPU generator that draws where local views are cut.
-        boxes: where to cut them instead.
-        autocast: a function that returns the context for encoder and heads; labels and losses are always float32.
-        share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
-        made: the labels of `batch`, where they are made already (`step_labels`).
-        whole: those of the process's whole batch, where `batch` is one of its equal parts (`step_in_parts`).
-    """
-    if not any(weights[name] > 0 for name in TERMS):
-        raise ToCoError(f"all weights of the loss are 0 on step {step}: one of {', '.join(TERMS)} must be above 0")
-    images, _, _, image_labels, valid_box = batch
-    release = config.release
-    segments = weights["seg"] > 0 or weights["energy"] > 0
-    terms = {name: images.new_zeros(()) for name in TERMS}
-    is_positive = None
-    if weights["energy"] > 0:  # now, as it waits for the device, which has least to do at the beginning of a step
-        unit = model.denormalise(images).clamp(0, 1)
-        lattices = energy_lattices(unit)
-
-    with autocast():
-        tokens = model.encode(images, attend=config.labels.attended())
-        output = model.heads(tokens, segmentation=segments)
-    terms["cls"] = losses.classification_loss(output.class_logits.float(), image_labels)
-    terms["aux_cls"] = losses.classification_loss(output.aux_class_logits.float(), image_labels)
-
-    if made is None:
-        made = step_labels(model, batch, config, weights, step=step, autocast=autocast, tokens=tokens)
-    cams, region, token_label, pseudo_label = made
-    whole = whole or made
-
-    if weights["ptc"] > 0:
-        terms["ptc"] = losses.ptc_loss(
-            tokens.patch_map,
-            token_label,
-            keep_constant=release.ptc_constant,
-            share=share,
-            whole_label=whole.token_label,
-        )
-
-    if weights["ctc"] > 0:
-        if boxes is None:
-            boxes = crops.sample_crops(
-                region,
-                n_crops=config.crops.n_local,
-                crop_size=config.crops.local_size,
-                generator=generator,
-                valid_box=valid_box,
-                crops_in_padding=release.crops_in_padding,
-            )
-        is_positive = crops.crop_flags(
-            region,
-            *boxes,
-            config.crops.local_size,
-            threshold=config.crops.positive_threshold,
-            foreground_counts_double=release.foreground_counts_double,
-        )
-        is_positive = torch.cat([is_positive.new_ones(len(images), 2), is_positive], dim=1)
-        terms["ctc"] = _class_token_contrast(model, batch, tokens.class_token, boxes, is_positive, config, autocast)
-
-    if segments:
-        seg_logits = F.interpolate(
-            output.seg_logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
-        )
-        if weights["seg"] > 0:
-            terms["seg"] = losses.segmentation_loss(
-                seg_logits,
-                pseudo_label,
-                nan_when_empty=release.nan_segmentation_loss,
-                share=share,
-                whole_label=whole.pseudo_label,
-            )
-        if weights["energy"] > 0:
-            terms["energy"] = dense_energy_loss(seg_logits, unit, pseudo_label, valid_box, lattices=lattices)
-
-    total = sum(weights[name] * terms[name] for name in TERMS if weights[name] > 0)
-    return StepResult(total, terms, cams, region, is_positive, token_label, pseudo_label)
-
-
-@torch.no_grad()
-def step_labels(
-    model: ToCo,
-    batch: StepInput,
-    config: TrainConfig,
-    weights: dict[str, float],
-    *,
-    step: int = 0,
-    autocast: Callable = contextlib.nullcontext,
-    tokens: Tokens | None = None,
-) -> StepLabels:
-    """The labels that a step's terms learn from; arguments as for `step_losses`.
-
-    `tokens` are those of the images, where the encoder has seen them already.
-    """
-    images, _, _, image_labels, valid_box = batch
-    release, thresholds = config.release, config.labels.thresholds()
-    segments = weights["seg"] > 0 or weights["energy"] > 0
-    region = token_label = pseudo_label = None
-    if not segments and weights["ptc"] == 0 and weights["ctc"] == 0:
-        return StepLabels()
-
-    with autocast():
-        tokens = model.encode(images, attend=config.labels.attended()) if tokens is None else tokens
-        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
-    if weights["ptc"] > 0:
-        token_label = labels.token_label(
-            cams.aux_cam,
-            image_labels,
-            tokens.grid,
-            valid_box=valid_box,
-            pixel_box_on_tokens=release.pixel_box_on_tokens,
-            **thresholds,
-        )
-    if weights["ctc"] > 0:
-        region = labels.region_mask(cams.aux_cam, image_labels, **thresholds)
-    if segments:
-        final = step >= config.loss.final_cam_start
-        unit = model.denormalise(images).clamp(0, 1)
-        pseudo_label = labels.pseudo_label(
-            (unit * 255).floor() / 255 if release.truncated_denormalisation else unit,
-            cams.cam if final else cams.aux_cam,
-            image_labels,
-            valid_box=valid_box,
-            **config.labels.pseudo_label_options(),
-        )
-    return StepLabels(cams, region, token_label, pseudo_label)
-
-
-def step_in_parts(
-    compute: Callable,
-    model: ToCo,
-    batch: StepInput,
-    config: TrainConfig,
-    weights: dict[str, float],
-    *,
-    step: int = 0,
-    autocast: Callable = contextlib.nullcontext,
-    **options,
-) -> StepResult:
-    """A step's losses and their backward pass, `config.schedule.accumulate` parts of the batch one after the other.
-
-    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. PTC
-    and the segmentation loss are means over all its pairs and pixels, whose numbers follow from the labels: so the
-    labels of all parts come first, which costs one more pass of the main images through the encoder.
-
-    `compute` and `options` as `distributed.shared_step` and `step_losses` have them. The result is for reading: its
-    graph is used up.
-    """
-    n = config.schedule.accumulate
-    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
-    options |= {"step": step, "autocast": autocast}
-    if n == 1:
-        result = compute(batch, config, weights, **options)
-        result.total.backward()
-        return result
-    made = [step_labels(model, part, config, weights, step=step, autocast=autocast) for part in parts]
-    made = [found._replace(cams=None) for found in made]  # large, and no loss reads them
-    whole = StepLabels(*(None if found[0] is None else torch.cat(found) for found in zip(*made, strict=True)))
-    results = []
-    for part, found in zip(parts, made, strict=True):
-        last = part is parts[-1]
-        with contextlib.nullcontext() if last else distributed.unshared_gradients(compute):
-            result = compute(part, config, weights, made=found, whole=whole, **options)
-            (result.total / n).backward()
-        results.append(result._replace(total=result.total.detach()))
-    terms = {name: torch.stack([r.terms[name].detach() for r in results]).mean(0) for name in TERMS}
-    is_positive = None if result.is_positive is None else torch.cat([r.is_positive for r in results])
-    total = torch.stack([r.total for r in results]).mean()
-    return StepResult(total, terms, *whole[:2], is_positive, *whole[2:])
-
-
-def _class_token_contrast(model, batch, main_class_token, boxes, is_positive, config, autocast) -> Tensor:
-    """CTC of the views: main image, second global view, and the local views cut at `boxes`."""
-    B = len(batch.images)
-    with autocast():
-        views = crops.cut_crops(batch.local_image, *boxes, config.crops.local_size)
-        second = model.encode(batch.global_view).class_token
-        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (B, -1))
-        global_tokens = torch.stack([main_class_token, second], dim=1)
-        student = model.project(torch.cat([global_tokens, local], dim=1))
-        teacher = model.project_ema(global_tokens.detach())
-    return losses.ctc_loss(
-        student.float(),
-        teacher.float(),
-        is_positive,
-        temperature=config.loss.temperature,
-        negatives_only_term=config.release.ctc_negatives_only_term,
-    )
 
 
 class Trained(NamedTuple):
@@ -298,10 +58,11 @@ def _alone(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def waits(config: TrainConfig, **options):
+    def waits(config: TrainConfig, *, terms: Mapping[str, Term] = TERMS, **options):
         share = distributed.current()
-        with Run.of(config).alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
-            return function(config, **options)
+        check_terms(terms, config)
+        with Run.of(config, variant(terms)).alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
+            return function(config, terms=terms, **options)
 
     return waits
 
@@ -310,6 +71,7 @@ def _alone(function: Callable) -> Callable:
 def train(
     config: TrainConfig,
     *,
+    terms: Mapping[str, Term] = TERMS,
     data: TrainVal | None = None,
     on_record: Callable[[dict], None] | None = None,
     resume: bool = True,
@@ -322,6 +84,8 @@ def train(
     """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
 
     Args:
+        terms: of the objective, by name: `TERMS | {"mine": Term(...)}` adds one (see `objective`). Its source is part
+            of the run's name.
         data: the two splits, by default `open_data(config.data)`.
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
         resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
@@ -360,7 +124,7 @@ def train(
     autocast = autocast_of(config, device)
     keep_freed_memory()
 
-    run = Run.of(config)
+    run = Run.of(config, variant(terms))
     state = share.from_first(run.load() if resume and share.first else None)
     start, best, skipped, saved_at = 0, -1.0, 0, time.monotonic()
     if state is not None:
@@ -379,6 +143,7 @@ def train(
             processes=share.n,
             device=str(device),
             precision=resolve_precision(config.precision, device),
+            own_terms=own_terms(terms),
         )
     if share.first:
         run.keep_records_before(start)
@@ -386,7 +151,7 @@ def train(
     if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
         with attention_of(model, config, device):
             warm_start(model, data.train, config, autocast=autocast, progress=progress)
-    compute = distributed.shared_step(step_losses, model, share)
+    compute = distributed.shared_step(objective, model, share)
 
     def validate() -> Evaluation:
         bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
@@ -441,9 +206,8 @@ def train(
                 model.update_ema(schedule.momentum)
             generator = crop_generator(config, step, part.start)
             optimizer.zero_grad(set_to_none=True)
-            options = {"step": step, "generator": generator, "autocast": autocast, "share": share}
-            result = step_in_parts(compute, model, batch, config, config.loss.at(step), **options)
-            result = result._replace(cams=None)  # large; they would be kept through the next step
+            options = {"terms": terms, "generator": generator, "autocast": autocast, "share": share}
+            result = backward(compute, model, batch, config, step, **options)
             fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
             if fault:  # it must not reach the weights, nor the next checkpoint
                 skipped += 1
@@ -491,17 +255,6 @@ def train(
                 | ({"skipped": skipped} if skipped else {})
             )
     return Trained(model, run, data, validation)
-
-
-def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
-    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
-    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
-    too."""
-    seed = config.seed * 1_000_003 + step
-    torch.manual_seed(seed + first)
-    generator = torch.Generator().manual_seed(seed)
-    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
-    return generator
 
 
 def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
@@ -608,14 +361,20 @@ class Opened(NamedTuple):
     data: TrainVal
 
 
-def trained_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Opened:
+def trained_run(
+    config: TrainConfig,
+    *,
+    data: TrainVal | None = None,
+    progress: bool = True,
+    terms: Mapping[str, Term] = TERMS,
+) -> Opened:
     """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
-    data, run = data or open_data(config.data), Run.of(config)
+    data, run = data or open_data(config.data), Run.of(config, variant(terms))
     if not run.finished:
-        train(config, data=data, progress=progress)
+        train(config, data=data, progress=progress, terms=terms)
     run.refuse_other_data(data, weights_file(config))
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 
@@ -681,14 +440,13 @@ def evaluate_as(
         )
 
 
-def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
+def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str, Term] = TERMS) -> float:
     """About how long `train` will take here: three steps of each stage and a few validation images are measured."""
     device = resolve_device(config.device)
     model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device).train()
     autocast, schedule = autocast_of(config, device), config.schedule
     keep_freed_memory()
-    compute = functools.partial(step_losses, model)
-    starts = sorted({0, schedule.steps} | {s for s in _stage_starts(config) if s < schedule.steps})
+    starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
     total = 0.0
     with attention_of(model, config, device):
         batches = training_batches(
@@ -705,8 +463,8 @@ def estimate_seconds(config: TrainConfig, data: TrainVal) -> float:
                 began = _when_done(device)
                 batch = to_device(next(batches), model, device)
                 generator = torch.Generator().manual_seed(0)
-                options = {"step": first, "generator": generator, "autocast": autocast}
-                step_in_parts(compute, model, batch, config, config.loss.at(first), **options)
+                options = {"terms": terms, "generator": generator, "autocast": autocast}
+                backward(objective, model, batch, config, first, **options)
                 model.zero_grad(set_to_none=True)
                 seconds.append(_when_done(device) - began)
             total += min(seconds) * (last - first)
@@ -836,10 +594,3 @@ def _final_numbers(validation: Evaluation, config: TrainConfig) -> dict:
     """Scores in percent and the best threshold; without masks only the image-level ones."""
     best = {"best_beta": validation.cam.best_beta} if validation.n_masks else {}
     return validation.summary(config.labels.beta) | best
-
-
-def _stage_starts(config: TrainConfig) -> Iterator[int]:
-    loss = config.loss
-    for term in ("ptc", "ctc", "seg", "energy"):
-        if getattr(loss, term) > 0:
-            yield getattr(loss, f"{term}_start")

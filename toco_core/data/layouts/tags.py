@@ -43,6 +43,7 @@ from toco_core.data.split import (
 )
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json, read_text
+from toco_core.machine.writing import whole_folder, writing
 
 TABLES = ("tags.csv", "tags.tsv", "tags.json", "labels.csv", "labels.tsv", "labels.json")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path", "name")
@@ -277,17 +278,20 @@ def write_tag_list(folder: Path, splits: Mapping[str, Split], *, masks: Sequence
     if folder.exists() and any(folder.iterdir()):
         raise ToCoError(f"{folder} is not empty: a list of tags is written to a new folder")
     rows = [["file", "tags", "split", "mask"]]
-    for split, source in splits.items():
-        for i, name in enumerate(source.names):
-            tags = [source.class_names[k + 1] for k in np.flatnonzero(source.image_labels[i])]
-            file, mask = f"{split}/{name}.png", f"masks/{split}/{name}.png" if split in masks else ""
-            for path, pixels in ((file, source.image(i)), (mask, source.mask(i) if mask else None)):
-                if pixels is not None:
-                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(pixels).save(folder / path)
-            rows.append([file, ";".join(tags), split, mask])
-    names = next(iter(splits.values())).class_names
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    with open(folder / "tags.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as part:
+            for split, source in splits.items():
+                for i, name in enumerate(source.names):
+                    tags = [source.class_names[k + 1] for k in np.flatnonzero(source.image_labels[i])]
+                    file, mask = f"{split}/{name}.png", f"masks/{split}/{name}.png" if split in masks else ""
+                    for path, pixels in ((file, source.image(i)), (mask, source.mask(i) if mask else None)):
+                        if pixels is not None:
+                            (part / path).parent.mkdir(parents=True, exist_ok=True)
+                            Image.fromarray(pixels).save(part / path)
+                    rows.append([file, ";".join(tags), split, mask])
+            names = next(iter(splits.values())).class_names
+            (part / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            with open(part / "tags.csv", "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
     return folder / "tags.csv"

@@ -1,0 +1,478 @@
+"""The training objective ("Training Objective" in the paper): terms over a step.
+
+    L = cls + aux_cls + l1 ptc + l2 ctc + l3 seg + l4 energy
+
+A `Term` is a function of a `Step`: one batch, which computes what is asked of it (tokens, CAMs, labels, views) once,
+when it is first asked. A term of weight 0 costs nothing, and neither does what only it needs. The main image is the
+first global view and the teacher differs from the student only in its projection head, so the encoder sees every
+picture once: main image, second global view, local views, the scaled and mirrored copies for CAM.
+
+**A term of your own** is a function and a row, also in a notebook:
+
+    def entropy(step):
+        p = step.output.class_logits.float().sigmoid()
+        return -(p * p.clamp(min=1e-6).log()).mean()
+
+    train(config, terms=TERMS | {"entropy": Term(entropy, weight=0.01, start=100)})
+
+It is in the curves, in the estimates of time and memory, and in the run's manifest; its source is part of the run's
+name. A term that stays has its row in `TERMS`, and its weight and first step as the fields `<name>` and `<name>_start`
+of `config.LossConfig` (`added_later=True`).
+
+**A label source** is a function of a step, too, or a cached property of `Step`. A term that learns from one names it in
+`Term.label`; then it is made without a graph, once per step (`step.made(label)`), and, where a batch is computed in
+parts, before the losses of the first part. A loss whose mean runs over something other than images (pairs, pixels)
+also names what is counted in its label, `Term.count`, and takes the number from `step.count(name)`: that of the whole
+batch, over all parts and processes; its value is then multiplied by `step.parts`, so that the mean over the parts is
+the whole's.
+
+    def confident(step):                        # a label: B h w
+        label = step.token_label
+        return label.masked_fill(step.cams.aux_cam.amax() < 0.9, IGNORE)
+
+    Term(my_loss, label=confident, count=losses.count_pairs)
+"""
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from . import crops, labels, losses
+from .cam import CAMs, multi_scale_cam
+from .config import TrainConfig
+from .crf import Lattice, dense_energy_loss, energy_lattices
+from .errors import ToCoError
+from .machine.distributed import ALONE, Share, unshared_gradients
+from .model import Output, ToCo, Tokens
+
+
+class StepInput(NamedTuple):
+    """One step's images, normalised, on the training device (see `data.training_views`).
+
+    The image labels stay on the CPU: what they choose is then known there, and the step never waits for the device.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    global_view: Float[Tensor, "B 3 H W"]
+    local_image: Float[Tensor, "B 3 H W"]
+    image_labels: Float[Tensor, "B K"]
+    valid_box: Int[Tensor, "B 4"]
+
+
+class Step:
+    """One batch on its way through the objective. Everything is computed when it is first asked for, and kept."""
+
+    def __init__(
+        self,
+        model: ToCo,
+        batch: StepInput,
+        config: TrainConfig,
+        number: int = 0,
+        *,
+        terms: "Mapping[str, Term] | None" = None,
+        weights: Mapping[str, float] | None = None,
+        autocast: Callable = contextlib.nullcontext,
+        generator: torch.Generator | None = None,
+        boxes: crops.CropBoxes | None = None,
+        share: Share = ALONE,
+        parts: int = 1,
+    ):
+        """
+        Args:
+            number: of the step, from 0.
+            terms: name -> term; by default `TERMS`.
+            weights: name -> weight, by default those of this step in `config.loss` (see `Term.at`).
+            autocast: returns the context of encoder and heads; labels and losses are always float32.
+            generator: on the CPU, draws where local views are cut.
+            boxes: where to cut them instead.
+            share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
+            parts: how many such steps on each process make a whole batch.
+        """
+        self.model, self.batch, self.config, self.number = model, batch, config, number
+        self.autocast, self.generator, self.share, self.parts = autocast, generator, share, parts * share.n
+        self.terms = TERMS if terms is None else terms
+        self.weights = dict(term_weights(config, number, self.terms) if weights is None else weights)
+        self.graph = torch.is_grad_enabled()
+        self.counts: dict[str, Tensor] = {}
+        self._made: dict[Callable, Tensor] = {}
+        if boxes is not None:
+            self.boxes = boxes
+
+    def made(self, label: "str | Callable[[Step], Tensor]") -> Tensor:
+        """A label of this step: the property of that name, or what the function makes; once, and without a graph."""
+        if isinstance(label, str):
+            return getattr(self, label)
+        if label not in self._made:
+            with torch.no_grad():
+                self._made[label] = label(self)
+        return self._made[label]
+
+    def count(self, term: str) -> Int[Tensor, " n"]:
+        """What the mean of a term runs over, in the whole batch; every process must ask."""
+        if term not in self.counts:
+            self.counts[term] = self.share.total(self.terms[term].counted(self))
+        return self.counts[term]
+
+    def forget(self, *names: str) -> None:
+        """Free what was computed under these names."""
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    # ---- the network
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Of the main images, with their graph."""
+        with torch.set_grad_enabled(self.graph), self.autocast():
+            return self.model.encode(self.batch.images, attend=self.config.labels.attended())
+
+    @cached_property
+    def output(self) -> Output:
+        """Class logits; `seg_logits` are asked for by themselves."""
+        tokens = self.tokens
+        with torch.set_grad_enabled(self.graph), self.autocast():
+            return self.model.heads(tokens, segmentation=False)
+
+    @cached_property
+    def seg_logits(self) -> Float[Tensor, "B C H W"]:
+        """Of the decoder, at the images' size, float32."""
+        tokens = self.tokens
+        with torch.set_grad_enabled(self.graph):
+            with self.autocast():
+                logits = self.model.decoder(tokens.patch_map).contiguous()  # then resized twice as fast
+            return F.interpolate(logits.float(), self.batch.images.shape[-2:], mode="bilinear", align_corners=False)
+
+    # ---- labels, without a graph
+
+    @cached_property
+    def cams(self) -> CAMs:
+        """CAM and auxiliary CAM of the main images, over the configured scales."""
+        tokens, batch, options = self.tokens, self.batch, self.config.labels.cam_options()
+        with torch.no_grad(), self.autocast():
+            return multi_scale_cam(self.model, batch.images, **options, tokens=tokens, image_labels=batch.image_labels)
+
+    @cached_property
+    def token_label(self) -> Int[Tensor, "B h w"]:
+        """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
+        batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
+        options = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels, **self.config.labels.thresholds()}
+        return labels.token_label(self.cams.aux_cam, batch.image_labels, self.tokens.grid, **options)
+
+    @cached_property
+    def region_mask(self) -> Int[Tensor, "B H W"]:
+        """0 background, 1 uncertain, 2 foreground, by the auxiliary CAM."""
+        return labels.region_mask(self.cams.aux_cam, self.batch.image_labels, **self.config.labels.thresholds())
+
+    @cached_property
+    def pseudo_label(self) -> Int[Tensor, "B H W"]:
+        """The CAM after PAR; before step `final_cam_start`, the auxiliary CAM after PAR."""
+        batch, image = self.batch, self.unit
+        cam = self.cams.cam if self.number >= self.config.loss.final_cam_start else self.cams.aux_cam
+        if self.config.release.truncated_denormalisation:
+            image = (image * 255).floor() / 255
+        options = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
+        return labels.pseudo_label(image, cam, batch.image_labels, **options)
+
+    # ---- views and images
+
+    @cached_property
+    def boxes(self) -> crops.CropBoxes:
+        """Where local views are cut."""
+        return crops.sample_crops(
+            self.region_mask,
+            n_crops=self.config.crops.n_local,
+            crop_size=self.config.crops.local_size,
+            generator=self.generator,
+            valid_box=self.batch.valid_box,
+            crops_in_padding=self.config.release.crops_in_padding,
+        )
+
+    @cached_property
+    def is_positive(self) -> Bool[Tensor, "B V"]:
+        """Both global views, which are, then the local ones by their flags."""
+        flags = crops.crop_flags(
+            self.region_mask,
+            *self.boxes,
+            self.config.crops.local_size,
+            threshold=self.config.crops.positive_threshold,
+            foreground_counts_double=self.config.release.foreground_counts_double,
+        )
+        return torch.cat([flags.new_ones(len(flags), 2), flags], dim=1)
+
+    @cached_property
+    def unit(self) -> Float[Tensor, "B 3 H W"]:
+        """The main images in [0, 1]."""
+        return self.model.denormalise(self.batch.images).clamp(0, 1)
+
+    @cached_property
+    def lattices(self) -> list[Lattice]:
+        """Of the main images, for the dense energy; making them waits for the device."""
+        return energy_lattices(self.unit)
+
+
+# ---- the terms
+
+
+class Term(NamedTuple):
+    """A term of the objective."""
+
+    loss: Callable[[Step], Float[Tensor, ""]]
+    label: str | Callable[[Step], Tensor] | None = None
+    """What it learns from: a property of `Step`, or a function of a step."""
+    count: Callable[[Tensor], Int[Tensor, " n"]] | None = None
+    """What of that label its mean runs over, where that is not the images."""
+    weight: float | None = None
+    """None: the field of `config.LossConfig` that has the term's name."""
+    start: int = 0
+    """First step on which it counts, where `weight` is given here."""
+
+    def at(self, name: str, config: TrainConfig, step: int) -> float:
+        """Its weight on a step; 0 before its first one."""
+        weight, start = self.schedule(name, config)
+        return weight if step >= start else 0.0
+
+    def schedule(self, name: str, config: TrainConfig) -> tuple[float, int]:
+        """Its weight, and its first step."""
+        if self.weight is not None:
+            return float(self.weight), self.start
+        if not hasattr(config.loss, name):
+            raise ToCoError(f"the term {name!r} has no weight: give Term(..., weight=...), or a field of LossConfig")
+        return getattr(config.loss, name), getattr(config.loss, f"{name}_start", 0)
+
+    def counted(self, step: Step) -> Int[Tensor, " n"]:
+        """What its mean runs over, in this step alone."""
+        if self.label is None or self.count is None:
+            raise ToCoError("a term is counted by Term(..., label=..., count=...)")
+        return self.count(step.made(self.label))
+
+
+def cls(step: Step) -> Float[Tensor, ""]:
+    """Multi-label classification by the last block's tokens."""
+    return losses.classification_loss(step.output.class_logits.float(), step.batch.image_labels)
+
+
+def aux_cls(step: Step) -> Float[Tensor, ""]:
+    """The same by the tokens of block `layer`."""
+    return losses.classification_loss(step.output.aux_class_logits.float(), step.batch.image_labels)
+
+
+def ptc(step: Step) -> Float[Tensor, ""]:
+    """Patch token contrast."""
+    constant = step.config.release.ptc_constant
+    pairs = step.count("ptc")
+    return losses.ptc_loss(
+        step.tokens.patch_map, step.token_label, pairs=pairs, parts=step.parts, keep_constant=constant
+    )
+
+
+def ctc(step: Step) -> Float[Tensor, ""]:
+    """Class token contrast of main image, second global view and local views; the teacher sees the first two."""
+    model, batch, boxes, is_positive = step.model, step.batch, step.boxes, step.is_positive
+    with step.autocast():
+        views = crops.cut_crops(batch.local_image, *boxes, step.config.crops.local_size)
+        second = model.encode(batch.global_view).class_token
+        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (len(views), -1))
+        both = torch.stack([step.tokens.class_token, second], dim=1)
+        student = model.project(torch.cat([both, local], dim=1))
+        teacher = model.project_ema(both.detach())
+    return losses.ctc_loss(
+        student.float(),
+        teacher.float(),
+        is_positive,
+        temperature=step.config.loss.temperature,
+        negatives_only_term=step.config.release.ctc_negatives_only_term,
+    )
+
+
+def seg(step: Step) -> Float[Tensor, ""]:
+    """Cross-entropy of the decoder with the pseudo label."""
+    label, nan = step.pseudo_label, step.config.release.nan_segmentation_loss
+    return losses.segmentation_loss(
+        step.seg_logits, label, pixels=step.count("seg"), parts=step.parts, nan_when_empty=nan
+    )
+
+
+def energy(step: Step) -> Float[Tensor, ""]:
+    """Dense energy of the decoder's probabilities."""
+    label, box = step.pseudo_label, step.batch.valid_box
+    return dense_energy_loss(step.seg_logits, step.unit, label, box, lattices=step.lattices)
+
+
+TERMS: dict[str, Term] = {
+    "cls": Term(cls),
+    "aux_cls": Term(aux_cls),
+    "ptc": Term(ptc, "token_label", losses.count_pairs),
+    "ctc": Term(ctc, "region_mask"),
+    "seg": Term(seg, "pseudo_label", losses.count_pixels),
+    "energy": Term(energy, "pseudo_label"),
+}
+RESERVED = ("step", "total", "skipped")  # in a run's records
+
+
+def term_weights(config: TrainConfig, step: int, terms: Mapping[str, Term] = TERMS) -> dict[str, float]:
+    """Name -> weight on a step."""
+    return {name: term.at(name, config, step) for name, term in terms.items()}
+
+
+def stage_starts(config: TrainConfig, terms: Mapping[str, Term] = TERMS) -> list[int]:
+    """The first steps of all terms that count at some time, in order."""
+    found = (term.schedule(name, config) for name, term in terms.items())
+    return sorted({start for weight, start in found if weight > 0})
+
+
+def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
+    """Raise ToCoError for a term that cannot be trained with."""
+    for name, term in terms.items():
+        if not str(name).isidentifier() or name in RESERVED:
+            raise ToCoError(f"a term cannot be called {name!r}: a name of letters, not one of {', '.join(RESERVED)}")
+        if not isinstance(term, Term) or not callable(term.loss):
+            raise ToCoError(f"the term {name!r} is {term!r:.60}: Term(function of a step, ...) is wanted")
+        if isinstance(term.label, str) and not hasattr(Step, term.label):
+            raise ToCoError(f"the term {name!r} learns from {term.label!r}: it is no property of Step")
+        weight, start = term.schedule(name, config)
+        if not 0 <= weight < float("inf") or start < 0:
+            raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
+
+
+def own_terms(terms: Mapping[str, Term]) -> dict[str, str]:
+    """Name -> digest of the source, weight and start of every term that is not the package's, and "absent" for those of
+    the package that are left out: what a run's config does not say."""
+    found = {name: _digest(term) for name, term in terms.items() if TERMS.get(name) != term}
+    return found | {name: "absent" for name in TERMS if name not in terms}
+
+
+def variant(terms: Mapping[str, Term]) -> str:
+    """What the terms add to a run's name: "" for the package's, else ten digits of `own_terms`."""
+    found = own_terms(terms)
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:10] if found else ""
+
+
+def _digest(term: Term) -> str:
+    """Of the functions' source (their byte code, where there is none), defaults, and plain values around them."""
+    digest = hashlib.sha256(repr((term.weight, term.start)).encode())
+    for part in (term.loss, term.label, term.count):
+        digest.update(_text(part).encode())
+    return digest.hexdigest()[:10]
+
+
+def _text(part: object) -> str:
+    if part is None or isinstance(part, str):
+        return repr(part)
+    function = inspect.unwrap(getattr(part, "func", part))  # of functools.partial, too
+    given = [getattr(part, "args", ()), sorted(getattr(part, "keywords", {}).items())]
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        source = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(type(function))
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    given += [getattr(function, "__defaults__", None), cells]
+    return source + repr(
+        [value if isinstance(value, (bool, int, float, str)) else type(value) for value in _flat(given)]
+    )
+
+
+def _flat(value):
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+# ---- their sum
+
+
+class Objective(NamedTuple):
+    """The sum of a step's terms."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    """Before weighting; a term of weight 0 is 0."""
+
+
+def objective(step: Step) -> Objective:
+    """The weighted sum of the terms, with its graph; changes nothing. Raises ToCoError where all weights are 0."""
+    weights = {name: step.weights[name] for name in step.terms if step.weights.get(name, 0) > 0}
+    if not weights:
+        raise ToCoError(
+            f"all weights of the loss are 0 on step {step.number}: one of {', '.join(step.terms)} must be above 0"
+        )
+    if "energy" in weights:
+        _ = step.lattices  # now: it waits for the device, which has least to do at the beginning of a step
+    zero = step.batch.images.new_zeros(())
+    terms = {name: term.loss(step) if name in weights else zero for name, term in step.terms.items()}
+    return Objective(sum(weight * terms[name] for name, weight in weights.items()), terms)
+
+
+def backward(
+    compute: Callable[[Step], Objective],
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    number: int = 0,
+    **options,
+) -> Objective:
+    """A batch's objective and its backward pass, in `config.schedule.accumulate` parts one after the other.
+
+    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. Where
+    there are several parts, the labels of all come first, as some terms are means over all of them: one more pass of
+    the main images through the encoder.
+
+    `compute` as `distributed.shared_step` returns it, `options` as for `Step`. The result has no graph.
+    """
+    n = config.schedule.accumulate
+    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
+    steps = [Step(model, part, config, number, parts=n, **options) for part in parts]
+    if n > 1:
+        _make_labels(steps)
+    found = []
+    while steps:  # each goes when it is done: what it computed is large
+        step = steps.pop(0)
+        with unshared_gradients(compute) if steps else contextlib.nullcontext():
+            result = compute(step)
+            (result.total / n).backward()
+        found.append(Objective(result.total.detach(), {name: value.detach() for name, value in result.terms.items()}))
+        del step, result
+    if n == 1:
+        return found[0]
+    terms = {name: torch.stack([one.terms[name] for one in found]).mean(0) for name in found[0].terms}
+    return Objective(torch.stack([one.total for one in found]).mean(), terms)
+
+
+def _make_labels(steps: list[Step]) -> None:
+    """The labels of all parts of a batch, and what is counted in them over all parts and processes."""
+    first = steps[0]
+    wanted = {name: term for name, term in first.terms.items() if first.weights.get(name, 0) > 0 and term.label}
+    counted = {name: term for name, term in wanted.items() if term.count}
+    sums: dict[str, Tensor] = {}
+    for step in steps:
+        step.graph, graph = False, step.graph
+        for term in wanted.values():
+            step.made(term.label)
+        for name, term in counted.items():
+            sums[name] = sums[name] + term.counted(step) if name in sums else term.counted(step)
+        step.forget("tokens", "output", "seg_logits", "cams", "unit")
+        step.graph = graph
+    totals = {name: first.share.total(value) for name, value in sums.items()}
+    for step in steps:
+        step.counts = dict(totals)
+
+
+def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
+    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
+    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
+    too."""
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed + first)
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
+    return generator
