@@ -25,7 +25,7 @@ log=$(mktemp)
 status=0
 "$folder/bin/python" -m pytest -q -p no:cacheprovider ${TESTS:-tests} 2>&1 | tee "$log" || status=$?
 
-"$folder/bin/python" - "$which" "$log" <<'END'
+"$folder/bin/python" - "$which" "$log" ${TESTS:-} <<'END'
 import datetime
 import importlib.metadata
 import pathlib
@@ -33,13 +33,14 @@ import platform
 import re
 import sys
 
-which, log = sys.argv[1:]
+which, log, *only = sys.argv[1:]
 lines = pathlib.Path(log).read_text().splitlines()
 summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "did not run")
 failed = [re.split(r"[ \[]", line)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
 names = ["torch", "torchvision", "timm", "numpy", "opencv-python-headless", "matplotlib", "jupyterlab"]
 versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 outcome = re.sub(r"=| in [\d.:s() ]+$", "", summary).strip() + "".join(f"; {name}" for name in sorted(set(failed)))
+outcome += f" (of {', '.join(name.removeprefix('tests/') for name in only)})" if only else ""
 row = f"| {which} | {datetime.date.today()} | {platform.python_version()} | {versions} | {outcome} |"
 page = pathlib.Path("docs/versions.md")
 kept = [line for line in page.read_text().splitlines() if not line.startswith(f"| {which} |")]

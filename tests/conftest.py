@@ -12,3 +12,11 @@ _hook = install_import_hook("toco_core", "shape_check.check")
 from toco_core.machine.torchvision_shim import make_importable  # noqa: E402
 
 make_importable()  # some tests import timm by themselves
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `exhaustive`, unless `-m` names it."""
+    left = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left and "exhaustive" not in (config.option.markexpr or ""):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

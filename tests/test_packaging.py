@@ -30,6 +30,7 @@ FOLDERS_ALONGSIDE = (".ci", "docs", "experiments", "notebooks", "tests")
 IN_CONDA = {
     "torch": "pytorch",
     "opencv-python-headless": "py-opencv",
+    "huggingface-hub": "huggingface_hub",
     "matplotlib": "matplotlib-base",
     "playwright": "playwright-python",
 }

@@ -1,7 +1,9 @@
 """Damaged and hostile files: every reader ends in a result or in ToCoError; never a crash, a hang, or memory without
 end.
 
-The environment variable TOCO_FUZZ says how many damaged files each reader gets: here a few, 1000 before a release.
+Mutated files keep their structure (see `mutators`); pipes, devices, folders and endless files take their place, too.
+The ordinary run gives each reader a few, `pytest -m exhaustive` 10,000 each, each process with a cap.
+The environment variable TOCO_FUZZ is the number for the ordinary run, TOCO_FUZZ_SEED the seed of both.
 """
 
 import io
@@ -11,199 +13,28 @@ import pickle
 import random
 import signal
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from coco_folder import write_coco_folder
-from PIL import Image
-from safetensors.torch import save
-from sbd_files import sbd_bytes
-from voc_folder import rectangle_mask, smooth_image, write_voc_folder
+from fuzz_readers import FILES, READERS, ROWS, STATE, attempt, build_folders, ends_well, npy, peak_megabytes, saved
 
-from toco_core.config import tiny
-from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
-from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
-from toco_core.evaluation.scores import RunScores, read_scores
-from toco_core.model import read_tensors
-from toco_core.runs.folder import Run
-from toco_core.train.failures import load_failure
 
 INPUTS = int(os.environ.get("TOCO_FUZZ", "25"))
-SECONDS = 20  # for one input; a hang takes longer
-MEGABYTES = 1000  # by which the process may grow over all inputs of a reader
-TOKENS = (
-    *(b"../", b"/etc/passwd", b"..\\", b"C:\\x", b"\0", b"\xff\xfe", b"-1", b"0", b"1e999", b"NaN", b"null", b"{}"),
-    *(b"[", b"]", b'"', b",", b"\n", b"true", b"9" * 400, b"9" * 5000, b"[" * 3000, b"255", b"\xef\xbb\xbf", b"1e-9"),
-    *(struct.pack("<I", n) for n in (0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)),
-    *(struct.pack(">I", n) for n in (2**16, 2**31 - 1)),
-    *(struct.pack("<Q", n) for n in (2**40, 2**62, 2**64 - 1)),
-)
-
-
-def damaged(data: bytes, chance: random.Random) -> bytes:
-    """One to four changes: bits, bytes, parts cut, repeated or moved, numbers and words put in."""
-    content = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 4))):
-        at = chance.randrange(len(content) + 1)
-        other = min(len(content), at + chance.choice((1, 2, 8, 64, 1024)))
-        kind = chance.randrange(7)
-        if kind == 0 and content:
-            content[at % len(content)] ^= 1 << chance.randrange(8)
-        elif kind == 1 and content:
-            content[at % len(content)] = chance.randrange(256)
-        elif kind == 2:
-            del content[at:other]
-        elif kind == 3:
-            content[at:at] = content[at:other] * chance.choice((1, 2, 50))
-        elif kind == 4:
-            del content[at:]
-        elif kind == 5:
-            content[at:at] = chance.choice(TOKENS)
-        else:
-            token = chance.choice(TOKENS)
-            content[at : at + len(token)] = token
-    return bytes(content)
-
-
-class Hang(BaseException):
-    """The time for one input is over."""
-
-
-def peak_megabytes() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def ends_well(read, what: str) -> bool:
-    """Whether there was a result; an error of another kind than ours passes on."""
-
-    def over(*_):
-        raise Hang(what)
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(SECONDS)
-    try:
-        read()
-        return True
-    except ToCoError as error:
-        assert str(error) and "Traceback" not in str(error)
-        return False
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def encoded(array, kind, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, kind, **options)
-    return file.getvalue()
-
-
-def saved(state) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def npy(content) -> bytes:
-    file = io.BytesIO()
-    np.save(file, content, allow_pickle=True)
-    return file.getvalue()
-
-
-STATE = {
-    "model": {"weight": torch.ones(3, 2), "bias": torch.zeros(3)},
-    "optimizer": {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2)}}, "param_groups": []},
-    "step": 3, "config": tiny().to_dict(), "best": 3.5, "skipped": 0,
-}  # fmt: skip
-FAILURE = {"step": 1, "message": "m", "config": tiny().to_dict(), "model": {}, "batch": {}, "names": ["a"]}
-SCORES = {name: {} for name in RunScores._fields} | {"iou": {"cam": [1.0, None]}, "miou": {"cam": 1.0}, "part": "val"}
-ROWS = {"img_0": np.array([1, 0, 1], np.uint8), "img_1": np.array([0, 1, 0], np.float32)}
+SEED = int(os.environ.get("TOCO_FUZZ_SEED", "0"))
+SLOW_INPUTS, SLOW_SECONDS = 10_000, 3600
+MEGABYTES = 1000  # by which this process may grow over all inputs of a reader
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A VOC folder, a COCO folder, tags and a run: what the readers of lists need around the damaged file."""
-    root = tmp_path_factory.mktemp("fuzz")
-    voc, coco = write_voc_folder(root / "voc", n=2), write_coco_folder(root / "coco")
-    (voc / "Annotations").mkdir()
-    for i in range(2):
-        objects = "<object><name>cat</name></object>"
-        (voc / "Annotations" / f"img_{i}.xml").write_text(f"<annotation>{objects}</annotation>")
-    tags = root / "tags"
-    tags.mkdir()
-    for name in ("a.png", "b.png"):
-        (tags / name).write_bytes(encoded(smooth_image(12, 16, 1), "PNG"))
-    (tags / "tags.csv").write_text("file,tags,split\na.png,cat;dog,train\nb.png,dog,val\n")
-    (tags / "tags.json").write_text(json.dumps([{"file": "a.png", "tags": ["cat"]}, {"file": "b.png", "tags": []}]))
-    run = Run(root / "run")
-    run.begin(tiny())
-    run.log({"step": 0, "total": 1.5})
-    run.finish({"cam_miou": 20.5})
-    run.keep_scores(SCORES)
-    for name, content in {"checkpoint.pt": saved(STATE), "failure.pt": saved(FAILURE)}.items():
-        (run.folder / name).write_bytes(content)
-    for name, content in FILES.items():
-        (root / name).write_bytes(content)
-    return root, voc, coco, tags, run
-
-
-GREY = rectangle_mask(16, 20, 2)
-FILES = {
-    "photo.jpg": encoded(smooth_image(24, 32, 0), "JPEG"),
-    "photo.png": encoded(smooth_image(24, 32, 0), "PNG"),
-    "photo.bmp": encoded(smooth_image(8, 12, 0), "BMP"),
-    "mask.png": encoded(GREY, "PNG"),
-    "mask16.png": encoded(GREY.astype(np.uint16), "PNG"),
-    "packed.mat": sbd_bytes(rectangle_mask(16, 20, 2)),
-    "plain.mat": sbd_bytes(rectangle_mask(16, 20, 2), compressed=False),
-    "mapping.npy": npy(np.array(ROWS, dtype=object)),
-    "array.npy": npy(np.eye(2, 3, dtype=np.uint8)),
-    "weights.pth": saved(STATE["model"]),
-    "weights.safetensors": save(STATE["model"]),
-}
-
-
-def labelled(voc, path):
-    return VOCFolder(voc, "train", labels=path).image_labels
-
-
-READERS = {
-    "photo.jpg": lambda f: (f[0] / "photo.jpg", read_image),
-    "photo.png": lambda f: (f[0] / "photo.png", read_image),
-    "photo.bmp": lambda f: (f[0] / "photo.bmp", read_image),
-    "mask.png": lambda f: (f[0] / "mask.png", read_mask),
-    "mask16.png": lambda f: (f[0] / "mask16.png", read_mask),
-    "packed.mat": lambda f: (f[0] / "packed.mat", read_sbd_mask),
-    "plain.mat": lambda f: (f[0] / "plain.mat", read_sbd_mask),
-    "mapping.npy": lambda f: (f[0] / "mapping.npy", lambda path: labelled(f[1], path)),
-    "array.npy": lambda f: (f[0] / "array.npy", lambda path: labelled(f[1], path)),
-    "list": lambda f: (f[1] / "ImageSets/Segmentation/train.txt", lambda _: len(VOCFolder(f[1], "train"))),
-    "classes": lambda f: (f[1] / "classes.txt", lambda _: VOCFolder(f[1], "train").image_labels),
-    "xml": lambda f: (
-        f[1] / "Annotations/img_0.xml",
-        lambda _: VOCFolder(f[1], "train", labels="xml").image_labels,
-    ),
-    "coco": lambda f: (
-        next((f[2] / "annotations").glob("*train*.json")),
-        lambda path: [COCOFolder(path).mask(0), COCOFolder(path).image_labels],
-    ),
-    "csv": lambda f: (f[3] / "tags.csv", lambda path: TagList(path, "train").image_labels),
-    "json": lambda f: (f[3] / "tags.json", lambda path: TagList(path, "train").image_labels),
-    "config": lambda f: (f[4].folder / "config.json", lambda _: f[4].config()),
-    "manifest": lambda f: (f[4].folder / "manifest.json", lambda _: f[4].manifest()),
-    "log": lambda f: (f[4].folder / "metrics.jsonl", lambda _: f[4].records()),
-    "scores": lambda f: (f[4].folder / "scores.json", lambda _: read_scores(f[4])),
-    "checkpoint": lambda f: (f[4].folder / "checkpoint.pt", lambda _: f[4].load()),
-    "failure": lambda f: (f[4].folder / "failure.pt", lambda _: load_failure(f[4])),
-    "weights.pth": lambda f: (f[0] / "weights.pth", lambda path: read_tensors(path, "weights")),
-    "weights.safetensors": lambda f: (f[0] / "weights.safetensors", lambda path: read_tensors(path, "weights")),
-}
+    return build_folders(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -211,21 +42,28 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(folders, name):
     path, read = READERS[name](folders)
-    whole, chance = path.read_bytes(), random.Random(name)
+    whole = path.read_bytes()
     if name != "failure":  # whose model is left out here: it is refused before it is damaged
         assert ends_well(lambda: read(path), name)
     before = peak_megabytes()
-    try:
-        for number in range(INPUTS):
-            content = damaged(whole, chance)
-            path.write_bytes(content)
-            try:
-                ends_well(lambda: read(path), f"{name} number {number}")
-            except BaseException as error:
-                raise AssertionError(f"{name} number {number}, {content[:200]!r}: {error!r}") from error
-    finally:
-        path.write_bytes(whole)
+    for number in range(INPUTS):
+        chance = random.Random(f"{name} {SEED} {number}")
+        try:
+            attempt(path, read, whole, chance, f"{name} number {number}")
+        except BaseException as error:
+            raise AssertionError(f"{name} number {number} of seed {SEED}: {error!r}") from error
     assert peak_megabytes() - before < MEGABYTES
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", READERS)
+def test_ten_thousand_damaged_files(name):
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_readers.py")), name, str(SLOW_INPUTS), str(SEED)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW_SECONDS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    print(outcomes)
+    assert outcomes.get("ok", 0) + outcomes.get("ToCoError", 0) == SLOW_INPUTS and "slow" not in outcomes
 
 
 def refused(folders, name, content, words):

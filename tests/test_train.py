@@ -50,8 +50,8 @@ ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy":
 @pytest.fixture(scope="module")
 def model():
     """In float64, so that another order of summation moves no label; far from its start, so that CAMs are not flat."""
-    torch.manual_seed(0)
     model = ToCo(override(small_recipe(), **SMALL).model, K).double()
+    torch.manual_seed(0)  # here: how many numbers it takes to make a network is timm's business
     stir(model, 0.2)
     return model
 

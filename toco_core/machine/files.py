@@ -5,6 +5,7 @@ unpickler that takes no memory for sizes that are only claimed: unknown names, t
 storages larger than the file are refused here. Only then torch reads it, restricted to tensors and plain values.
 """
 
+import contextlib
 import io
 import math
 import pickle
@@ -170,10 +171,10 @@ def _inspect_archive(file: io.BufferedReader) -> None:
 def _inspect_legacy(file: io.BufferedReader) -> None:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if tarfile.is_tarfile(file):
-        raise ValueError("it is an archive of a form that torch has long left")
-    file.seek(0)
     start = io.BytesIO(file.read(min(size, limit("pickle_bytes"))))
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(start.getvalue()[:512], "utf-8", "surrogateescape")
+        raise ValueError("it is an archive of a form that torch has long left")
     if _Inspector(start).load() != LEGACY:
         raise ValueError("it does not begin as a file of torch")
     _Inspector(start).load()

@@ -1,0 +1,293 @@
+"""Every reader, the files it reads, and a process that feeds it mutated ones.
+
+python fuzz_readers.py <reader> <cases> <seed>        prints outcomes and faults as JSON
+"""
+
+import io
+import json
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from coco_folder import write_coco_folder
+from mutators import mutated, restored, special
+from PIL import Image
+from safetensors.torch import save
+from sbd_files import sbd_bytes
+from voc_folder import rectangle_mask, smooth_image, write_voc_folder
+
+from toco_core.config import ModelConfig, tiny
+from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
+from toco_core.data.layouts.sbd import read_sbd_mask
+from toco_core.data.survey import inventory
+from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import _Counted
+from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
+from toco_core.evaluation.scores import RunScores, read_scores
+from toco_core.model import ToCo, are_tensors, read_tensors, refuse_wrong_keys
+from toco_core.runs.folder import Run
+from toco_core.runs.release import from_release, to_release
+from toco_core.train.failures import load_failure
+from toco_core.train.loop import load_optimizer_state
+
+SECONDS = 20  # for one input; a hang takes longer
+MEGABYTES = 2000  # by which a process may grow
+
+
+class Hang(BaseException):
+    """The time for one input is over."""
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ends_well(read, what: str) -> bool:
+    """Whether there was a result; an error of another kind than ours passes on."""
+
+    def over(*_):
+        raise Hang(what)
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(SECONDS)
+    try:
+        read()
+        return True
+    except ToCoError as error:
+        assert str(error) and "Traceback" not in str(error)
+        return False
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def encoded(array, kind, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def saved(state, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file, **options)
+    return file.getvalue()
+
+
+def npy(content) -> bytes:
+    file = io.BytesIO()
+    np.save(file, content, allow_pickle=True)
+    return file.getvalue()
+
+
+MODEL = ModelConfig(
+    backbone="plain_vit(image=16, patch=8, width=8, depth=1, heads=1, mlp=8)",
+    pretrained=False, layer=1, proj_hidden=4, proj_bottleneck=3, proj_dim=3, decoder_width=3,
+)  # fmt: skip
+MAPS, ROW = np.zeros((21, 4, 4), np.int64), np.zeros(3, np.float32)
+COUNTS = ImageCounts(MAPS, MAPS, MAPS[0], ROW, ROW, ROW, True)
+STATE = {
+    "model": {"weight": torch.ones(3, 2), "bias": torch.zeros(3)},
+    "optimizer": {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2)}}, "param_groups": []},
+    "step": 3, "config": tiny().to_dict(), "best": 3.5, "skipped": 0,
+}  # fmt: skip
+FAILURE = {"step": 1, "message": "m", "config": tiny().to_dict(), "model": {}, "batch": {}, "names": ["a"]}
+SCORES = RunScores("val", "p", 0.5, 0.4, {"cam": 1.0}, {"cam": 1.0}, {"cam": [1.0, None]}, 1.0, [0.5])._asdict()
+ROWS = {"img_0": np.array([1, 0, 1], np.uint8), "img_1": np.array([0, 1, 0], np.float32)}
+
+
+def training_state() -> dict:
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "step": 3, "best": 1.5, "skipped": 0}
+
+
+def resumed(state, run) -> None:
+    """As an interrupted training goes on."""
+    if state is None:  # there is no such file
+        return
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    if are_tensors(state["model"]):
+        refuse_wrong_keys("checkpoint", state["model"], layer.state_dict())
+        layer.load_state_dict(state["model"])
+        load_optimizer_state(optimizer, state["optimizer"], run)
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        max(state.get("best", 0.0), 1.0)
+
+
+def build_folders(root: Path) -> tuple:
+    """A VOC folder, a COCO folder, tags and a run: what the readers of lists need around the damaged file."""
+    voc, coco = write_voc_folder(root / "voc", n=2), write_coco_folder(root / "coco")
+    (voc / "Annotations").mkdir()
+    for i in range(2):
+        objects = "<object><name>cat</name></object>"
+        (voc / "Annotations" / f"img_{i}.xml").write_text(f"<annotation>{objects}</annotation>")
+    tags = root / "tags"
+    tags.mkdir()
+    for name in ("a.png", "b.png"):
+        (tags / name).write_bytes(encoded(smooth_image(12, 16, 1), "PNG"))
+    (tags / "tags.csv").write_text("file,tags,split\na.png,cat;dog,train\nb.png,dog,val\n")
+    (tags / "tags.json").write_text(json.dumps([{"file": "a.png", "tags": ["cat"]}, {"file": "b.png", "tags": []}]))
+    run = Run(root / "run")
+    run.begin(tiny())
+    run.log({"step": 0, "total": 1.5})
+    run.finish({"cam_miou": 20.5})
+    run.keep_scores(SCORES)
+    for name, content in {"checkpoint.pt": saved(STATE), "failure.pt": saved(FAILURE)}.items():
+        (run.folder / name).write_bytes(content)
+    (run.folder / "best.pt").write_bytes(saved(training_state()))
+    (root / "point.json").write_text(json.dumps({"state": "failed", "parameters": {"a": 1}, "error": "e", "cell": 3}))
+    for name, content in FILES.items():
+        (root / name).write_bytes(content)
+    kept = KeptEvaluation(root / "kept", {"a": 1})
+    kept.write("a", COUNTS, None)
+    return root, voc, coco, tags, run
+
+
+GREY = rectangle_mask(16, 20, 2)
+FILES = {
+    "photo.jpg": encoded(smooth_image(24, 32, 0), "JPEG"),
+    "photo.png": encoded(smooth_image(24, 32, 0), "PNG"),
+    "photo.bmp": encoded(smooth_image(8, 12, 0), "BMP"),
+    "mask.png": encoded(GREY, "PNG"),
+    "mask16.png": encoded(GREY.astype(np.uint16), "PNG"),
+    "packed.mat": sbd_bytes(rectangle_mask(16, 20, 2)),
+    "plain.mat": sbd_bytes(rectangle_mask(16, 20, 2), compressed=False),
+    "mapping.npy": npy(np.array(ROWS, dtype=object)),
+    "array.npy": npy(np.eye(2, 3, dtype=np.uint8)),
+    "weights.pth": saved(STATE["model"]),
+    "weights.safetensors": save(STATE["model"]),
+    "mask.bmp": encoded(GREY, "BMP"),
+    "weights.old": saved(STATE["model"], _use_new_zipfile_serialization=False),
+    "release.pth": saved(to_release(ToCo(MODEL, 3), module_prefix=False)),
+}
+
+
+def kept_counts(folder):
+    return _Counted(3).add_finished(KeptEvaluation(folder, {"a": 1}), ["a"], [0], 1)
+
+
+def claimed(folder):
+    return KeptEvaluation(folder, {"a": 1}).has("a")
+
+
+def sweep_record(path):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+    import sweep
+
+    point = sweep.Point(path, path.parent, {}, tiny(), path.stem)
+    return sweep.table([point], [point.record])
+
+
+def labelled(voc, path):
+    return VOCFolder(voc, "train", labels=path).image_labels
+
+
+READERS = {
+    "photo.jpg": lambda f: (f[0] / "photo.jpg", read_image),
+    "photo.png": lambda f: (f[0] / "photo.png", read_image),
+    "photo.bmp": lambda f: (f[0] / "photo.bmp", read_image),
+    "mask.png": lambda f: (f[0] / "mask.png", read_mask),
+    "mask16.png": lambda f: (f[0] / "mask16.png", read_mask),
+    "packed.mat": lambda f: (f[0] / "packed.mat", read_sbd_mask),
+    "plain.mat": lambda f: (f[0] / "plain.mat", read_sbd_mask),
+    "mapping.npy": lambda f: (f[0] / "mapping.npy", lambda path: labelled(f[1], path)),
+    "array.npy": lambda f: (f[0] / "array.npy", lambda path: labelled(f[1], path)),
+    "list": lambda f: (f[1] / "ImageSets/Segmentation/train.txt", lambda _: len(VOCFolder(f[1], "train"))),
+    "classes": lambda f: (f[1] / "classes.txt", lambda _: VOCFolder(f[1], "train").image_labels),
+    "xml": lambda f: (
+        f[1] / "Annotations/img_0.xml",
+        lambda _: VOCFolder(f[1], "train", labels="xml").image_labels,
+    ),
+    "coco": lambda f: (
+        next((f[2] / "annotations").glob("*train*.json")),
+        lambda path: [COCOFolder(path).mask(0), COCOFolder(path).image_labels],
+    ),
+    "csv": lambda f: (f[3] / "tags.csv", lambda path: TagList(path, "train").image_labels),
+    "json": lambda f: (f[3] / "tags.json", lambda path: TagList(path, "train").image_labels),
+    "config": lambda f: (f[4].folder / "config.json", lambda _: f[4].config()),
+    "manifest": lambda f: (f[4].folder / "manifest.json", lambda _: f[4].manifest()),
+    "log": lambda f: (f[4].folder / "metrics.jsonl", lambda _: f[4].records()),
+    "scores": lambda f: (f[4].folder / "scores.json", lambda _: read_scores(f[4])),
+    "checkpoint": lambda f: (f[4].folder / "checkpoint.pt", lambda _: f[4].load()),
+    "failure": lambda f: (f[4].folder / "failure.pt", lambda _: load_failure(f[4])),
+    "weights.pth": lambda f: (f[0] / "weights.pth", lambda path: read_tensors(path, "weights")),
+    "weights.safetensors": lambda f: (f[0] / "weights.safetensors", lambda path: read_tensors(path, "weights")),
+    "weights.old": lambda f: (f[0] / "weights.old", lambda path: read_tensors(path, "weights")),
+    "mask.bmp": lambda f: (f[0] / "mask.bmp", read_mask),
+    "release": lambda f: (f[0] / "release.pth", lambda path: from_release(path, heads=1, layer=1)),
+    "inventory": lambda f: (next((f[2] / "annotations").glob("*val*.json")), lambda _: str(inventory(f[2]))),
+    "optimizer": lambda f: (f[4].folder / "best.pt", lambda _: resumed(f[4].load("best"), f[4])),
+    "kept": lambda f: (f[0] / "kept" / "counts" / "a.npz", lambda _: kept_counts(f[0] / "kept")),
+    "kept manifest": lambda f: (f[0] / "kept" / "manifest.json", lambda _: claimed(f[0] / "kept")),
+    "sweep record": lambda f: (f[0] / "point.json", sweep_record),
+}
+
+
+def suffix_of(path: Path) -> str:
+    """Which mutators suit a file."""
+    return path.suffix.lower()
+
+
+def attempt(path: Path, read, whole: bytes, chance: random.Random, what: str) -> bool:
+    """One mutated or special file in the place of `path`; whether there was a result. The file is whole afterwards."""
+    if chance.random() < 0.03:
+        special(path, chance)
+    else:
+        try:
+            path.write_bytes(mutated(whole, suffix_of(path), chance))
+        except (UnicodeEncodeError, ValueError):  # a tree that JSON cannot hold
+            path.write_bytes(b"{}")
+    try:
+        return ends_well(lambda: read(path), what)
+    finally:
+        restored(path, whole)
+
+
+def feed(name: str, cases: int, seed: int) -> Counter:
+    """Outcomes of a reader: ok, ToCoError, slow (more than 10 seconds), and one kind per place of a fault."""
+    outcomes: Counter = Counter()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path, read = READERS[name](build_folders(Path(folder)))
+        whole = path.read_bytes()
+        if name != "failure":
+            ends_well(lambda: read(path), name)
+        for number in range(cases):
+            chance, began = random.Random(f"{name} {seed} {number}"), time.monotonic()
+            try:
+                outcome = "ok" if attempt(path, read, whole, chance, f"{name} {number}") else "ToCoError"
+            except BaseException as error:  # noqa: BLE001  it is counted
+                frames = [f for f in traceback.extract_tb(error.__traceback__) if "toco_core" in f.filename]
+                where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+                outcome = f"FAULT {type(error).__name__} {where} (case {number}: {error!s:.80})"
+            outcomes[outcome] += 1
+            outcomes["slow"] += time.monotonic() - began > 10
+    return outcomes
+
+
+def main() -> None:
+    name, cases, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    most = 1024 * int(lines["VmSize"].split()[0]) + MEGABYTES * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    before = peak_megabytes()
+    outcomes = +feed(name, cases, seed)
+    print(json.dumps({"reader": name, "grew": round(peak_megabytes() - before), **outcomes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Hand a trained run on: a folder with a model card, and the Hugging Face Hub.
+
+    toco share runs/<run> my_model                    # the folder
+    toco share runs/<run> my_model --push name/model  # the folder, and the Hub
+
+    shared = from_pretrained("name/model")            # or a folder
+    shared.model, shared.config, shared.class_names
+
+model.safetensors   the network, as after the last step
+config.json         every field of the config, the class names, the versions
+README.md           the model card: scores with their protocol, data set, versions, how to use it
+
+No data set is needed to read one. Paths of the machine that trained are left out: of a data set its name is kept.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from toco_core import __version__
+from toco_core.config import TrainConfig, override
+from toco_core.errors import ToCoError
+from toco_core.model import ToCo, read_tensors, refuse_wrong_keys, skeleton
+from toco_core.runs.folder import Run, write_whole
+
+FILES = ("model.safetensors", "config.json", "README.md")
+SCORES = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}
+
+
+class Pretrained(NamedTuple):
+    """A model that was handed on, in evaluation mode on the CPU."""
+
+    model: ToCo
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    """Background first, then the K classes in the order of the model's outputs."""
+
+
+def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
+    """Write weights, config and model card of a finished run into `folder`; the folder.
+
+    Raises ToCoError for a run that is not finished, and for a folder that holds other files.
+    """
+    from safetensors.torch import save_file
+
+    run = run if isinstance(run, Run) else Run(run)
+    if not run.finished:
+        raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
+        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
+    folder.mkdir(parents=True, exist_ok=True)
+    config, manifest = _without_paths(run.config()), run.manifest()
+    names = [str(name) for name in manifest["data"]["classes"]]
+    tensors = {name: value.detach().cpu().contiguous() for name, value in run.load()["model"].items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = {"toco_core": __version__, "class_names": names, "config": config.to_dict()}
+    write_whole(folder / "config.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / "README.md", model_card(config, manifest, run.metrics(), run.scores()))
+    return folder
+
+
+def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
+    """Read a folder that `save_pretrained` wrote, or fetch such a repository ("name/model") from the Hub.
+
+    Nothing in the files is executed. Raises ToCoError where there is no such folder or repository, and where the
+    tensors are not those of the config.
+    """
+    folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names, config = tuple(map(str, facts["class_names"])), TrainConfig.from_dict(facts["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
+    found = read_tensors(folder / "model.safetensors", "source")
+    options = {"dropped_border": config.release.dropped_border}
+    wanted = skeleton(config.model, len(names) - 1, **options).state_dict()
+    refuse_wrong_keys(f"source = {str(source)!r}", found, wanted)
+    model = ToCo(dataclasses.replace(config.model, pretrained=False), len(names) - 1, **options)
+    model.load_state_dict(found)
+    return Pretrained(model.eval(), config, names)
+
+
+def push_to_hub(run: Run | str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload what `save_pretrained` writes to the Hub's `repository` ("name/model"), made if missing; its address.
+
+    Raises ToCoError for a repository that cannot be written: log in by `hf auth login`.
+    """
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(run, folder)
+        try:
+            api = huggingface_hub.HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+        except Exception as error:  # the Hub's, of the connection, of a token: of many types
+            raise ToCoError(f"repository = {repository!r} could not be written ({_first_line(error)})") from error
+
+
+def model_card(config: TrainConfig, manifest: dict, metrics: dict, scores: dict | None) -> str:
+    """Write the card: the Hub's front matter, then scores with protocol, data, training, versions and use.
+
+    `metrics` are the run's final numbers on the validation part; `scores` what `evaluation.scores` kept, if anything.
+    """
+    dataset, data, schedule = config.data.dataset, manifest["data"], config.schedule
+    classes = ", ".join(data["classes"][1:])
+    rows = [("final CAM, best threshold", metrics.get("cam_miou")), ("segmentation", metrics.get("seg_miou"))]
+    lines = [f"| {name} | {value:.1f} | {metrics['protocol']} |" for name, value in rows if value is not None]
+    if scores:
+        known = [(SCORES[name], value) for name, value in scores["miou"].items() if value is not None]
+        lines += [f"| {name} | {value:.1f} | {scores['protocol']} |" for name, value in known]
+    table = "\n".join(["| | mIoU (%) | protocol |", "|---|---|---|", *lines]) if lines else "There were no masks."
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    return f"""---
+license: apache-2.0
+library_name: toco_core
+pipeline_tag: image-segmentation
+tags:
+- weakly-supervised-semantic-segmentation
+- class-activation-map
+- vision-transformer
+---
+
+# ToCo, {config.model.backbone}, {dataset}
+
+Weakly supervised semantic segmentation by [token contrast](https://arxiv.org/abs/2303.01267) (Ru et al., CVPR 2023):
+trained with image-level labels only, by toco_core {__version__}.
+
+## Scores
+
+{table}
+
+Image labels, mean average precision on the validation part: {metrics["map"]:.1f} %.
+
+## Data
+
+`{dataset}`: {data["train"]} images to train on, {data["val"]} to validate on. Classes: {classes}.
+
+## Training
+
+{schedule.steps} steps of {schedule.batch_size} images at {config.data.crop_size} pixels, auxiliary classifier on block
+{config.model.layer}, seed {config.seed}; every field is in `config.json`. Python {manifest["python"]}, {versions}.
+
+## Use
+
+```python
+from toco_core.runs.hub import from_pretrained
+
+model, config, class_names = from_pretrained("<this folder or repository>")
+```
+
+The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
+"""
+
+
+def share_command(arguments: list[str]) -> int:
+    """Run `toco share`."""
+    parser = argparse.ArgumentParser(
+        prog="toco share", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("folder", help="folder to write")
+    parser.add_argument("--push", metavar="NAME/MODEL", help="also upload it to this repository of the Hub")
+    parser.add_argument("--private", action="store_true", help="where the repository is made: only for you")
+    chosen = parser.parse_args(arguments)
+    print(save_pretrained(chosen.run, chosen.folder))
+    if chosen.push:
+        print(push_to_hub(chosen.run, chosen.push, private=chosen.private))
+    return 0
+
+
+def _without_paths(config: TrainConfig) -> TrainConfig:
+    weights = config.model.weights and Path(config.model.weights).name
+    return override(config, dataset=Path(config.data.dataset).name, weights=weights, out_dir="runs", log_to="")
+
+
+def _fetched(repository: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+    except Exception as error:  # the Hub's, of the connection, of a wrong name: of many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ToCoError(
+            f"source = {repository!r} is no folder, and no repository of the Hub ({reason:.160})"
+        ) from error
+    return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
