@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from toco_core import viz
-from toco_core.data.scenes import voc_palette
+from toco_core.conventions import voc_palette
 from toco_core.evaluation.evaluate import CAMCounts
 from toco_core.evaluation.metrics import ConfusionMatrix
 

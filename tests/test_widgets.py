@@ -24,9 +24,9 @@ from voc_folder import CLASSES, write_voc_folder
 from toco_core import viz
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
+from toco_core.conventions import voc_palette
 from toco_core.crops import crop_flags, foreground_ratio
 from toco_core.data import VOCFolder
-from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.labels import region_mask
