@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from toco_core import viz
-from toco_core.data.scenes import voc_palette
+from toco_core.conventions import voc_palette
 from toco_core.evaluation.evaluate import CAMCounts
 from toco_core.evaluation.metrics import ConfusionMatrix
 

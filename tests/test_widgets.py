@@ -24,9 +24,9 @@ from voc_folder import CLASSES, write_voc_folder
 from toco_core import viz
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
+from toco_core.conventions import voc_palette
 from toco_core.crops import crop_flags, foreground_ratio
 from toco_core.data import VOCFolder
-from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.labels import region_mask
@@ -833,3 +833,20 @@ def test_slider_is_quick(session):
         session.view(0)
     handle.remove()
     assert not calls and (time.process_time() - began) / 10 < 0.2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"beta_h": "a"}, {"beta_l": None}, {"beta_h": float("inf")}, {"beta_l": float("nan")}, {"beta_h": 10**400},
+        {"par_dilations": "inf"}, {"par_dilations": "1e400"}, {"par_dilations": "1.5"}, {"cam_scales": "1e9"},
+        {"cam_scales": "nan"}, {"crop_size": 10**9}, {"crop_seed": 2**63},
+    ],
+)  # fmt: skip
+def test_parameters_that_are_no_settings(values):
+    """They came from a link or a notebook's parameters and ended in TypeError and OverflowError."""
+    from toco_core.widgets.settings import Settings, changed
+
+    (name,) = values
+    with pytest.raises(ToCoError, match=f"{name} = .* is not allowed"):
+        changed(Settings(), **values)

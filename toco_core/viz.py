@@ -17,8 +17,7 @@ import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
-from .data.scenes import voc_palette
-from .labels import IGNORE
+from .conventions import IGNORE, voc_palette
 
 OWN_TERM_COLOURS = ("#8c564b", "#7f7f7f", "#17becf", "#6a3d9a", "#bcbd22", "#e377c2")
 IGNORE_GREYS = (225, 225, 225), (150, 150, 150)  # ground and lines of the hatching

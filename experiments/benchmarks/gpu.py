@@ -40,12 +40,14 @@ from measure import LATE, batch_of, config_of, machine, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core import crops, labels, losses, par
+from toco_core.backbone import build_encoder
 from toco_core.config import TrainConfig, override, tiny
-from toco_core.crf import crf_lattices, dense_crf, dense_energy_loss, energy_lattices
 from toco_core.data import Batch, training_batches
 from toco_core.evaluation.evaluate import evaluate
-from toco_core.model import build_encoder
+from toco_core.lattice import energy_lattices
+from toco_core.losses import dense_energy_loss
 from toco_core.objective import Step, objective
+from toco_core.predict.crf import crf_lattices, dense_crf
 from toco_core.train.loop import (
     attention_of,
     autocast_of,

@@ -26,8 +26,8 @@ import torch
 
 from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
+from toco_core.data.fingerprint import data_fingerprint, differences
 from toco_core.errors import ToCoError
-from toco_core.fingerprint import data_fingerprint, differences
 from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from toco_core.config import DataConfig, TrainConfig, lr_at
 from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
+from toco_core.data.fingerprint import data_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, eval_size, evaluate
-from toco_core.fingerprint import data_fingerprint
 from toco_core.machine import distributed
 from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
-from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
+from toco_core.machine.files import are_tensors, refuse_wrong_keys
+from toco_core.model import ToCo, skeleton
 from toco_core.objective import (
     TERMS,
     StepInput,
