@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from toco_core.backbone import build_encoder
 from toco_core.config import ModelConfig
 from toco_core.data.scenes import CLASS_NAMES, COATS, cache_folder, draw_scene
-from toco_core.model import build_encoder
 
 SIDE, CROP, WIDTH = 72, 64, 128
 TARGETS = {"species": len(CLASS_NAMES) - 1, "coat": len(COATS)}

@@ -33,7 +33,7 @@ from pretrain_backbone import (
 from torch import nn
 from tqdm import tqdm
 
-from toco_core.model import load_weights
+from toco_core.backbone import load_weights
 
 CANVAS, PATCH, SIDE = 128, 8, 72
 BLOCKS = range(6, 13)

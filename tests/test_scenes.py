@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import toco_core.data.scenes as scenes
+from toco_core.conventions import voc_palette
 from toco_core.data import VOCFolder, open_train_val
-from toco_core.data.scenes import CLASS_NAMES, ScenesConfig, cache_folder, draw_scene, scenes_folder, voc_palette
+from toco_core.data.scenes import CLASS_NAMES, ScenesConfig, cache_folder, draw_scene, scenes_folder
 from toco_core.errors import ToCoError
 
 SMALL = ScenesConfig(seed=3, n_train=6, n_val=3, n_test=2)
