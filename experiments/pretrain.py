@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from toco_core.backbone import build_encoder
 from toco_core.config import ModelConfig
 from toco_core.data.scenes import cache_folder, draw_scene
 from toco_core.data.world.species import COATS, SPECIES
-from toco_core.model import build_encoder
 
 SIDE, CROP, CANVAS, PATCH, WIDTH = 80, 72, 128, 8, 128
 NONE = len(SPECIES)

@@ -33,7 +33,8 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import _Counted
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
 from toco_core.evaluation.scores import RunScores, read_scores
-from toco_core.model import ToCo, are_tensors, read_tensors, refuse_wrong_keys
+from toco_core.machine.files import are_tensors, read_tensors, refuse_wrong_keys
+from toco_core.model import ToCo
 from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure

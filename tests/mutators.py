@@ -3,6 +3,7 @@
 Each mutator takes the bytes of a whole file and a `random.Random`, and returns other bytes.
 """
 
+import copy
 import io
 import json
 import os
@@ -72,7 +73,7 @@ def json_tree(data: bytes, chance: random.Random) -> bytes:
         other, there = chance.choice(places)
         kind = chance.randrange(6)
         if kind <= 2 or key not in _keys(node):
-            node[key] = chance.choice(VALUES)
+            node[key] = copy.deepcopy(chance.choice(VALUES))  # a later change must not reach the table
         elif kind == 3 and len(places) > 1 and node is not tree:
             del node[key]
         elif kind == 4 and there in _keys(other):

@@ -11,7 +11,6 @@ from voc_folder import write_voc_folder
 from toco_core import labels, viz
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ModelConfig, override
-from toco_core.crf import dense_crf
 from toco_core.data import VOCFolder, open_train_val
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
@@ -19,6 +18,7 @@ from toco_core.evaluation import protocols as assess
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.model import ToCo
+from toco_core.predict.crf import dense_crf
 from toco_core.runs.release import save_release
 
 plt.switch_backend("Agg")

@@ -201,11 +201,49 @@ def test_records_name_the_machine(path):
     assert {"cpu", "threads", "torch"} <= set(record["machine"])
 
 
-def test_without_a_gpu_nothing_is_measured(folder, monkeypatch):
+def test_without_a_gpu_nothing_is_measured(folder, monkeypatch, tmp_path):
     import gpu
 
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "write_record", lambda *_: pytest.fail("a record of nothing"))
     with pytest.raises(SystemExit, match="no GPU here .*: nothing was measured"):
-        gpu.main()
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_gpu_script_rehearsed(folder, tmp_path):
+    """Every section runs, on the CPU at tiny sizes: no error, and the differences from itself are 0."""
+    import gpu
+
+    gpu.main(["--out", str(tmp_path), "--rehearse"])
+    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert list(record) == ["machine", "correctness", "speed", "pieces", "evaluation", "loader", "recipe"]
+    errors = {name: part["error"] for name, part in record.items() if "error" in part}
+    assert errors == {}
+    assert max(record["correctness"]["reference"].values()) < 2e-3
+    for name in ("ViT-Tiny", "embedded"):
+        same, rounded = (record["correctness"][f"{name}, {precision}"] for precision in ("fp32", "bf16"))
+        assert same["gradients"] == 0 and set(same["labels_equal"].values()) == {1.0}
+        assert all(error == 0 for errors in same["terms"].values() for error in errors)
+        assert 1e-4 < rounded["gradients"] < 0.5
+    (point,) = record["speed"]["points"]
+    assert point["images_per_second"] > 0 and point["tflop_per_step"] > 0 and point["kernels"]
+    for part in ("pieces", "evaluation", "loader", "recipe"):
+        assert min(value for value in record[part].values()) > 0
+    assert "images_per_second" in (tmp_path / "gpu.log").read_text(encoding="utf-8")
+
+
+def test_a_section_of_the_gpu_script_that_fails_leaves_the_others(folder, tmp_path, monkeypatch):
+    import gpu
+
+    for name in ("speed", "pieces", "evaluation", "loader", "recipe"):
+        monkeypatch.setattr(gpu, name, lambda *_: {"done": 1})
+
+    def fails(_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu, "correctness", fails)
+    gpu.main(["--out", str(tmp_path), "--rehearse"])
+    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert record["correctness"]["error"] == "RuntimeError: no kernel image"
+    assert all(record[name]["done"] for name in ("speed", "pieces", "evaluation", "loader", "recipe"))

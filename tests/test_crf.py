@@ -10,18 +10,12 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toco_core import crf
-from toco_core.crf import (
-    IGNORE,
-    Lattice,
-    crf_lattices,
-    dense_crf,
-    dense_energy_loss,
-    energy_lattices,
-    image_lattice,
-    mean_field,
-)
+from toco_core import lattice as lattices_module
+from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
+from toco_core.lattice import Lattice, energy_lattices, image_lattice
+from toco_core.losses import dense_energy_loss
+from toco_core.predict.crf import crf_labels, crf_lattices, dense_crf, mean_field
 
 B, C, H, W = 2, 4, 10, 14
 # A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where
@@ -64,7 +58,7 @@ def test_neighbours_are_found_as_by_two_searches(groups):
     features = 1.5 * torch.randn(300, 3, dtype=torch.float64)
     group = torch.randint(0, 2, (300,)) if groups else torch.zeros(300, dtype=torch.long)
     lattice = Lattice.build(features, group if groups else None)
-    origin, rank, _ = crf._enclosing_simplex(features)
+    origin, rank, _ = lattices_module._enclosing_simplex(features)
     M = lattice.blur.shape[1] - 1
     vertex = {}  # (group, coordinates) -> number
     for p in range(300):
@@ -88,7 +82,7 @@ def test_lattice_of_one_point():
 
 def test_lattice_follows_the_gaussian():
     """On a densely filled grid the filter is the Gaussian up to a constant."""
-    positions = crf._positions(24, 30, like=torch.zeros((), dtype=torch.float64)) / 3
+    positions = lattices_module._positions(24, 30, like=torch.zeros((), dtype=torch.float64)) / 3
     values = torch.zeros(24 * 30, 1, dtype=torch.float64)
     values[12 * 30 + 15] = 1
     ours, exact = Lattice.build(positions).filter(values), slow.gaussian_kernel(positions) @ values
@@ -315,7 +309,7 @@ def test_crf_labels_are_what_the_dense_crf_makes_of_cam_and_background(scale):
     cam = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bilinear")
     images = torch.nn.functional.interpolate(torch.rand(3, 3, 3, 5, generator=g), size=(H, W)).double()
     image_labels = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
-    found = crf.crf_labels(
+    found = crf_labels(
         images, cam, image_labels, betas=(0.3, 0.6), iterations=3, scale=scale, sigma_xy=8.2, sigma_rgb=40.0
     )
     assert found.shape == (2, 3, H, W) and not found[:, 1].any()

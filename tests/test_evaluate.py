@@ -11,13 +11,13 @@ from voc_folder import write_voc_folder
 import toco_core.evaluation.evaluate as evaluation
 from toco_core import labels
 from toco_core.config import ModelConfig, override
-from toco_core.crf import dense_crf
 from toco_core.data import EvalItem, VOCFolder
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import CAMCounts, evaluate, look, strongest
 from toco_core.evaluation.metrics import ConfusionMatrix, multi_label_scores
 from toco_core.model import ToCo
+from toco_core.predict.crf import dense_crf
 
 K = 3
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"

@@ -14,9 +14,9 @@ from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 import toco_core.predict.export as exporting
 from toco_core.analysis.second_stage import crop_with_mask, train_segmentation
 from toco_core.config import override
+from toco_core.conventions import voc_palette
 from toco_core.data import VOC_CLASSES, COCOFolder, VOCFolder, open_source
 from toco_core.data.augment import resize
-from toco_core.data.scenes import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo

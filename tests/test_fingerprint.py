@@ -17,13 +17,12 @@ from test_interruptions import raise_interrupt, stop_at
 from voc_folder import rectangle_mask, save_palette_mask, write_list, write_voc_folder
 
 import toco_core.evaluation.scores as scoring
-from toco_core import fingerprint
 from toco_core.config import RECIPES, TrainConfig, override, tiny
-from toco_core.data import VOCFolder, open_source, scenes
+from toco_core.data import VOCFolder, fingerprint, open_source, scenes
+from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.scores import scored_run
-from toco_core.fingerprint import differences, split_fingerprint
 from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.runs.folder import Run, weights_hash

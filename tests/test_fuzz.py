@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from toco_core import crops, labels, par
 from toco_core.cam import multi_scale_cam
-from toco_core.labels import IGNORE
+from toco_core.conventions import IGNORE
 
 CONTENTS = ("random", "one class of many", "no class", "every class", "one image has none", "nothing inside the box")
 BETAS = {"beta_l": 0.25, "beta_h": 0.75}  # exact, so that values on a threshold are on it for both

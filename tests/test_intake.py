@@ -15,8 +15,8 @@ from toco_core.data import COCOFolder, TagList, VOCFolder, open_source, read_ima
 from toco_core.data.layouts.npy import read_npy_labels
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
+from toco_core.machine.files import read_tensors
 from toco_core.machine.intake import DEFAULTS, limit, read_bytes, set_limits
-from toco_core.model import read_tensors
 from toco_core.runs.folder import Run
 
 READ = {

@@ -13,10 +13,10 @@ from voc_folder import write_voc_folder
 from toco_core import labels
 from toco_core.analysis import label_quality as lq
 from toco_core.config import override
-from toco_core.crf import crf_labels
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import look
+from toco_core.predict.crf import crf_labels
 
 K = 3
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}

@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from toco_core import labels
+from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 
 BETAS = {"beta_l": 0.25, "beta_h": 0.7}
 

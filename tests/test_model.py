@@ -9,10 +9,11 @@ from small_config import stir
 from torch.testing import assert_close
 
 import toco_core.model
+from toco_core.backbone import PlainViT, build_encoder, load_weights
 from toco_core.cam import class_activation
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
-from toco_core.model import PlainViT, ToCo, build_encoder, load_weights, pooled
+from toco_core.model import ToCo, pooled
 
 SPEC = PlainViT(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)
 K = 5
@@ -112,7 +113,7 @@ def test_heads_can_leave_out_the_decoder():
 @pytest.mark.parametrize("new", [(2, 3), (3, 3), (7, 4)])
 def test_position_embeddings_are_resized_as_the_slow_way_does(new):
     pos = torch.randn(1, 2 + 3 * 3, 5, dtype=torch.float64)
-    found = toco_core.model.resize_positions(pos, (3, 3), new, 2, antialias=False)
+    found = toco_core.backbone.resize_positions(pos, (3, 3), new, 2, antialias=False)
     grid = slow.resize(pos[0, 2:].reshape(3, 3, 5).permute(2, 0, 1), new, "bicubic")
     assert_close(found[0, :2], pos[0, :2])
     assert_close(found[0, 2:], grid.permute(1, 2, 0).reshape(-1, 5))
@@ -214,7 +215,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
 
 def test_shipped_weights_are_half_precision_and_their_absence_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(toco_core.model, "WEIGHTS_FOLDER", tmp_path)
+    monkeypatch.setattr(toco_core.backbone, "WEIGHTS_FOLDER", tmp_path)
     config = ModelConfig(backbone="scenes_vit_nano", **SIZES)
     with pytest.raises(ToCoError, match="weights of scenes_vit_nano are not in this installation"):
         ToCo(config, K)

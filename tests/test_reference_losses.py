@@ -8,8 +8,8 @@ from reference_files import ATOL, RTOL, reference  # noqa: F401  (a fixture)
 from torch.testing import assert_close
 
 from toco_core.config import lr_at, voc
-from toco_core.crf import dense_energy_loss, energy_lattices
-from toco_core.losses import ctc_loss, ptc_loss, segmentation_loss
+from toco_core.lattice import energy_lattices
+from toco_core.losses import ctc_loss, dense_energy_loss, ptc_loss, segmentation_loss
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 GRADIENT_RTOL = 1e-4  # of the largest entry, for gradients that lie far below the absolute tolerance

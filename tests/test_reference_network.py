@@ -13,9 +13,8 @@ from toco_core.cam import class_activation, multi_scale_cam
 from toco_core.config import ReleaseBehaviour, override, voc
 from toco_core.crops import CropBoxes
 from toco_core.labels import valid_cam
-from toco_core.model import ToCo
 from toco_core.objective import TERMS, Step, StepInput, objective
-from toco_core.runs.release import to_release
+from toco_core.runs.release import from_release, to_release
 
 WHOLE = 1e-5  # of the largest value
 WEIGHTS = {"cls": 1.0, "aux_cls": 1.0, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}  # of `total`
@@ -38,7 +37,7 @@ def agree(ours, theirs, name):
 
 @pytest.fixture
 def model():
-    model = ToCo.from_release(checkpoint_path())
+    model = from_release(checkpoint_path())
     with model.plain_attention():
         yield model
 
@@ -46,7 +45,7 @@ def model():
 @pytest.fixture(scope="module")
 def step():
     """The arrays of the step, the model with its gradients after it, what the step gave, and the step."""
-    model, arrays = ToCo.from_release(checkpoint_path()), load_reference("train_step.npz")
+    model, arrays = from_release(checkpoint_path()), load_reference("train_step.npz")
     config = override(
         voc(),
         release=ReleaseBehaviour.release_exact(),

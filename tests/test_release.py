@@ -91,7 +91,7 @@ def test_everything_is_inferred_and_the_round_trip_is_exact(tmp_path, prefix):
     assert all(torch.equal(again[key], value) for key, value in state.items())
     save_release(model, tmp_path / "out.pth")
     assert torch.equal(
-        ToCo.from_release(tmp_path / "out.pth", heads=3, layer=2).aux_classifier.weight, model.aux_classifier.weight
+        from_release(tmp_path / "out.pth", heads=3, layer=2).aux_classifier.weight, model.aux_classifier.weight
     )
 
 

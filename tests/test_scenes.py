@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import toco_core.data.scenes as scenes
+from toco_core.conventions import voc_palette
 from toco_core.data import VOCFolder, open_train_val
-from toco_core.data.scenes import CLASS_NAMES, ScenesConfig, cache_folder, draw_scene, scenes_folder, voc_palette
+from toco_core.data.scenes import CLASS_NAMES, ScenesConfig, cache_folder, draw_scene, scenes_folder
 from toco_core.data.world import painting
 from toco_core.data.world.shapes import Part, ellipse
 from toco_core.data.world.species import COATS, SPECIES

@@ -12,10 +12,11 @@ from growth import memory_growth
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
+from toco_core.backbone import load_weights
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.errors import ToCoError
-from toco_core.machine.files import load_tensors
-from toco_core.model import ToCo, load_weights, read_tensors, skeleton
+from toco_core.machine.files import load_tensors, read_tensors
+from toco_core.model import ToCo, skeleton
 from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.loop import load_optimizer_state, open_run

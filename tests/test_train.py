@@ -15,9 +15,9 @@ import toco_core.train.loop as training
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
 from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override
-from toco_core.crf import dense_energy_loss
 from toco_core.data import VOCFolder, open_train_val, training_batches
 from toco_core.errors import ToCoError
+from toco_core.losses import dense_energy_loss
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Step, StepInput, objective
 from toco_core.runs.folder import Run

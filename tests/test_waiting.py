@@ -9,12 +9,12 @@ import torch
 from small_config import small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toco_core import crf
 from toco_core import objective as objectives
 from toco_core.cam import multi_scale_cam
 from toco_core.config import ReleaseBehaviour, TrainConfig, override
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
+from toco_core.lattice import energy_lattices
 from toco_core.machine import device as float64
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Step, backward, objective
@@ -108,7 +108,7 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     assert config.loss.at(LATE)["energy"] > 0
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
-    made = [lattice.to(META) for lattice in crf.energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
+    made = [lattice.to(META) for lattice in energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
     monkeypatch.setattr(objectives, "energy_lattices", lambda *args, **kwargs: made)
     assert waits_of(config) == []
 
@@ -116,7 +116,9 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
 def test_the_lattices_come_first(monkeypatch):
     """Where a device has nothing to do yet there is little to wait for."""
     queued, encode = [], ToCo.encode
-    monkeypatch.setattr(ToCo, "encode", lambda model, images: queued.append("encoder") or encode(model, images))
+    monkeypatch.setattr(
+        ToCo, "encode", lambda model, images, **how: queued.append("encoder") or encode(model, images, **how)
+    )
     monkeypatch.setattr(objectives, "energy_lattices", lambda images: queued.append("lattices") or [])
     with pytest.raises(ToCoError, match="lattices has 0 entries"):
         waits_of(config_of())

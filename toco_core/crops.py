@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from .conventions import UNCERTAIN
 from .errors import ToCoError
-from .labels import UNCERTAIN, inside_box
+from .labels import inside_box
 from .machine.device import widest_float
 
 

@@ -29,11 +29,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from toco_core.conventions import BACKGROUND, IGNORE
+
 from . import par
 from .errors import ToCoError
-
-IGNORE = 255
-BACKGROUND, UNCERTAIN, FOREGROUND = 0, 1, 2
 
 
 def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:

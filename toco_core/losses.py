@@ -1,19 +1,21 @@
-"""The loss terms that read tokens and logits: classification, patch token contrast, class token contrast, segmentation.
+"""The losses: classification, patch token contrast, class token contrast, segmentation, dense energy.
 
-Every function is pure, returns one number to be weighted and summed, computes in float32 even
-inside autocast (float64 stays float64), and waits for no device. The dense energy, which reads the image too, is in
-`crf`.
+Every function is pure, returns one number to be weighted and summed, computes in float32 even inside autocast (float64
+stays float64), and waits for no device (the dense energy: only where its lattices are not made before).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from toco_core.lattice import Lattice, at_least_float32, energy_lattices, nearest_pixels, scaled_size
+
+from .conventions import IGNORE
 from .errors import ToCoError
-from .labels import IGNORE
 
 COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
 PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, it makes the mean of few pairs smaller
@@ -31,7 +33,7 @@ def classification_loss(logits: Float[Tensor, "B K"], image_labels: Float[Tensor
     classifier alike.
     """
     with _full_precision(logits):
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         return F.binary_cross_entropy_with_logits(logits, image_labels.to(logits, non_blocking=True))
 
 
@@ -66,7 +68,7 @@ def ptc_loss(
             f"label has the grid {tuple(label.shape[-2:])}: allowed is that of patch_map, {tuple(patch_map.shape[-2:])}"
         )
     with _full_precision(patch_map):
-        tokens = _at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
+        tokens = at_least_float32(patch_map).flatten(2).transpose(1, 2)  # B N D
         tokens = F.normalize(tokens, dim=2, eps=COSINE_EPSILON)
         label = label.flatten(1).long()
         same_pairs, different_pairs = _count_pairs(label) if pairs is None else pairs
@@ -107,7 +109,7 @@ def ctc_loss(
     if temperature <= 0:
         raise ToCoError(f"temperature = {temperature}: allowed are numbers above 0")
     with _full_precision(student):
-        student = _at_least_float32(student)
+        student = at_least_float32(student)
         logits = student @ teacher.detach().to(student.dtype).transpose(1, 2) / temperature  # B V G
         positive = is_positive[..., None]
 
@@ -145,7 +147,7 @@ def segmentation_loss(
         )
     with _full_precision(logits):
         label = label.long()
-        cost = F.cross_entropy(_at_least_float32(logits), label, ignore_index=IGNORE, reduction="none")
+        cost = F.cross_entropy(at_least_float32(logits), label, ignore_index=IGNORE, reduction="none")
         counts = (count_pixels(label) if pixels is None else pixels).clamp(min=0 if nan_when_empty else 1)
         means = [(cost * half).sum() / n for half, n in zip(_halves(label), counts, strict=True)]
         return parts * 0.5 * (means[0] + means[1])
@@ -211,10 +213,77 @@ def _count_pairs(label: Int[Tensor, "B N"]) -> tuple[Int[Tensor, ""], Int[Tensor
     return (squares - valid).sum(), (valid.square() - squares).sum()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _full_precision(x: Tensor):
     """A context in which autocast does not lower what is computed on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def dense_energy_loss(
+    logits: Float[Tensor, "B C H W"],
+    images: Float[Tensor, "B 3 H W"],
+    label: Integer[Tensor, "B H W"],
+    valid_box: Integer[Tensor, "B 4"] | None = None,
+    *,
+    weight: float = 1e-7,
+    sigma_rgb: float = 15.0,
+    sigma_xy: float = 100.0,
+    scale: float = 0.5,
+    lattices: Sequence[Lattice] | None = None,
+) -> Float[Tensor, ""]:
+    """Dense energy of the regularised losses (Tang et al., ECCV 2018): like pixels shall get like labels.
+
+    With S the class probabilities inside `valid_box` (top, bottom, left, right; the whole image if None), W the
+    bilateral filter of the image and g a gate per pixel, all at `scale` times the size,
+
+        -weight / B * sum over classes of S^T diag(g) W S
+
+    `g` is 1 where `label` is 255; elsewhere 1 - the pixel's largest probability, so that what is labelled and learnt is
+    left alone. It counts as a constant. Probabilities are reduced bilinearly, images and labels to the nearest pixel,
+    sizes rounded down.
+
+    Images in [0, 1]. Computed in float32 (float64 logits: float64). `lattices` as made by `energy_lattices` with the
+    same settings saves half of the time; without, they are built here, which waits for the device.
+
+    As in the release the gradient with respect to S is -2 weight / B * g W S, as if diag(g) W were symmetric. It is
+    not: g differs between pixels, and the lattice blurs axis after axis, which is noticeable on images of a few pixels.
+    The published weights were chosen with it.
+    """
+    B, _, H, W = logits.shape
+    if images.shape[-2:] != (H, W) or label.shape[-2:] != (H, W):
+        raise ToCoError(
+            f"images {tuple(images.shape[-2:])} and label {tuple(label.shape[-2:])}: "
+            f"allowed is the size of the logits, {(H, W)}"
+        )
+    if lattices is None:
+        lattices = energy_lattices(images, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
+    if len(lattices) not in (1, B):
+        raise ToCoError(f"lattices has {len(lattices)} entries: allowed is one per image, {B}, or one of all")
+
+    with torch.autocast(logits.device.type, enabled=False):
+        probs = at_least_float32(logits).softmax(dim=1)
+        size = scaled_size(logits, scale)
+        probs = F.interpolate(probs, size=size, mode="bilinear", align_corners=False)
+        rows, columns = nearest_pixels(logits, size)
+        ignored = (label == IGNORE)[:, None, rows[:, None], columns]
+        inside = (
+            torch.ones_like(probs[:, :1])
+            if valid_box is None
+            else _inside_box(valid_box, rows, columns).to(probs.dtype)
+        )
+
+        segments = probs * inside
+        with torch.no_grad():
+            gate = (inside - probs.amax(dim=1, keepdim=True)).clamp(min=0).masked_fill(ignored, 1)
+            points = segments.movedim(1, -1).reshape(len(lattices), -1, segments.shape[1])
+            filtered = torch.cat([lattice.filter(part) for lattice, part in zip(lattices, points, strict=True)])
+            filtered = filtered.unflatten(0, (B, *size)).movedim(-1, 1).contiguous().to(probs.dtype)
+        twice = -2 * weight / B * (segments * (gate * filtered)).sum()
+        return twice - 0.5 * twice.detach()  # the energy, with the gradient of twice the energy
+
+
+def _inside_box(valid_box: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """B 4 -> B 1 h w: whether each of these pixels lies in its image's box."""
+    top, bottom, left, right = valid_box.to(rows.device)[:, :, None].unbind(1)
+    in_rows = (rows >= top) & (rows < bottom)
+    in_columns = (columns >= left) & (columns < right)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]

@@ -48,8 +48,9 @@ from torch import Tensor
 from . import crops, labels, losses
 from .cam import CAMs, multi_scale_cam
 from .config import TrainConfig
-from .crf import Lattice, dense_energy_loss, energy_lattices
 from .errors import ToCoError
+from .lattice import Lattice, energy_lattices
+from .losses import dense_energy_loss
 from .machine.distributed import ALONE, Share, unshared_gradients
 from .model import Output, ToCo, Tokens
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from toco_core.crf import dense_energy_loss
-from toco_core.model import resize_positions
+from toco_core.backbone import resize_positions
+from toco_core.losses import dense_energy_loss
 
 IGNORE = 255
 DILATIONS = (1, 2, 4, 8, 12, 24)

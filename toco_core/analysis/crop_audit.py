@@ -19,10 +19,11 @@ from torch import Tensor
 
 from toco_core.analysis.label_quality import ImageCAMs
 from toco_core.config import TrainConfig
+from toco_core.conventions import IGNORE
 from toco_core.crops import CropBoxes, cut_crops, foreground_ratio, sample_crops
 from toco_core.data import training_views
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE, region_mask
+from toco_core.labels import region_mask
 from toco_core.model import ToCo
 from toco_core.train.loop import view_options
 

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from toco_core.config import TrainConfig
+from toco_core.conventions import IGNORE
 from toco_core.crops import CropBoxes, cut_crops, sample_crops
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 from toco_core.model import ToCo
 
 

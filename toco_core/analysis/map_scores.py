@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Num, Shaped
 
+from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import average_precision
-from toco_core.labels import IGNORE
 
 TOLERANCE = 0.03  # of the image's diagonal: how far two outlines may be apart and still agree
 

@@ -14,10 +14,10 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig, lr_at
+from toco_core.conventions import IGNORE
 from toco_core.data import Split, to_unit
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 from toco_core.model import ToCo
 from toco_core.train.loop import attention_of, autocast_of, resolve_device
 

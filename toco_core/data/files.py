@@ -21,7 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
-from toco_core.data.scenes import voc_palette
+from toco_core.conventions import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import limit, open_file, read_bytes, refuse_above
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from toco_core.conventions import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import remove_parts, whole_folder
@@ -149,16 +150,6 @@ def scene_of(config: ScenesConfig, split: str, index: int) -> Scene:
     """Scene `index` of a part: two thirds are 128 x 160, the others 160 x 128."""
     rng = np.random.default_rng([VERSION, config.seed, ("train", "val", "test").index(split), index])
     return draw_scene(rng, *((HEIGHT, WIDTH) if rng.random() < 2 / 3 else (WIDTH, HEIGHT)))
-
-
-def voc_palette() -> np.ndarray:
-    """PASCAL VOC's colours: uint8 256 3."""
-    index = np.arange(256)
-    rgb = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            rgb[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return rgb
 
 
 def cache_folder() -> Path:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 from toco_core.machine.intake import read_text
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")

@@ -25,18 +25,20 @@ from tqdm import tqdm
 
 from toco_core.cam import CAMs, multi_scale_cam, scaled
 from toco_core.config import TrainConfig, did_you_mean
-from toco_core.crf import dense_crf
+from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.data.augment import resize
+from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
-from toco_core.fingerprint import file_digests
-from toco_core.labels import IGNORE, merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
+from toco_core.labels import merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.locks import alone
+from toco_core.machine.memory import memory_errors
 from toco_core.model import ToCo
+from toco_core.predict.crf import dense_crf
 from toco_core.predict.crf_workers import CRFWorkers
 from toco_core.runs.folder import weights_hash
 
@@ -137,6 +139,7 @@ def _alone_where_kept(function: Callable) -> Callable:
 
 @torch.no_grad()
 @loader_errors()
+@memory_errors("a smaller batch_size or size")
 @_alone_where_kept
 def evaluate(
     model: ToCo,

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
+from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 
 EXACT_COUNTS = 2**24  # pixels at a time: OpenCV counts in float32
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from toco_core.config import TrainConfig
 from toco_core.data import Split, TrainVal, open_source, split_names
+from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation
 from toco_core.evaluation.metrics import OpenCounts
-from toco_core.fingerprint import differences, split_fingerprint
 from toco_core.labels import pseudo_label
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run

@@ -8,6 +8,7 @@ storages larger than the file are refused here. Only then torch reads it, restri
 import contextlib
 import io
 import math
+import pathlib
 import pickle
 import tarfile
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from toco_core.errors import ToCoError
 from toco_core.machine.intake import limit, open_file, refuse_above
 
 MAX_DEPTH = 100
@@ -205,3 +207,64 @@ def values_of(content: Any) -> Iterator[Any]:
             seen.add(id(value))
             parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
             left += [(part, depth + 1) for part in parts]
+
+
+def read_tensors(path: str | pathlib.Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file by name; nothing in the file is executed. `what` names the parameter
+    in errors."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ToCoError(f"{what} = {str(path)!r} is not a file")
+    try:
+        content = load_tensors(path)
+    except ToCoError:
+        raise
+    except Exception as error:
+        raise ToCoError(
+            f"{what} = {str(path)!r} cannot be read ({type(error).__name__}): "
+            "it is damaged, or it holds more than tensors, which is refused because reading it would run code"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not content or not are_tensors(content):
+        raise ToCoError(f"{what} = {str(path)!r} holds no dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def are_tensors(content: object) -> bool:
+    """Whether it is a dictionary of tensors by name."""
+    return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def refuse_wrong_keys(what: str, found: dict, wanted: dict) -> None:
+    """An error in words where the names or the shapes of tensors differ from what is wanted."""
+    missing = [k for k in wanted if k not in found]
+    unexpected = [k for k in found if k not in wanted]
+    misshapen = [
+        f"{k} is {_shape_text(found[k])} and not {_shape_text(wanted[k])}"
+        for k in found
+        if k in wanted and found[k].shape != wanted[k].shape
+    ]
+    kinds = [
+        f"{k} holds {found[k].dtype} and not {wanted[k].dtype}".replace("torch.", "")
+        for k in found
+        if k in wanted and found[k].dtype.is_floating_point != wanted[k].dtype.is_floating_point
+    ]
+    words = [
+        f"{len(keys)} {word}{'' if len(keys) == 1 else 's'} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, word in (
+            (missing, "missing tensor"),
+            (unexpected, "unexpected tensor"),
+            (misshapen, "tensor of another shape"),
+            (kinds, "tensor of other numbers"),
+        )
+        if keys
+    ]
+    if words:
+        text = f"{what}: {'; '.join(words)}".replace("tensor of another shapes", "tensors of another shape")
+        raise ToCoError(text.replace("tensor of other numberss", "tensors of other numbers"))
+
+
+def _shape_text(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

@@ -34,17 +34,19 @@ from tqdm import tqdm
 
 from toco_core.cam import multi_scale_cam
 from toco_core.config import TrainConfig
-from toco_core.crf import crf_label, dense_crf
+from toco_core.conventions import IGNORE
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
 from toco_core.data.files import palette_png
+from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
-from toco_core.fingerprint import file_digests
-from toco_core.labels import IGNORE, merged_logits, pseudo_label, valid_cam
+from toco_core.labels import merged_logits, pseudo_label, valid_cam
 from toco_core.machine.locks import alone
+from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo
+from toco_core.predict.crf import crf_label, dense_crf
 from toco_core.runs.folder import claim_folder, weights_hash
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
 
@@ -69,6 +71,7 @@ class Exported(NamedTuple):
 
 
 @loader_errors()
+@memory_errors("a smaller crop_size or fewer cam_scales")
 def export(
     model: ToCo,
     source: Split,
@@ -385,6 +388,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ToCoError as error:
         print(f"export: {error}")
         return 1
+    except KeyboardInterrupt:
+        print("export: stopped; the same call goes on from here")
+        return 130
     return 0
 
 

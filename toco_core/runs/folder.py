@@ -27,8 +27,8 @@ import torch
 
 from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
+from toco_core.data.fingerprint import data_fingerprint, differences
 from toco_core.errors import ToCoError
-from toco_core.fingerprint import data_fingerprint, differences
 from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone
@@ -158,9 +158,14 @@ class Run:
             raise ToCoError(f"{path} cannot be read as the log of a run: each line is a record with a step")
         return records
 
-    def keep_records_before(self, step: int) -> None:
-        """Forget what was logged from `step` on: a resumed run logs it again."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] < step]
+    def keep_records_before(self, step: int, *, validated: bool = True) -> None:
+        """Forget what was logged from `step` on: a resumed run logs it again; where the step before was not `validated`
+        to its end, also what was logged of its validation."""
+
+        def stays(record: dict) -> bool:
+            return record["step"] < step and (validated or record["step"] < step - 1 or "total" in record)
+
+        kept = [json.dumps(record) + "\n" for record in self.records() if stays(record)]
         with self._writing():
             remove_parts(self.folder)  # of a killed process
             write_whole(self.folder / "metrics.jsonl", "".join(kept))

@@ -23,7 +23,8 @@ from typing import NamedTuple
 from toco_core import __version__
 from toco_core.config import TrainConfig, override
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, read_tensors, refuse_wrong_keys, skeleton
+from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.model import ToCo, skeleton
 from toco_core.runs.folder import Run, write_whole
 
 FILES = ("model.safetensors", "config.json", "README.md")

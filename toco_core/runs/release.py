@@ -11,9 +11,11 @@ import pathlib
 import torch
 from torch import Tensor
 
+from toco_core.backbone import PlainViT
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
-from toco_core.model import PlainViT, ToCo, read_tensors, refuse_wrong_keys, skeleton
+from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.model import ToCo, skeleton
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from toco_core.backbone import WEIGHTS_FOLDER
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors
 from toco_core.machine.writing import write_whole
-from toco_core.model import WEIGHTS_FOLDER
 
 from .folder import Run
 

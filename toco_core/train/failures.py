@@ -16,7 +16,8 @@ import torch
 from toco_core.config import TrainConfig
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, are_tensors, refuse_wrong_keys, skeleton
+from toco_core.machine.files import are_tensors, refuse_wrong_keys
+from toco_core.model import ToCo, skeleton
 from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.loop import (

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from toco_core import crf, crops
+from toco_core import crops
 from toco_core.cam import class_activation, normalise_cam, scaled
+from toco_core.conventions import IGNORE
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import eval_size
-from toco_core.labels import IGNORE, pseudo_label, region_mask, seed_label, upsampled_argmax
+from toco_core.labels import pseudo_label, region_mask, seed_label, upsampled_argmax
 from toco_core.model import Inside
+from toco_core.predict.crf import dense_crf
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION, Subject
@@ -140,7 +142,7 @@ class Analysis:
         if ("crf",) not in self._maps:
             probs = _native(self.seg_logits.float(), self.size)[0].softmax(0)
             image = torch.from_numpy(self.image).permute(2, 0, 1).float().to(probs.device) / 255
-            self._maps[("crf",)] = crf.dense_crf(probs, image).argmax(0).to(torch.uint8).cpu().numpy()
+            self._maps[("crf",)] = dense_crf(probs, image).argmax(0).to(torch.uint8).cpu().numpy()
         return self._maps[("crf",)]
 
     def has_crf(self) -> bool:

@@ -12,8 +12,7 @@ import matplotlib as mpl
 import numpy as np
 
 from toco_core import viz
-from toco_core.data.scenes import voc_palette
-from toco_core.labels import IGNORE
+from toco_core.conventions import IGNORE, voc_palette
 from toco_core.widgets.analysis import Crop
 from toco_core.widgets.markup import Markup, element, joined
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import OpenCounts, Scores
-from toco_core.labels import IGNORE
 from toco_core.widgets.analysis import Analysis, no_classifier
 from toco_core.widgets.pictures import Pictures
 from toco_core.widgets.settings import Settings

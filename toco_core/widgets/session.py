@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from toco_core.data.scenes import voc_palette
+from toco_core.conventions import voc_palette
 from toco_core.errors import ToCoError
 from toco_core.widgets import draw
 from toco_core.widgets.analysis import Analysis, Crop

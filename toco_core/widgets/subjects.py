@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toco_core.backbone import SHIPPED
 from toco_core.config import ModelConfig, TrainConfig, override, photographs, tiny, voc
 from toco_core.data import VOC_CLASSES
 from toco_core.errors import ToCoError
-from toco_core.model import SHIPPED, ToCo
+from toco_core.model import ToCo
 from toco_core.runs.folder import Run
+from toco_core.runs.release import from_release
 from toco_core.train.loop import Opened, open_run
 
 CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
@@ -43,7 +45,7 @@ def of_run(opened: Opened, *, spec: str = "") -> Subject:
 def of_release(path: str | Path) -> Subject:
     """A checkpoint in the published release's layout, looked at as the release evaluates; VOC's classes where there
     are 20."""
-    model = ToCo.from_release(path).eval()
+    model = from_release(path).eval()
     config = override(voc(), layer=model.layer, dropped_border=True)
     names = VOC_CLASSES if model.n_classes == 20 else _numbered(model.n_classes)
     every = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, image_size
 from toco_core.data.split import (
     Split,
@@ -30,7 +31,6 @@ from toco_core.data.split import (
     without_suffix,
 )
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 from toco_core.machine.intake import limit, read_bytes, read_json, refuse_above
 
 LAYOUT = "a COCO folder holds annotations/instances_<split>.json and <split>/ or images/ with the images"

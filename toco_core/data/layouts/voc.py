@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import numpy as np
 from jaxtyping import UInt8
 
+from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, map_files, read_mask
 from toco_core.data.layouts.npy import read_npy_labels
 from toco_core.data.layouts.sbd import read_sbd_mask, sbd_folder
@@ -38,7 +39,6 @@ from toco_core.data.split import (
     without_suffix,
 )
 from toco_core.errors import ToCoError
-from toco_core.labels import IGNORE
 from toco_core.machine.intake import read_bytes
 
 LAYOUT = "a VOC-layout folder holds JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt"

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import TrainVal
-from .data.scenes import drawing_of
+from toco_core.data import TrainVal
+from toco_core.data.scenes import drawing_of
 
 END = 2**15
 UNCOMPRESSED = (".bmp", ".tif", ".tiff", ".npy", ".mat")

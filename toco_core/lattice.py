@@ -1,4 +1,4 @@
-"""Filtering by appearance: the permutohedral lattice, the dense energy loss and the dense CRF that stand on it.
+"""Filtering by appearance: the permutohedral lattice, on which the dense energy loss and the dense CRF stand.
 
 A pixel is a point (x, y, red, green, blue), each divided by its standard deviation. Gaussian filtering in that space
 averages pixels that are near and alike. The lattice does it in time linear in the number of pixels (Adams, Baek and
@@ -9,20 +9,15 @@ times. Plain torch, any device, nothing compiled.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import ToCoError
-from .labels import IGNORE, upsampled_argmax
-
-PROBABILITY_EPSILON = 1e-20  # least probability whose logarithm the dense CRF takes; keeps a certain 0 finite
-NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square root, as in the common implementation
 
 
 @dataclass(frozen=True)
@@ -100,193 +95,13 @@ def energy_lattices(
     """
     if together is None:
         together = images.device.type != "cpu"
-    rows, columns = _nearest_pixels(images, _scaled_size(images, scale))
+    rows, columns = nearest_pixels(images, scaled_size(images, scale))
     small = images[:, :, rows[:, None], columns]
     sigmas = {"sigma_xy": sigma_xy * scale, "sigma_rgb": sigma_rgb}
     if not together:
         return [image_lattice(image, **sigmas) for image in small]
     groups = torch.arange(len(small), device=small.device).repeat_interleave(small[0, 0].numel())
     return [Lattice.build(torch.cat([_image_features(image, **sigmas) for image in small]), groups)]
-
-
-def dense_energy_loss(
-    logits: Float[Tensor, "B C H W"],
-    images: Float[Tensor, "B 3 H W"],
-    label: Integer[Tensor, "B H W"],
-    valid_box: Integer[Tensor, "B 4"] | None = None,
-    *,
-    weight: float = 1e-7,
-    sigma_rgb: float = 15.0,
-    sigma_xy: float = 100.0,
-    scale: float = 0.5,
-    lattices: Sequence[Lattice] | None = None,
-) -> Float[Tensor, ""]:
-    """Dense energy of the regularised losses (Tang et al., ECCV 2018): like pixels shall get like labels.
-
-    With S the class probabilities inside `valid_box` (top, bottom, left, right; the whole image if None), W the
-    bilateral filter of the image and g a gate per pixel, all at `scale` times the size,
-
-        -weight / B * sum over classes of S^T diag(g) W S
-
-    `g` is 1 where `label` is 255; elsewhere 1 - the pixel's largest probability, so that what is labelled and learnt is
-    left alone. It counts as a constant. Probabilities are reduced bilinearly, images and labels to the nearest pixel,
-    sizes rounded down.
-
-    Images in [0, 1]. Computed in float32 (float64 logits: float64). `lattices` as made by `energy_lattices` with the
-    same settings saves half of the time; without, they are built here, which waits for the device.
-
-    As in the release the gradient with respect to S is -2 weight / B * g W S, as if diag(g) W were symmetric. It is
-    not: g differs between pixels, and the lattice blurs axis after axis, which is noticeable on images of a few pixels.
-    The published weights were chosen with it.
-    """
-    B, _, H, W = logits.shape
-    if images.shape[-2:] != (H, W) or label.shape[-2:] != (H, W):
-        raise ToCoError(
-            f"images {tuple(images.shape[-2:])} and label {tuple(label.shape[-2:])}: "
-            f"allowed is the size of the logits, {(H, W)}"
-        )
-    if lattices is None:
-        lattices = energy_lattices(images, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
-    if len(lattices) not in (1, B):
-        raise ToCoError(f"lattices has {len(lattices)} entries: allowed is one per image, {B}, or one of all")
-
-    with torch.autocast(logits.device.type, enabled=False):
-        probs = _at_least_float32(logits).softmax(dim=1)
-        size = _scaled_size(logits, scale)
-        probs = F.interpolate(probs, size=size, mode="bilinear", align_corners=False)
-        rows, columns = _nearest_pixels(logits, size)
-        ignored = (label == IGNORE)[:, None, rows[:, None], columns]
-        inside = (
-            torch.ones_like(probs[:, :1])
-            if valid_box is None
-            else _inside_box(valid_box, rows, columns).to(probs.dtype)
-        )
-
-        segments = probs * inside
-        with torch.no_grad():
-            gate = (inside - probs.amax(dim=1, keepdim=True)).clamp(min=0).masked_fill(ignored, 1)
-            points = segments.movedim(1, -1).reshape(len(lattices), -1, segments.shape[1])
-            filtered = torch.cat([lattice.filter(part) for lattice, part in zip(lattices, points, strict=True)])
-            filtered = filtered.unflatten(0, (B, *size)).movedim(-1, 1).contiguous().to(probs.dtype)
-        twice = -2 * weight / B * (segments * (gate * filtered)).sum()
-        return twice - 0.5 * twice.detach()  # the energy, with the gradient of twice the energy
-
-
-def crf_lattices(
-    image: Float[Tensor, "3 H W"],
-    *,
-    position_sigma: float = 1.0,
-    appearance_sigma_xy: float = 121.0,
-    appearance_sigma_rgb: float = 5.0,
-) -> list[Lattice]:
-    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions."""
-    positions = _positions(*image.shape[1:], like=_at_least_float32(image))
-    return [
-        Lattice.build(positions / position_sigma),
-        image_lattice(image, sigma_xy=appearance_sigma_xy, sigma_rgb=appearance_sigma_rgb),
-    ]
-
-
-def dense_crf(
-    probs: Float[Tensor, "C H W"],
-    image: Float[Tensor, "3 H W"],
-    *,
-    iterations: int = 10,
-    position_sigma: float = 1.0,
-    position_weight: float = 1.0,
-    appearance_sigma_xy: float = 121.0,
-    appearance_sigma_rgb: float = 5.0,
-    appearance_weight: float = 4.0,
-    lattices: Sequence[Lattice] | None = None,
-) -> Float[Tensor, "C H W"]:
-    """Inference in a fully connected CRF (Krahenbuhl and Koltun, 2011), as applied to segmentations before scoring.
-
-    `probs` are class probabilities (the softmax of logits), the image is in [0, 1]; returns class probabilities that
-    follow its edges. Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in
-    pixels, and `appearance_weight` times a Gaussian of their distance and of their difference in grey levels (Potts
-    model). The defaults are those usual for VOC.
-
-    `lattices` as made by `crf_lattices` with the same standard deviations saves a quarter of the time where an image is
-    used again.
-    """
-    _, H, W = probs.shape
-    if image.shape[-2:] != (H, W):
-        raise ToCoError(f"image has the size {tuple(image.shape[-2:])}: allowed is that of probs, {(H, W)}")
-    if iterations < 0:
-        raise ToCoError(f"iterations = {iterations}: allowed are whole numbers from 0")
-    if lattices is None:
-        lattices = crf_lattices(
-            image,
-            position_sigma=position_sigma,
-            appearance_sigma_xy=appearance_sigma_xy,
-            appearance_sigma_rgb=appearance_sigma_rgb,
-        )
-    weights = (position_weight, appearance_weight)
-    kernels = [(weight, lattice.filter) for weight, lattice in zip(weights, lattices, strict=True) if weight]
-    with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
-        belief = mean_field(_at_least_float32(probs).flatten(1).T.contiguous(), kernels, iterations)
-    return belief.T.unflatten(1, (H, W))
-
-
-def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
-    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
-    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
-
-
-def crf_labels(
-    images: Float[Tensor, "B 3 H W"],
-    cam: Float[Tensor, "B K H W"],
-    image_labels: Float[Tensor, "B K"],
-    *,
-    betas: Sequence[float],
-    iterations: int = 10,
-    scale: float = 1.0,
-    sigma_xy: float = 121.0,
-    sigma_rgb: float = 5.0,
-) -> Integer[Tensor, "T B H W"]:
-    """`labels.refined_labels` with the dense CRF in the place of PAR: the label of each of T background scores, 0..K.
-
-    The probabilities are the same: softmax of the labelled classes' CAMs and a constant background score. `images` in
-    [0, 1]. Image and CAM are reduced by `scale` first, `sigma_xy` (in pixels of the whole image) with them. Raises
-    ToCoError unless 0 < scale <= 1.
-    """
-    size = _scaled_size(images, scale)
-    sigmas = {"appearance_sigma_xy": sigma_xy * scale, "appearance_sigma_rgb": sigma_rgb}
-    label = torch.zeros(len(betas), len(images), *images.shape[2:], dtype=torch.long, device=cam.device)
-    for b in range(len(images)):
-        classes = torch.nonzero(image_labels[b])[:, 0].to(cam.device)
-        if not len(classes):
-            continue
-        image, maps = (
-            F.interpolate(_at_least_float32(x)[None], size=size, mode="bilinear", align_corners=False)[0]
-            for x in (images[b], cam[b, classes])
-        )
-        lattices = crf_lattices(image, **sigmas)
-        table = F.pad(classes + 1, (1, 0))
-        for t, beta in enumerate(betas):
-            probs = torch.cat([torch.full_like(maps[:1], beta), maps]).softmax(dim=0)
-            belief = dense_crf(probs, image, iterations=iterations, lattices=lattices, **sigmas)
-            label[t, b] = table[upsampled_argmax(belief[None], tuple(images.shape[2:]))[0]]
-    return label
-
-
-def mean_field(
-    probs: Float[Tensor, "P C"], kernels: Sequence[tuple[float, Callable[[Tensor], Tensor]]], iterations: int
-) -> Float[Tensor, "P C"]:
-    """Mean-field inference: start from `probs`; then again and again let every pixel hear what its neighbours believe.
-
-    `kernels` are (weight, filter) pairs; a filter maps P F to P F, linearly. It is divided symmetrically by the square
-    roots of its row sums, so its scale does not matter. A pixel hears itself too, as in the common implementation.
-    """
-    norms = [(apply(torch.ones_like(probs[:, :1])) + NORM_EPSILON).rsqrt() for _, apply in kernels]
-    unary = probs.clamp(min=PROBABILITY_EPSILON).log()
-    belief = unary.softmax(dim=1)
-    for _ in range(iterations):
-        evidence = unary.clone()
-        for (weight, apply), norm in zip(kernels, norms, strict=True):
-            evidence += weight * norm * apply(norm * belief)
-        belief = evidence.softmax(dim=1)
-    return belief
 
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +203,7 @@ def _weighted_sum(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor |
 
 def _image_features(image: Tensor, *, sigma_xy: float, sigma_rgb: float) -> Tensor:
     """x, y, red, green, blue of every pixel, row by row, in standard deviations."""
-    levels = 255 * _at_least_float32(image).flatten(1).T
+    levels = 255 * at_least_float32(image).flatten(1).T
     return torch.cat([_positions(*image.shape[1:], like=levels) / sigma_xy, levels / sigma_rgb], dim=1)
 
 
@@ -399,27 +214,19 @@ def _positions(H: int, W: int, *, like: Tensor) -> Tensor:
     return torch.stack([x.repeat(H), y.repeat_interleave(W)], dim=1)
 
 
-def _scaled_size(images: Tensor, scale: float) -> tuple[int, int]:
+def scaled_size(images: Tensor, scale: float) -> tuple[int, int]:
     H, W = images.shape[-2:]
     if not 0 < scale <= 1:
         raise ToCoError(f"scale = {scale}: allowed are numbers above 0, at most 1")
     return max(1, int(H * scale)), max(1, int(W * scale))
 
 
-def _nearest_pixels(images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def nearest_pixels(images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The rows and columns that reduction to the nearest pixel keeps: the first that each small pixel covers."""
     rows, columns = (torch.arange(small, device=images.device) for small in size)
     H, W = images.shape[-2:]
     return rows * H // size[0], columns * W // size[1]
 
 
-def _inside_box(valid_box: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """B 4 -> B 1 h w: whether each of these pixels lies in its image's box."""
-    top, bottom, left, right = valid_box.to(rows.device)[:, :, None].unbind(1)
-    in_rows = (rows >= top) & (rows < bottom)
-    in_columns = (columns >= left) & (columns < right)
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

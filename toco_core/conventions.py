@@ -1,0 +1,20 @@
+"""What everything shares: the letters of axes, the label that is ignored, the regions, the colours of label images.
+
+B images, H W pixels, h w the grid of patch tokens, N = h w tokens, D width of a token, K classes without the
+background, C = K + 1 with it, P width of a projection, V views, G global views among them
+"""
+
+import numpy as np
+
+IGNORE = 255
+BACKGROUND, UNCERTAIN, FOREGROUND = 0, 1, 2
+
+
+def voc_palette() -> np.ndarray:
+    """PASCAL VOC's colours: uint8 256 3."""
+    index = np.arange(256)
+    rgb = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            rgb[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return rgb

@@ -1,0 +1,132 @@
+"""The dense CRF (Krähenbühl and Koltun, 2011): mean field over the Potts model, on the permutohedral lattice."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from toco_core.errors import ToCoError
+from toco_core.labels import upsampled_argmax
+from toco_core.lattice import Lattice, _positions, at_least_float32, image_lattice, scaled_size
+
+PROBABILITY_EPSILON = 1e-20  # least probability whose logarithm the dense CRF takes; keeps a certain 0 finite
+NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square root, as in the common implementation
+
+
+def crf_lattices(
+    image: Float[Tensor, "3 H W"],
+    *,
+    position_sigma: float = 1.0,
+    appearance_sigma_xy: float = 121.0,
+    appearance_sigma_rgb: float = 5.0,
+) -> list[Lattice]:
+    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions."""
+    positions = _positions(*image.shape[1:], like=at_least_float32(image))
+    return [
+        Lattice.build(positions / position_sigma),
+        image_lattice(image, sigma_xy=appearance_sigma_xy, sigma_rgb=appearance_sigma_rgb),
+    ]
+
+
+def dense_crf(
+    probs: Float[Tensor, "C H W"],
+    image: Float[Tensor, "3 H W"],
+    *,
+    iterations: int = 10,
+    position_sigma: float = 1.0,
+    position_weight: float = 1.0,
+    appearance_sigma_xy: float = 121.0,
+    appearance_sigma_rgb: float = 5.0,
+    appearance_weight: float = 4.0,
+    lattices: Sequence[Lattice] | None = None,
+) -> Float[Tensor, "C H W"]:
+    """Inference in a fully connected CRF (Krahenbuhl and Koltun, 2011), as applied to segmentations before scoring.
+
+    `probs` are class probabilities (the softmax of logits), the image is in [0, 1]; returns class probabilities that
+    follow its edges. Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in
+    pixels, and `appearance_weight` times a Gaussian of their distance and of their difference in grey levels (Potts
+    model). The defaults are those usual for VOC.
+
+    `lattices` as made by `crf_lattices` with the same standard deviations saves a quarter of the time where an image is
+    used again.
+    """
+    _, H, W = probs.shape
+    if image.shape[-2:] != (H, W):
+        raise ToCoError(f"image has the size {tuple(image.shape[-2:])}: allowed is that of probs, {(H, W)}")
+    if iterations < 0:
+        raise ToCoError(f"iterations = {iterations}: allowed are whole numbers from 0")
+    if lattices is None:
+        lattices = crf_lattices(
+            image,
+            position_sigma=position_sigma,
+            appearance_sigma_xy=appearance_sigma_xy,
+            appearance_sigma_rgb=appearance_sigma_rgb,
+        )
+    weights = (position_weight, appearance_weight)
+    kernels = [(weight, lattice.filter) for weight, lattice in zip(weights, lattices, strict=True) if weight]
+    with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
+        belief = mean_field(at_least_float32(probs).flatten(1).T.contiguous(), kernels, iterations)
+    return belief.T.unflatten(1, (H, W))
+
+
+def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
+    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
+    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
+
+
+def crf_labels(
+    images: Float[Tensor, "B 3 H W"],
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Float[Tensor, "B K"],
+    *,
+    betas: Sequence[float],
+    iterations: int = 10,
+    scale: float = 1.0,
+    sigma_xy: float = 121.0,
+    sigma_rgb: float = 5.0,
+) -> Integer[Tensor, "T B H W"]:
+    """`labels.refined_labels` with the dense CRF in the place of PAR: the label of each of T background scores, 0..K.
+
+    The probabilities are the same: softmax of the labelled classes' CAMs and a constant background score. `images` in
+    [0, 1]. Image and CAM are reduced by `scale` first, `sigma_xy` (in pixels of the whole image) with them. Raises
+    ToCoError unless 0 < scale <= 1.
+    """
+    size = scaled_size(images, scale)
+    sigmas = {"appearance_sigma_xy": sigma_xy * scale, "appearance_sigma_rgb": sigma_rgb}
+    label = torch.zeros(len(betas), len(images), *images.shape[2:], dtype=torch.long, device=cam.device)
+    for b in range(len(images)):
+        classes = torch.nonzero(image_labels[b])[:, 0].to(cam.device)
+        if not len(classes):
+            continue
+        image, maps = (
+            F.interpolate(at_least_float32(x)[None], size=size, mode="bilinear", align_corners=False)[0]
+            for x in (images[b], cam[b, classes])
+        )
+        lattices = crf_lattices(image, **sigmas)
+        table = F.pad(classes + 1, (1, 0))
+        for t, beta in enumerate(betas):
+            probs = torch.cat([torch.full_like(maps[:1], beta), maps]).softmax(dim=0)
+            belief = dense_crf(probs, image, iterations=iterations, lattices=lattices, **sigmas)
+            label[t, b] = table[upsampled_argmax(belief[None], tuple(images.shape[2:]))[0]]
+    return label
+
+
+def mean_field(
+    probs: Float[Tensor, "P C"], kernels: Sequence[tuple[float, Callable[[Tensor], Tensor]]], iterations: int
+) -> Float[Tensor, "P C"]:
+    """Mean-field inference: start from `probs`; then again and again let every pixel hear what its neighbours believe.
+
+    `kernels` are (weight, filter) pairs; a filter maps P F to P F, linearly. It is divided symmetrically by the square
+    roots of its row sums, so its scale does not matter. A pixel hears itself too, as in the common implementation.
+    """
+    norms = [(apply(torch.ones_like(probs[:, :1])) + NORM_EPSILON).rsqrt() for _, apply in kernels]
+    unary = probs.clamp(min=PROBABILITY_EPSILON).log()
+    belief = unary.softmax(dim=1)
+    for _ in range(iterations):
+        evidence = unary.clone()
+        for (weight, apply), norm in zip(kernels, norms, strict=True):
+            evidence += weight * norm * apply(norm * belief)
+        belief = evidence.softmax(dim=1)
+    return belief
