@@ -34,6 +34,8 @@ from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import flush_folder, new_part, place_file, remove_parts, write_whole, writing
 
+from .packed import MODEL, packed_state
+
 
 class Run:
     """The folder `<out_dir>/<data set>-layer<layer>-seed<seed>-<hash of the config>`; equal configs share it."""
@@ -193,10 +195,8 @@ class Run:
         if which not in names and not which.isdecimal():
             raise ToCoError(f"checkpoint {which!r}: last, best or the number of a kept step is allowed")
         path = self.folder / (names.get(which) or f"step-{int(which):08d}.pt")
-        if which == "last" and not path.is_file() and (self.folder / "model.safetensors").is_file():
-            from .shipped import shipped_state
-
-            return shipped_state(self)
+        if which == "last" and not path.is_file() and (self.folder / MODEL).is_file():
+            return packed_state(self.folder, self.config())
         if not path.is_file():
             return None
         state = read_state(path, ("model", "optimizer", "step"))

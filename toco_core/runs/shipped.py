@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toco_core.backbone import WEIGHTS_FOLDER
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
-from toco_core.machine.files import load_tensors
 from toco_core.machine.writing import write_whole
 
 from .folder import Run
+from .packed import MODEL, backbone_state
 
 FOLDER = Path(__file__).parent.parent / "trained"
-MODEL = "model.safetensors"
 
 
 def shipped_runs() -> dict[str, Run]:
@@ -47,21 +45,6 @@ def pack(run: Run, folder: Path) -> Run:
             write_whole(folder / name, (run.folder / name).read_text(encoding="utf-8"))
     write_whole(folder / MODEL, save({name: value.half().contiguous() for name, value in changed.items()}))
     return Run(folder)
-
-
-def shipped_state(run: Run) -> dict:
-    """What `Run.load` gives of a shipped run: the model, and no optimizer."""
-    config = run.config()
-    changed = {name: value.float() for name, value in load_tensors(run.folder / MODEL).items()}
-    return {"model": backbone_state(config) | changed, "optimizer": {}, "step": config.schedule.steps}
-
-
-def backbone_state(config: TrainConfig) -> dict[str, Tensor]:
-    """The shipped backbone's tensors by their names in a model. Raises ToCoError for a config with another backbone."""
-    path = WEIGHTS_FOLDER / f"{config.model.backbone}.safetensors"
-    if config.model.weights or not config.model.pretrained or not path.is_file():
-        raise ToCoError(f"backbone = {config.model.backbone!r} is not shipped: neither can runs on it be")
-    return {f"encoder.{name}": value.float() for name, value in load_tensors(path).items()}
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:
