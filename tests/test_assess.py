@@ -146,6 +146,17 @@ def test_scores_follow_from_the_images():
     )
 
 
+def test_groups_take_every_image_once_and_score_like_loops():
+    pairs = [random_pair(seed) for seed in range(5)]
+    counts = np.stack([image_counts(*pair, K) for pair in pairs])
+    assessed = assess.Assessment(tuple("abcde"), {"seg": counts}, {"seg": ""})
+    wanted = [slow_iou(sum(slow_counts(*pairs[i]) for i in group)) for group in ((0, 3), (1, 4), (2,))]
+    np.testing.assert_allclose(assessed.group_miou("seg", 3), wanted)
+    for groups in (0, 6):
+        with pytest.raises(ToCoError, match=f"groups = {groups} is not allowed: 1 to 5"):
+            assessed.group_miou("seg", groups)
+
+
 def test_an_image_without_a_valid_pixel_has_no_score_and_is_no_worst_one():
     void, label = np.full((3, 5), 255, np.uint8), np.zeros((3, 5), np.uint8)
     counts = np.stack([image_counts(void, label, K), image_counts(*random_pair(0), K)])
