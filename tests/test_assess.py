@@ -55,6 +55,7 @@ def config(root):
         small_recipe(),
         dataset=root,
         crop_size=40,
+        local_size=24,
         cam_scales=(1.0, 0.5),
         par_iterations=2,
         par_dilations=(1, 3),
