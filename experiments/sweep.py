@@ -11,6 +11,7 @@ combinations, by --jobs at a time.
 """
 
 import argparse
+import ast
 import csv
 import hashlib
 import itertools
@@ -18,8 +19,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import nbformat
 import papermill
 import submitit
 from common import _literal
@@ -69,7 +71,7 @@ def _is_record(record: dict) -> bool:
 def points_of(notebook: Path, folder: Path, grid: dict[str, list], common: dict) -> list[Point]:
     """Every combination of the grid's values. Raises ToCoError for a parameter that the notebook does not have, and for
     a config that is refused."""
-    known = {name: entry["default"] for name, entry in papermill.inspect_notebook(str(notebook)).items()}
+    known = defaults_of(notebook)
     fields = {name for name, section in field_sections().items() if section}
     for name in [*common, *grid]:
         if name not in known and name not in fields | {"recipe"}:
@@ -86,9 +88,29 @@ def points_of(notebook: Path, folder: Path, grid: dict[str, list], common: dict)
     return points
 
 
-def _config(known: dict[str, str], parameters: dict) -> TrainConfig:
+def defaults_of(notebook: Path) -> dict[str, Any]:
+    """The parameters of a notebook and their defaults, as Python reads the tagged cell: papermill's own reader leaves
+    out or cuts what it cannot parse (a text with "=" in it), and the config would be another one than the notebook's.
+
+    Raises ToCoError for a default that is no literal.
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())), "")
+    found = {}
+    for line in ast.parse(source).body:
+        names = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        for name in (name.id for name in names if isinstance(name, ast.Name)):
+            try:
+                found[name] = ast.literal_eval(line.value)
+            except (ValueError, TypeError) as error:
+                text = ast.unparse(line.value) if line.value else "nothing"
+                raise ToCoError(f"{notebook}: the default of {name} is {text}: a literal is wanted") from error
+    return found
+
+
+def _config(known: dict[str, Any], parameters: dict) -> TrainConfig:
     """The config that the notebook will make of these parameters and its own defaults."""
-    values = {name: _literal(text) for name, text in known.items()} | parameters
+    values = known | parameters
     recipe = values.get("recipe", "auto")
     if recipe == "auto":
         recipe = "tiny" if values.get("dataset", "scenes") == "scenes" else "photographs"

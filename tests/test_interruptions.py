@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_training import config_of
+from killed_training import SMALL, config_of
 from voc_folder import write_voc_folder
 
 import toco_core.train.loop as training
@@ -69,6 +69,134 @@ def test_the_stop_button_says_how_to_go_on(config):
     assert Run.of(config).load()["step"] == 2
 
 
+def press_ctrl_c(times=1):
+    for _ in range(times):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def terminal():
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal; a background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def in_step(monkeypatch, number, action):
+    """`action` in the middle of a step: after the moving average was updated, before the weights are."""
+    plain, calls = training.backward, []
+
+    def watched(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return plain(*args, **options)
+
+    monkeypatch.setattr(training, "backward", watched)
+
+
+def assert_same_run(one, other):
+    for which in ("last", "best"):
+        a, b = one.load(which), other.load(which)
+        assert (a["step"], a["best"]) == (b["step"], b["best"]) and "unvalidated" not in a
+        for name, value in a["model"].items():
+            assert torch.equal(b["model"][name], value), name
+        for number, values in a["optimizer"]["state"].items():
+            assert all(torch.equal(b["optimizer"]["state"][number][name], value) for name, value in values.items())
+    assert one.records() == other.records() and one.metrics() == other.metrics()
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_ctrl_c_saves_the_step_that_it_interrupts(config, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        in_step(patch, step, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt, match=f"the checkpoint after step {step} is in .* goes on from there"):
+            train(config, progress=False)
+    assert Run.of(config).load()["step"] == step
+    resumed = train(config, progress=False)
+    whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False)
+    assert_same_run(resumed.run, whole.run)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_second_ctrl_c_does_not_wait(config, monkeypatch):
+    in_step(monkeypatch, 3, lambda: press_ctrl_c(2))
+    with pytest.raises(KeyboardInterrupt, match="the checkpoint after step 2 is in"):
+        train(config, progress=False)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_validation_that_fails_costs_no_step(config, monkeypatch, last):
+    """Neither that of step 2, nor that at the end."""
+    plain, calls = training.evaluate_as, []
+
+    def broken(*args, **options):
+        calls.append(1)
+        if len(calls) == 1 + last:
+            raise ToCoError("val.jpg is broken")
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_as", broken)
+        words = f"val.jpg is broken; the checkpoint after step {4 if last else 2} is in .* goes on from there"
+        with pytest.raises(ToCoError, match=words):
+            train(config, progress=False)
+    state = Run.of(config).load()
+    assert state["step"] == (4 if last else 2) and state["unvalidated"] is True
+    with monkeypatch.context() as patch:  # and again, without a step
+        patch.setattr(training, "evaluate_as", lambda *_, **__: press_no_button())
+        with pytest.raises(Interrupted):
+            train(config, progress=False)
+    resumed = train(config, progress=False)
+    whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False)
+    assert_same_run(resumed.run, whole.run)
+
+
+def press_no_button():
+    raise Interrupted
+
+
+def test_a_validation_that_was_half_told_is_told_once(config):
+    told = []
+
+    def stop(record):
+        told.append(record)
+        if "map" in record and len(told) < 4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config, on_record=stop, progress=False)
+    resumed = train(config, progress=False)
+    whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False)
+    assert_same_run(resumed.run, whole.run)
+
+
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import toco_core.train.loop as training
+from toco_core.__main__ import main
+plain, calls = training.backward, []
+def watched(*args, **options):
+    calls.append(1)
+    if len(calls) == 3:
+        signal.raise_signal(signal.SIGINT)
+    return plain(*args, **options)
+training.backward = watched
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_on_the_command_line_is_one_line(config):
+    fields = {**SMALL, "dataset": config.data.dataset, "out_dir": config.out_dir, "eval_interval": 0}
+    command = [sys.executable, "-c", COMMAND, "tiny", *(f"{name}={value!r}" for name, value in fields.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr and "the checkpoint after step 3 is in" in done.stderr.splitlines()[-1]
+
+
 def test_a_run_in_parts_goes_on_with_the_same_bits(config):
     config = override(config, accumulate=2)
     with pytest.raises(KeyboardInterrupt):
@@ -118,6 +246,8 @@ class Killer(threading.Thread):
 
 TOLD = r"a loader process ended \(.*\): too little memory, or /dev/shm too small; try workers=0"
 
+LEFT = r"(there is no checkpoint .* begins anew|the checkpoint after step \d+ is in .* goes on from there)"
+
 
 @pytest.fixture
 def looks_often(monkeypatch):
@@ -136,7 +266,7 @@ def test_a_loader_killed_at_any_moment_is_told(config, torchs_own, monkeypatch):
         monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        with Killer(0.37) as killer, pytest.raises(ToCoError, match=f"{TOLD}; there is no .* begins anew"):
+        with Killer(0.37) as killer, pytest.raises(ToCoError, match=f"{TOLD}; {LEFT}"):
             train(config, progress=False)
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -198,6 +328,9 @@ def test_a_vanished_run_folder_is_named(config):
     run = Run.of(config)
     with pytest.raises(ToCoError, match="out_dir: cannot write to .*: No such file or directory"):
         train(config, on_record=stop_at(1, lambda: shutil.rmtree(run.folder)), progress=False)
+    words = "out_dir: cannot write to .*: No such file .*; the checkpoint in .* is gone, the same call begins anew"
+    with pytest.raises(ToCoError, match=words):  # nor is a checkpoint promised that went with it
+        train(config, on_record=stop_at(3, lambda: shutil.rmtree(run.folder)), progress=False)
 
 
 def test_checkpoints_between_validations(config, monkeypatch):
@@ -229,6 +362,31 @@ def test_out_of_memory_says_what_to_make_smaller(config, monkeypatch):
         ToCoError, match="out of memory, a larger accumulate or a smaller batch_size or crop_size .*2 GiB"
     ):
         train(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        MemoryError("std::bad_alloc"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_on_a_cpu_is_told(config, monkeypatch, tmp_path, error):
+    def too_much(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training, "backward", too_much)
+    with pytest.raises(ToCoError, match="^out of memory, a larger accumulate .* is needed .*no checkpoint in"):
+        train(config, progress=False)
+    data, model = training.open_data(config.data).train, ToCo(config.model, 3)
+    monkeypatch.setattr(ToCo, "encode", too_much)
+    with pytest.raises(ToCoError, match="^out of memory, a smaller batch_size or size is needed"):
+        evaluate_as(config, model, data, progress=False)
+    with pytest.raises(ToCoError, match="^out of memory, a smaller crop_size or fewer cam_scales is needed"):
+        export(model, data, tmp_path / "out", config, method="cam", progress=False)
 
 
 def test_a_checkpoint_of_before_is_read(config):

@@ -3,6 +3,10 @@
 import io
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +214,40 @@ def test_kept_images_of_another_shape_or_type(tmp_path, change):
     with pytest.raises(ToCoError, match="kept.*(is damaged: delete it|delete the folder)"):
         evaluation._Counted(K).add_finished(kept, ["a"], [0], 8)
     assert growth() < 100
+
+
+PARENT = """
+import sys, time
+from toco_core.predict.crf_workers import CRFWorkers
+if __name__ == "__main__":
+    import torch
+    with CRFWorkers(2, {"iterations": 1}) as workers:
+        maps, image = [torch.zeros(1, 3, 4, 5)], torch.zeros(1, 3, 8, 10, dtype=torch.uint8)
+        for job in [workers.submit(maps, image) for _ in range(2)]:
+            job.result()
+        print(*[process.pid for process in workers.pool._processes.values()], flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "kill"), reason="processes of POSIX")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers and all(is_alive(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended and that nobody asked about does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

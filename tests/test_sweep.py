@@ -129,3 +129,20 @@ def test_records_that_are_none(notebook, tmp_path, content):
         sweep.table([point], [point.record])
     point.note(state="failed", parameters={}, error="", cell=3)
     assert "failed" in sweep.table([point], [point.record])
+
+
+def test_defaults_are_read_as_python_reads_them(tmp_path):
+    """Papermill's reader leaves out the text with "="; the sweep then looked for the numbers of another run."""
+    cell = nbformat.v4.new_code_cell(
+        'layer: int = 9  # of 12\nweights = "a=b, c"  # where from = there\nscale_range = (0.5,\n    1.5)\nseed = -0\n'
+    )
+    cell.metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    known = {"layer": 9, "weights": "a=b, c", "scale_range": (0.5, 1.5), "seed": 0}
+    assert sweep.defaults_of(tmp_path / "n.ipynb") == known
+    (point,) = sweep.points_of(tmp_path / "n.ipynb", tmp_path, {}, {})
+    assert point.config == override(tiny(), **known)
+    cell.source = "layer = 3 + x\n"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    with pytest.raises(ToCoError, match=r"n.ipynb: the default of layer is 3 \+ x: a literal is wanted"):
+        sweep.defaults_of(tmp_path / "n.ipynb")

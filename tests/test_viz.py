@@ -1,3 +1,4 @@
+import io
 import sys
 import types
 from types import SimpleNamespace
@@ -5,6 +6,8 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from toco_core import viz
 from toco_core.conventions import voc_palette
@@ -446,3 +449,33 @@ def test_crop_curves(ax):
     assert viz.crop_curves(ax, [8, 16], scores, ["positive", "positive_right"], xlabel="pixels", marked=16) is ax
     assert points(ax.lines[0]) == [(8, 20), (16, 10)] and points(ax.lines[1]) == [(8, 50), (16, 75)]
     assert list(ax.lines[2].get_xdata()) == [16, 16]
+
+
+NAMES_OF_STRANGERS = ("$x^{$", "cash$1 and $2", "\\frac{1}{0}", "100%s", "{0}", "a\nb")
+
+
+@pytest.mark.parametrize("name", NAMES_OF_STRANGERS)
+def test_a_name_is_no_formula(name):
+    """Without the theme, too, and in axes that were there before."""
+    image, names = np.zeros((20, 24, 3), np.uint8), ("background", name, "dog")
+    drawn = [
+        viz.show(plt.subplots()[1], image, name),
+        viz.picture_rows([[image, image]], ["a", name], names=[name]),
+        viz.class_legend(plt.figure(), names, [1, 2]),
+        viz.contact_sheet([image, image], [name, name]),
+        viz.label_histogram(plt.subplots()[1], {name: [3, 4]}, names),
+        viz.class_bars(plt.subplots()[1], names, {name: [1.0, 2, 3]}, title=name),
+        viz.confusion_matrix(plt.subplots()[1], np.ones((3, 3), int), names, title=name),
+        viz.logit_matrix(plt.subplots()[1], np.ones((4, 2)), [True] * 2, name),
+        viz.token_similarity(plt.subplots()[1], {name: [0.1, 0.2, 0.3]}),
+    ]
+    for one in drawn:
+        (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png")
+        assert any(name in text.get_text() for text in one.findobj(Text))
+    plt.close("all")
+
+
+def test_bytes_that_are_no_text_are_replaced(ax):
+    drawn = viz.show(ax, np.zeros((20, 24, 3), np.uint8), "caf\udce9")
+    drawn.figure.savefig(io.BytesIO(), format="png")
+    assert drawn.get_title() == "caf?"

@@ -508,9 +508,10 @@ def test_crops_are_placed_by_clicks(explorer):
     assert explorer.session.centres == []
 
 
-def test_saved_files(explorer, tmp_path):
+def test_saved_files(session, tmp_path):
+    explorer = Explorer(session, folder=tmp_path)
     explorer.controls["show"].value = "pseudo label"
-    explorer.save_name.value = str(tmp_path / "out")
+    explorer.save_name.value = "out"
     for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
         button.click()
     assert Image.open(tmp_path / "out" / "img_0-pseudo_label.png").size[0] > 600
@@ -518,10 +519,44 @@ def test_saved_files(explorer, tmp_path):
     saved = Image.open(tmp_path / "out" / "img_0-pseudo_label-label.png")
     np.testing.assert_array_equal(np.asarray(saved), explorer.session.label(0))
     assert saved.mode == "P" and saved.getpalette()[:60] == voc_palette()[:20].ravel().tolist()
+    assert Elements(explorer.saved.value).text == f"saved {tmp_path.name}/out/img_0-pseudo_label-label.png"
     (tmp_path / "file").write_text("")
-    explorer.save_name.value = str(tmp_path / "file" / "below")
+    explorer.save_name.value = "file/below"
     explorer.save_png.click()
     assert "cannot be written" in explorer.notes.value
+
+
+def files_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_visitors_write_nowhere_else(session, tmp_path):
+    """What the browser may set is the name of a folder below one."""
+    (tmp_path / "explored").mkdir()
+    (tmp_path / "explored" / "link").symlink_to(tmp_path)
+    explorer = Explorer(session, folder=tmp_path / "explored")
+    for name in ("..", "../elsewhere", str(tmp_path / "elsewhere"), "a/../../b", "link/below", "~/x\0", "a\\..\\b"):
+        explorer.set_state({"save_name": explorer.save_name.model_id})
+        explorer.save_name.set_state({"value": name})
+        for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+            button.click()
+            assert "folder" in explorer.notes.value, name
+    assert files_below(tmp_path / "explored") == [] and not (tmp_path / "elsewhere").exists()
+    explorer.save_name.set_state({"value": "mine/too"})
+    explorer.save_label.click()
+    assert files_below(tmp_path / "explored") == ["mine/too/img_0-CAM-label.png"]
+
+
+def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
+    explorer = Explorer(session, folder=tmp_path / "explored")
+    assert explorer.save_png.disabled and explorer.save_name.disabled
+    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+        button.click()  # as a message of a visitor's browser may do
+        assert "nothing is saved where the notebook is served" in explorer.notes.value
+    assert not (tmp_path / "explored").exists()
+    Explorer(session, folder=tmp_path / "explored", may_save=True).save_label.click()
+    assert len(files_below(tmp_path / "explored")) == 1
 
 
 def test_still_picture_and_words_are_the_same_every_time(session):
@@ -738,7 +773,7 @@ def hostile_explorer(tmp_path):
     subjects = Subjects()
     for name in (f"one{EVIL}", f"two{EVIL}"):
         subjects.add(make_subject(name, class_names=("background", f"class{EVIL}")))
-    return Explorer(Session(open_pictures(root, f"split{EVIL}"), subjects), folder=str(tmp_path / f"out{EVIL}"))
+    return Explorer(Session(open_pictures(root, f"split{EVIL}"), subjects), folder=tmp_path / f"out{EVIL}")
 
 
 def test_no_name_becomes_html(tmp_path):

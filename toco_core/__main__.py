@@ -19,6 +19,8 @@ COMMANDS = {  # name -> "module:function", which takes the arguments after the n
     "onnx": "toco_core.predict.portable:onnx_command",
 }
 
+STOPPED = 130  # the exit status of what Ctrl-C ended
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; every other first word is a recipe to train."""
@@ -29,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(importlib.import_module(module), function)(arguments if command is None else arguments[1:]) or 0
     except ToCoError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ colours, and what is ignored (255) is grey. Figures carry their own light backgr
 """
 
 import contextlib
+import functools
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from .conventions import IGNORE, voc_palette
 
@@ -40,6 +43,7 @@ def use_theme() -> None:
     """One look for all figures: white ground, dark text, a light grid."""
     plt.rcParams.update(
         {
+            "text.parse_math": False,  # names of files and classes are no formulas
             "figure.facecolor": "white",
             "savefig.facecolor": "white",
             "axes.facecolor": "white",
@@ -62,6 +66,28 @@ def use_theme() -> None:
     )
 
 
+def plain_text(drawn: plt.Figure | plt.Axes) -> None:
+    """Let every text stand as it is: names of files and classes are no formulas, whatever `$` they hold, and what no
+    font can show is replaced."""
+    for text in drawn.findobj(Text):
+        if r"\mathdefault" not in text.get_text():  # numbers that matplotlib has set itself
+            text.set_parse_math(False)
+            text.set_text(text.get_text().encode(errors="replace").decode())
+
+
+def _with_plain_text(function: Callable) -> Callable:
+    """A function that draws names into the axes or the figure that it returns."""
+
+    @functools.wraps(function)
+    def draws(*args, **options):
+        with mpl.rc_context({"text.parse_math": False}):
+            drawn = function(*args, **options)
+        plain_text(drawn)
+        return drawn
+
+    return draws
+
+
 def label_colours(label: np.ndarray) -> np.ndarray:
     """RGB of a label map: uint8 H W -> uint8 H W 3, with what is ignored in hatched grey."""
     label = np.asarray(label)
@@ -80,6 +106,7 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np
     return (1 - alpha) * (0.35 * image / 255 + 0.65 * grey) + alpha * colours
 
 
+@_with_plain_text
 def show(ax: plt.Axes, picture: np.ndarray, title: str = "") -> plt.Axes:
     """A picture without axes."""
     ax.imshow(picture, interpolation="nearest")
@@ -88,6 +115,7 @@ def show(ax: plt.Axes, picture: np.ndarray, title: str = "") -> plt.Axes:
     return ax
 
 
+@_with_plain_text
 def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, names: Sequence[str] = (), width=1.7):
     """Pictures in rows, one title per column, one name per row; returns the figure."""
     ratio = max(np.mean([row[0].shape[0] / row[0].shape[1] for row in rows]), 0.5)
@@ -103,6 +131,7 @@ def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *,
     return figure
 
 
+@_with_plain_text
 def class_legend(figure: plt.Figure, class_names: Sequence[str], labels: Sequence[int]) -> plt.Figure:
     """Name the colours of some classes under a figure."""
     palette = voc_palette() / 255
@@ -113,6 +142,7 @@ def class_legend(figure: plt.Figure, class_names: Sequence[str], labels: Sequenc
     return figure
 
 
+@_with_plain_text
 def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 8, width: float = 1.2):
     """Small pictures side by side, each with its caption below; returns the figure."""
     columns = max(1, min(columns, len(images)))
@@ -127,6 +157,7 @@ def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], *, colu
     return figure
 
 
+@_with_plain_text
 def label_histogram(ax: plt.Axes, counts: dict[str, Sequence[int]], class_names: Sequence[str]) -> plt.Axes:
     """How many images of each split show each class. `counts`: split -> K numbers; `class_names` with background."""
     colours, height = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), 0.8 / max(len(counts), 1)
@@ -143,6 +174,7 @@ def label_histogram(ax: plt.Axes, counts: dict[str, Sequence[int]], class_names:
     return ax
 
 
+@_with_plain_text
 def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     """Every term of the loss, unweighted, against the step; terms that have not begun are left out.
 
@@ -162,6 +194,7 @@ def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     return ax
 
 
+@_with_plain_text
 def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     """mIoU of final CAM, auxiliary CAM and segmentation on the validation part against the step.
 
@@ -180,6 +213,7 @@ def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     return ax
 
 
+@_with_plain_text
 def training_figure(records: Sequence[dict]) -> plt.Figure:
     """Losses and validation side by side."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3))
@@ -224,6 +258,7 @@ class LiveCurves:
             return file.getvalue()
 
 
+@_with_plain_text
 def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
     """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
     for name, values in curves.items():
@@ -274,6 +309,7 @@ def error_points(ax: plt.Axes, groups: dict[float, Sequence[float]], *, colour: 
     return ax
 
 
+@_with_plain_text
 def layer_figure(scores: dict[int, Sequence], *, chosen: int | None = None) -> plt.Figure:
     """mIoU against the auxiliary block, and how alike that block's patch tokens are.
 
@@ -300,6 +336,7 @@ def layer_figure(scores: dict[int, Sequence], *, chosen: int | None = None) -> p
     return figure
 
 
+@_with_plain_text
 def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: Sequence[dict] = ()) -> plt.Figure:
     """Total loss and the three validation scores of several runs.
 
@@ -332,6 +369,7 @@ def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: S
     return figure
 
 
+@_with_plain_text
 def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, Sequence[float]], *, title: str):
     """Differences per class in points, one bar per run and class; the first class is on top."""
     height = 0.8 / max(len(differences), 1)
@@ -347,6 +385,7 @@ def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, 
     return ax
 
 
+@_with_plain_text
 def variant_points(ax: plt.Axes, groups: dict[str, Sequence[float]], *, reference: str | None = None) -> plt.Axes:
     """One row per variant: mean, sample standard deviation and the single values; a line through the mean of
     `reference`. The first variant is on top."""
@@ -366,6 +405,7 @@ def variant_points(ax: plt.Axes, groups: dict[str, Sequence[float]], *, referenc
 SIMILARITY_COLOURS = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}  # diverging around 0
 
 
+@_with_plain_text
 def by_block(
     ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
 ) -> plt.Axes:
@@ -380,6 +420,7 @@ def by_block(
     return ax
 
 
+@_with_plain_text
 def similarity_matrix(ax: plt.Axes, matrix: np.ndarray, title: str = "", *, borders: Sequence[int] = ()) -> plt.Axes:
     """Cosine similarity of all pairs of patches (N N), blue -1 to red 1; a line before each index in `borders`."""
     ax.imshow(matrix, interpolation="nearest", **SIMILARITY_COLOURS)
@@ -391,6 +432,7 @@ def similarity_matrix(ax: plt.Axes, matrix: np.ndarray, title: str = "", *, bord
     return ax
 
 
+@_with_plain_text
 def similarity_map(ax: plt.Axes, similarity: np.ndarray, title: str = "", *, patch: int | None = None) -> plt.Axes:
     """Cosine similarity of one patch with all (h w), blue -1 to red 1; the patch, counted row by row, gets a frame."""
     ax.imshow(similarity, interpolation="nearest", **SIMILARITY_COLOURS)
@@ -402,6 +444,7 @@ def similarity_map(ax: plt.Axes, similarity: np.ndarray, title: str = "", *, pat
     return ax
 
 
+@_with_plain_text
 def attention_map(ax: plt.Axes, attention: np.ndarray, title: str = "", *, most: float = 4.0) -> plt.Axes:
     """Attention of the class token to the patches (h w) in units of an even spread: black 0, white `most` and more."""
     ax.imshow(attention * attention.size, interpolation="nearest", cmap="magma", vmin=0, vmax=most)
@@ -410,6 +453,7 @@ def attention_map(ax: plt.Axes, attention: np.ndarray, title: str = "", *, most:
     return ax
 
 
+@_with_plain_text
 def colour_scale(figure: plt.Figure, axes, label: str) -> plt.Figure:
     """One colour scale beside all `axes`, which show the same range."""
     axes = np.asarray(axes).ravel().tolist()
@@ -481,6 +525,7 @@ CROP_CURVES = {
 }
 
 
+@_with_plain_text
 def threshold_heatmap(
     ax: plt.Axes,
     values: np.ndarray,
@@ -523,6 +568,7 @@ def threshold_heatmap(
     return ax
 
 
+@_with_plain_text
 def composition_bars(ax: plt.Axes, compositions: dict[str, np.ndarray]) -> plt.Axes:
     """What the mask shows where a label says background, is uncertain, or names a class: one group of three bars per
     name, out of `LabelCounts.composition()`."""
@@ -559,6 +605,7 @@ def region_colours(region: np.ndarray) -> np.ndarray:
     return np.where((region == 2)[..., None], 255, colours).astype(np.uint8)
 
 
+@_with_plain_text
 def crop_boxes(
     ax: plt.Axes,
     picture: np.ndarray,
@@ -579,6 +626,7 @@ def crop_boxes(
     return ax
 
 
+@_with_plain_text
 def logit_matrix(ax: plt.Axes, logits: np.ndarray, is_positive: Sequence[bool], title: str) -> plt.Axes:
     """What CTC contrasts: a row per view (two global ones, then the crops), a column per global view of the teacher."""
     logits = np.asarray(logits)
@@ -597,6 +645,7 @@ def logit_matrix(ax: plt.Axes, logits: np.ndarray, is_positive: Sequence[bool], 
     return ax
 
 
+@_with_plain_text
 def crop_curves(
     ax: plt.Axes,
     values: Sequence[float],
@@ -648,6 +697,7 @@ def protocol_table(summary: dict[str, dict], class_names: Sequence[str]) -> str:
     return "\n".join([f"{'IoU (%)':16}" + "".join(f"{kind:>14}" for kind in summary), *rows])
 
 
+@_with_plain_text
 def iou_bars(ax: plt.Axes, summary: dict[str, dict], class_names: Sequence[str]) -> plt.Axes:
     """IoU of every class, one bar per kind of label; lines mark the means."""
     height = 0.84 / len(summary)
@@ -664,6 +714,7 @@ def iou_bars(ax: plt.Axes, summary: dict[str, dict], class_names: Sequence[str])
     return ax
 
 
+@_with_plain_text
 def confusion_matrix(ax: plt.Axes, counts: np.ndarray, class_names: Sequence[str], *, title: str = "") -> plt.Axes:
     """Where the pixels of every class went, in percent of the class: rows the mask's class, columns the label's.
 
@@ -685,6 +736,7 @@ def confusion_matrix(ax: plt.Axes, counts: np.ndarray, class_names: Sequence[str
     return ax
 
 
+@_with_plain_text
 def threshold_curves(ax: plt.Axes, curves: dict[str, tuple], *, chosen: dict[str, float]) -> plt.Axes:
     """mIoU in percent against the CAM's threshold. `curves`: name -> (betas, mIoU in [0, 1]); `chosen`: threshold that
     is marked by a line, under its name."""
@@ -698,6 +750,7 @@ def threshold_curves(ax: plt.Axes, curves: dict[str, tuple], *, chosen: dict[str
     return ax
 
 
+@_with_plain_text
 def poster(
     rows: Sequence[Sequence[np.ndarray]],
     titles: Sequence[str],

@@ -36,6 +36,7 @@ from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
 from toco_core.labels import merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.locks import alone
+from toco_core.machine.memory import memory_errors
 from toco_core.model import ToCo
 from toco_core.predict.crf import dense_crf
 from toco_core.predict.crf_workers import CRFWorkers
@@ -138,6 +139,7 @@ def _alone_where_kept(function: Callable) -> Callable:
 
 @torch.no_grad()
 @loader_errors()
+@memory_errors("a smaller batch_size or size")
 @_alone_where_kept
 def evaluate(
     model: ToCo,

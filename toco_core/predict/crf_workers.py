@@ -5,6 +5,8 @@ them is small, the decoder's maps at token size and the image as bytes; what com
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -67,8 +69,15 @@ def segmentation_label(
 
 
 def _start() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, be it killed: else it would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _in_worker(maps: list[np.ndarray], image: np.ndarray, options: Mapping, max_over_scales: bool) -> np.ndarray:

@@ -43,6 +43,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
 from toco_core.labels import merged_logits, pseudo_label, valid_cam
 from toco_core.machine.locks import alone
+from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo
 from toco_core.predict.crf import crf_label, dense_crf
@@ -70,6 +71,7 @@ class Exported(NamedTuple):
 
 
 @loader_errors()
+@memory_errors("a smaller crop_size or fewer cam_scales")
 def export(
     model: ToCo,
     source: Split,
@@ -386,6 +388,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ToCoError as error:
         print(f"export: {error}")
         return 1
+    except KeyboardInterrupt:
+        print("export: stopped; the same call goes on from here")
+        return 130
     return 0
 
 

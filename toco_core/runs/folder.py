@@ -157,9 +157,14 @@ class Run:
             raise ToCoError(f"{path} cannot be read as the log of a run: each line is a record with a step")
         return records
 
-    def keep_records_before(self, step: int) -> None:
-        """Forget what was logged from `step` on: a resumed run logs it again."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] < step]
+    def keep_records_before(self, step: int, *, validated: bool = True) -> None:
+        """Forget what was logged from `step` on: a resumed run logs it again; where the step before was not `validated`
+        to its end, also what was logged of its validation."""
+
+        def stays(record: dict) -> bool:
+            return record["step"] < step and (validated or record["step"] < step - 1 or "total" in record)
+
+        kept = [json.dumps(record) + "\n" for record in self.records() if stays(record)]
         with self._writing():
             remove_parts(self.folder)  # of a killed process
             write_whole(self.folder / "metrics.jsonl", "".join(kept))

@@ -18,7 +18,6 @@ from toco_core.config import DataConfig, TrainConfig, lr_at
 from toco_core.data import Batch, TrainVal, open_train_val, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
 from toco_core.data.fingerprint import data_fingerprint
-from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, eval_size, evaluate
 from toco_core.machine import distributed
@@ -39,6 +38,7 @@ from toco_core.objective import (
     variant,
 )
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
 
@@ -127,13 +127,14 @@ def train(
 
     run = Run.of(config, variant(terms))
     state = share.from_first(run.load() if resume and share.first else None)
-    start, best, skipped, saved_at = 0, -1.0, 0, time.monotonic()
+    start, best, skipped, saved_at, unvalidated = 0, -1.0, 0, time.monotonic(), False
     if state is not None:
         load_model_state(model, state["model"], run, data)
         load_optimizer_state(optimizer, state["optimizer"], run)
         if share.first:
             run.refuse_other_data(data, weights_file(config))
         start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
+        unvalidated = state.get("unvalidated") is True
     elif share.first:
         run.begin(
             config,
@@ -147,7 +148,7 @@ def train(
             own_terms=own_terms(terms),
         )
     if share.first:
-        run.keep_records_before(start)
+        run.keep_records_before(start, validated=not unvalidated)
     progress = progress and share.first
     if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
         with attention_of(model, config, device):
@@ -167,7 +168,39 @@ def train(
         if on_record and share.first:
             on_record(record)
 
-    with attention_of(model, config, device), _says_how_to_go_on(run), contextlib.closing(tracker):
+    def validate_after(step: int) -> bool:
+        """Validate and log; whether it is the best so far."""
+        nonlocal validation, best
+        validation = validate()
+        scores = _final_numbers(validation, config)
+        note({"step": step} | scores)
+        if config.log_to and share.first:
+            for tag, picture in validation_pictures(model, data.val, config).items():
+                tracker.picture(step, tag, picture)
+        is_best = scores.get("cam_miou", scores["map"]) > best
+        best = max(best, scores.get("cam_miou", scores["map"]))
+        return is_best
+
+    def save(done: int, **which: bool) -> None:
+        if share.first:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
+            numbers = {"step": done, "best": best, "skipped": skipped}
+            run.save(state | numbers | ({"unvalidated": True} if unvalidated else {}), **which)
+
+    def keeps(done: int) -> bool:
+        return bool(keep_every) and done % keep_every == 0
+
+    validation, guard = None, StepGuard(start, patient=share.n == 1)
+    with (
+        attention_of(model, config, device),
+        with_resume_hint(run),
+        contextlib.closing(tracker),
+        guard,
+        saved_when_stopped(guard, run, save),
+    ):
+        if unvalidated:  # it was stopped in the validation that belongs to its last step
+            is_best, unvalidated = validate_after(start - 1), False
+            save(start, best=is_best, keep=keeps(start))
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -190,8 +223,9 @@ def train(
             disable=not progress,
             file=sys.stdout,
         )
-        validation, model = None, model.train()
+        model.train()
         for step, loaded in enumerate(bar, start):
+            guard.begin()
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(
                     step,
@@ -227,24 +261,16 @@ def train(
                 note(record | ({"skipped": skipped} if skipped else {}))
                 tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
                 bar.set_postfix(loss=f"{record['total']:.3f}")
-            validates = done == schedule.steps or (config.eval_interval and done % config.eval_interval == 0)
-            is_best, keeps = False, bool(keep_every) and done % keep_every == 0
+            unvalidated = done == schedule.steps or bool(config.eval_interval) and done % config.eval_interval == 0
+            guard.end(done)
+            validates, is_best = unvalidated, False
             if validates:
                 bar.set_description("validating")
-                validation = validate()
+                is_best, unvalidated = validate_after(step), False
                 bar.set_description("training")
-                scores = _final_numbers(validation, config)
-                note({"step": step} | scores)
-                if config.log_to and share.first:
-                    for tag, picture in validation_pictures(model, data.val, config).items():
-                        tracker.picture(step, tag, picture)
-                is_best = scores.get("cam_miou", scores["map"]) > best
-                best = max(best, scores.get("cam_miou", scores["map"]))
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
-            if share.first and (validates or keeps or due):
-                numbers = {"step": done, "best": best, "skipped": skipped}
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
-                run.save(state | numbers, best=is_best, keep=keeps)
+            if validates or keeps(done) or due:
+                save(done, best=is_best, keep=keeps(done))
                 saved_at = time.monotonic()
         model.eval()
         if validation is None:  # a finished run was loaded
@@ -308,29 +334,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run
         optimizer.load_state_dict({"state": found["state"], "param_groups": own})
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{run.folder}: the checkpoint's optimizer does not fit: {error}") from error
-
-
-@contextlib.contextmanager
-def _says_how_to_go_on(run: Run) -> Iterator[None]:
-    """Whatever stops the training: the message ends with what is left of it."""
-
-    def left() -> str:
-        if run.saved is None:
-            return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
-        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
-
-    try:
-        with loader_errors():
-            yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"training was stopped; {left()}") from None
-    except ToCoError as error:
-        raise ToCoError(f"{error}; {left()}") from error
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise ToCoError(
-            f"out of memory, a larger accumulate or a smaller batch_size or crop_size is needed ({reason}); {left()}"
-        ) from error
 
 
 def _failed(fault, run, model, parts: list[Batch], result, config, step, share: Share) -> ToCoError:

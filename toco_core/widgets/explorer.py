@@ -6,15 +6,18 @@ working. Setting a control's value from Python does the same as moving it.
 
 import base64
 import io
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 import matplotlib as mpl
 import numpy as np
 
+from toco_core.data.split import inside_name
 from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report
 from toco_core.widgets.canvas import Canvas, Filmstrip
@@ -34,11 +37,21 @@ class Explorer(w.VBox):
     """`Explorer(session)`, shown as the last line of a cell: live in JupyterLab and voila, a still picture elsewhere.
 
     `others` are notebook parameters that the session does not know (dataset, model): they go into the papermill line.
+    Files are saved in `folder` and below it, nowhere else. `may_save` None: not where voila serves the notebook to
+    visitors.
     """
 
-    def __init__(self, session: Session, *, others: dict[str, Any] | None = None, folder: str = "explored"):
+    def __init__(
+        self,
+        session: Session,
+        *,
+        others: dict[str, Any] | None = None,
+        folder: str | Path = "explored",
+        may_save: bool | None = None,
+    ):
         super().__init__()
-        self.session, self.folder = session, folder
+        self.session, self.folder = session, Path(folder)
+        self.may_save = not is_served() if may_save is None else may_save
         self.others = {name: value for name, value in (others or {}).items() if value}
         self.scoring: SplitScoring | None = None
         self.split: SplitScores | None = None
@@ -158,9 +171,11 @@ class Explorer(w.VBox):
         self.split_numbers = Panel(layout=w.Layout(max_height="200px"))
         self.copy = _button("copy as parameters", "the papermill line")
         self.line = w.Textarea(rows=5, layout=w.Layout(width="auto"))
-        self.save_name = w.Text(description="folder", value=self.folder, **full)
+        self.save_name = w.Text(description="folder", placeholder=f"below {self.folder.name}", **full)
         self.save_png, self.save_svg = _button("figure PNG", "save"), _button("figure SVG", "save")
         self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), Panel()
+        for widget in (self.save_name, self.save_png, self.save_svg, self.save_label):
+            widget.disabled = not self.may_save
 
     def _arrange(self) -> None:
         c, wrap = self.controls, w.Layout(flex_flow="row wrap", align_items="center")
@@ -360,14 +375,27 @@ class Explorer(w.VBox):
         self.film.clipboard = [self.line.value, self.film.clipboard[1] + 1]
 
     def _save(self, kind: str) -> None:
-        path = f"{self.save_name.value or '.'}/{self._file_name()}.{kind}"
+        path = self._place(f"{self._file_name()}.{kind}")
         with mpl.rc_context({"svg.hashsalt": "toco"}):
             options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
-            self.saved.put(f"saved {written(path, lambda p: self.figure().savefig(p, **options))}")
+            self._tell_saved(written(path, lambda p: self.figure().savefig(p, **options)))
 
     def _save_label(self) -> None:
-        path = f"{self.save_name.value or '.'}/{self._file_name()}-label.png"
-        self.saved.put(f"saved {self.session.save_label(path, side=self.session.active)}")
+        path = self._place(f"{self._file_name()}-label.png")
+        self._tell_saved(self.session.save_label(path, side=self.session.active))
+
+    def _place(self, name: str) -> Path:
+        """Where a file of this name goes. Raises ToCoError where nothing may be saved, or not there."""
+        if not self.may_save:
+            raise ToCoError("nothing is saved where the notebook is served: Explorer(..., may_save=True) allows it")
+        below = self.save_name.value.strip()
+        folder = self.folder / inside_name(below, "folder", str(self.folder.name)) if below else self.folder
+        if not folder.resolve().is_relative_to(self.folder.resolve()):
+            raise ToCoError(f"folder: {below!r:.200} leads out of {self.folder.name}")
+        return folder / name
+
+    def _tell_saved(self, path: Path) -> None:
+        self.saved.put(f"saved {self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
     def _file_name(self) -> str:
         name = self.session.picture.name.replace("/", "_")
@@ -575,3 +603,8 @@ class Explorer(w.VBox):
 
 def _button(word: str, tip: str) -> w.Button:
     return w.Button(description=word, tooltip=tip, layout=w.Layout(width="auto"))
+
+
+def is_served() -> bool:
+    """Whether voila shows the notebook to visitors, who are not its owner."""
+    return os.environ.get("SERVER_SOFTWARE", "").startswith("voila")

@@ -88,6 +88,7 @@ def figure(session: Session) -> Figure:
     if used:
         names = session.joint(0).names
         viz.class_legend(made, names, sorted(k for k in used if k < len(names)))
+    viz.plain_text(made)
     return made
 
 

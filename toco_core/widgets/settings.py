@@ -57,7 +57,8 @@ class Settings(Config):
 
 def settings_of(config: TrainConfig, depth: int) -> Settings:
     """What a model was trained with, as settings to begin with."""
-    shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig)}
+    known = {f.name for f in fields(Settings)}
+    shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig) if f.name in known}
     crops = {"crop_size": config.crops.local_size, "n_crops": config.crops.n_local or 4}
     return Settings(**shared, **crops, block=depth)
 

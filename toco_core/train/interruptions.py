@@ -1,0 +1,92 @@
+"""What stops a training: the state between two steps is saved first, and the message ends with what is left of it."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from toco_core.data.loader import loader_errors
+from toco_core.errors import ToCoError
+from toco_core.machine.memory import out_of_memory
+from toco_core.runs.folder import Run
+
+
+class StepGuard:
+    """Knows whether the weights are whole: between two steps they are, and can be saved; within one they are not.
+
+    While it is entered, Ctrl-C within a step waits for the step's end; a second one does not wait. With `patient` False
+    (several processes would stop at different steps), outside of the main thread, and where somebody else handles the
+    signal, Ctrl-C stops at once as ever.
+    """
+
+    def __init__(self, done: int, *, patient: bool = True):
+        self.done: int | None = done
+        """Steps that are in the weights; None within a step."""
+        self.patient, self._asked, self._before = patient, False, None
+
+    def begin(self) -> None:
+        """A step changes the weights from here on."""
+        self.done = None
+
+    def end(self, done: int) -> None:
+        """The step is in the weights, and in the log. Raises KeyboardInterrupt where it was waited for."""
+        self.done = done
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "StepGuard":
+        here = threading.current_thread() is threading.main_thread()
+        if self.patient and here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, *_) -> None:
+        if self.done is not None or self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+@contextlib.contextmanager
+def saved_when_stopped(guard: StepGuard, run: Run, save: Callable[[int], None]) -> Iterator[None]:
+    """Where the block ends between two steps, whatever the reason, save what the newest checkpoint does not have.
+
+    What goes wrong in saving is left to the reason.
+    """
+    try:
+        yield
+    except BaseException:
+        if guard.done is not None and guard.done > (run.saved or 0):
+            with contextlib.suppress(ToCoError):
+                save(guard.done)
+        raise
+
+
+@contextlib.contextmanager
+def with_resume_hint(run: Run) -> Iterator[None]:
+    """Whatever stops the training: end the message with what is left of it."""
+
+    def left() -> str:
+        if run.saved is None:
+            return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
+        if not (run.folder / "checkpoint.pt").is_file():
+            return f"the checkpoint in {run.folder} is gone, the same call begins anew"
+        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
+
+    try:
+        with loader_errors():
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"training was stopped; {left()}") from None
+    except ToCoError as error:
+        raise ToCoError(f"{error}; {left()}") from error
+    except Exception as error:
+        reason = out_of_memory(error)
+        if not reason:
+            raise
+        raise ToCoError(
+            f"out of memory, a larger accumulate or a smaller batch_size or crop_size is needed ({reason}); {left()}"
+        ) from error
