@@ -50,6 +50,7 @@ VOC = {
         "par_iterations": 10,
         "par_dilations": [1, 2, 4, 8, 12, 24],
         "par_scale": 0.5,
+        "refiner": "par",
     },
     "loss": {
         "cls": 1.0,
@@ -217,7 +218,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
     del values["schedule"]["accumulate"], values["model"]["pooling"], values["schedule"]["compile_blocks"]
     del values["schedule"]["warm_start_steps"], values["schedule"]["frozen_blocks"], values["model"]["decoder_dilation"]
-    for name in ("attention_steps", "attention_blocks", "attention_kind"):
+    for name in ("attention_steps", "attention_blocks", "attention_kind", "refiner"):
         del values["labels"][name]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier

@@ -191,7 +191,7 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig(Config):
-    """From CAM to labels ("Patch Token Contrast" in the paper) and their refinement by PAR."""
+    """From CAM to labels ("Patch Token Contrast" in the paper) and their refinement."""
 
     beta_l: float = option(
         0.25, "A pixel whose largest CAM value is at most this is background.", at_least=0, at_most=1
@@ -235,6 +235,12 @@ class LabelConfig(Config):
         (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1, at_most=10000
     )
     par_scale: float = option(0.5, "PAR refines at this fraction of the image's size.", above=0, at_most=1)
+    refiner: str = option(
+        "par",
+        """What refines pseudo labels along the image's edges: `par`, as published; `crf`, the dense CRF; `none`; or
+        another row of `refiners.REFINERS`.""",
+        added_later=True,
+    )
 
     def check(self):
         if self.beta_l >= self.beta_h:
@@ -253,13 +259,17 @@ class LabelConfig(Config):
         """The keywords `beta_l` and `beta_h`."""
         return {"beta_l": self.beta_l, "beta_h": self.beta_h}
 
-    def par_options(self) -> dict:
-        """The keywords of PAR, as `labels.refined_labels` takes them."""
-        return {"iterations": self.par_iterations, "dilations": self.par_dilations, "scale": self.par_scale}
+    def refiner_options(self, refiner: str | None = None) -> dict:
+        """The keywords of `labels.refined_labels`: the refiner's name and the fields that begin with it, by the rest of
+        their names (`par_iterations` as `iterations`). None: the configured one."""
+        refiner = refiner or self.refiner
+        start = f"{refiner}_"
+        fields = [f.name for f in dataclasses.fields(self) if f.name.startswith(start)]
+        return {"refiner": refiner, **{name.removeprefix(start): getattr(self, name) for name in fields}}
 
-    def pseudo_label_options(self) -> dict:
-        """The keywords of `labels.pseudo_label`: both thresholds and those of PAR."""
-        return {**self.thresholds(), **self.par_options()}
+    def pseudo_label_options(self, refiner: str | None = None) -> dict:
+        """The keywords of `labels.pseudo_label`: both thresholds and those of the refiner."""
+        return {**self.thresholds(), **self.refiner_options(refiner)}
 
 
 @dataclass(frozen=True, kw_only=True)
