@@ -43,7 +43,8 @@ def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, p
         "worst_class": {kind: round(min(scores.iou[kind][1:]), 2) for kind in METRICS},
         "beta": scores.beta,
         "aux_beta": scores.aux_beta,
-        "similarity": scores.token_similarity[-1],
+        "val_cam_miou": round(scores.val["cam"], 2),
+        "token_similarity": scores.token_similarity,
         "run": config.short_hash(),
         **({} if known else {"minutes": round((time.monotonic() - began) / 60, 2)}),
     }
@@ -124,7 +125,8 @@ def known_runs(records: Path = RECORDS) -> dict[str, dict]:
     known = {}
     for path in sorted(records.glob("*.json")):
         for variant in json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values():
-            known |= {run["run"]: run for run in variant["runs"]}
+            for run in variant["runs"]:
+                known[run["run"]] = known.get(run["run"], {}) | run
     return known
 
 

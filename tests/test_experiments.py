@@ -107,3 +107,21 @@ def test_the_ablation_declares_what_can_be_run(common, monkeypatch):
     assert len({config.short_hash() for config in configs.values() if config != tiny()}) == sum(
         config != tiny() for config in configs.values()
     )
+    assert all(override(tiny(), **values).loss.ctc > 0 for name, values in ablation.VARIANTS.items() if "temp" in name)
+
+
+def test_fields_that_a_later_record_lacks_are_kept(common, tmp_path):
+    known = override(tiny(), seed=4).short_hash()
+    run = result(4, 50.0) | {"run": known, "token_similarity": [0.1, 0.9]}
+    common.add_result(tmp_path / "a.json", "?", "x", {}, run)
+    common.add_result(tmp_path / "b.json", "?", "y", {}, result(4, 50.0) | {"run": known})
+    [run] = common.runs_of({}, common.known_runs(tmp_path))
+    assert run["token_similarity"] == [0.1, 0.9] and run["seed"] == 4
+
+
+def test_the_layer_ablation_has_six_blocks_that_the_backbone_has(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    layers = importlib.import_module("layer_ablation")
+    configs = [override(tiny(), **overrides) for overrides in layers.VARIANTS.values()]
+    assert [config.model.layer for config in configs] == list(layers.LAYERS) == [7, 8, 9, 10, 11, 12]
+    assert tiny() in configs
