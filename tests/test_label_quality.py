@@ -101,6 +101,18 @@ def test_composition_equals_loops():
 # ---- labels of an image
 
 
+def test_groups_take_every_image_once(items, config):
+    def label_of(item):
+        return lq.seed_of(item, config.labels)
+
+    found = lq.quality_by_group(items, label_of, K, groups=3)
+    parts = ([items[0], items[3]], [items[1], items[4]], [items[2]])
+    for quality, part in zip(found, parts, strict=True):
+        assert_close(torch.tensor(quality), torch.tensor(lq.count_labels(part, label_of, K).quality()), equal_nan=True)
+    with pytest.raises(ToCoError, match="groups = 6 is not allowed: 1 to 5"):
+        lq.quality_by_group(items, label_of, K, groups=6)
+
+
 def test_labels_equal_those_of_look(model, source, config, items):
     """img_3 has no labelled class; the others are not square and keep only some of the classes."""
     for index, item in enumerate(items):

@@ -348,29 +348,37 @@ def error_points(ax: plt.Axes, groups: dict[float, Sequence[float]], *, colour: 
 
 
 @_with_plain_text
-def layer_figure(scores: dict[int, Sequence], *, chosen: int | None = None) -> plt.Figure:
-    """mIoU against the auxiliary block, and how alike that block's patch tokens are.
+def layer_figure(
+    scores: dict[str, dict[int, Sequence[float]]],
+    similarity: dict[str, dict[int, Sequence[float]]],
+    *,
+    chosen: int | None = None,
+    frozen: int = 0,
+) -> plt.Figure:
+    """mIoU against the auxiliary block, and beside it how alike patch tokens are.
 
-    `scores`: block -> the `RunScores` of its runs, one per seed. `chosen` is marked.
+    `scores`: kind of label (see `KIND_NAMES`) -> block -> percent, one value per seed. `similarity`: name -> block ->
+    mean cosine, one value per seed. `chosen` is marked, and the blocks up to `frozen` are shaded.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for i, name in enumerate(("cam", "aux_cam", "pseudo_label")):
-        groups = {layer: [run.miou[name] for run in runs] for layer, runs in scores.items()}
-        error_points(left, groups, colour=KIND_COLOURS[name], label=KIND_NAMES[name], shift=0.06 * (i - 1))
-    own = {layer: [run.token_similarity[layer - 1] for run in runs] for layer, runs in scores.items()}
-    last = {layer: [run.token_similarity[-1] for run in runs] for layer, runs in scores.items()}
-    error_points(right, own, colour="#222222", label="this block")
-    error_points(right, last, colour="#999999", label="last block of the same run")
-    seeds = max(len(runs) for runs in scores.values())
-    left.set(title=f"Scores ({seeds} seed{'s' * (seeds > 1)})", ylabel="mIoU (%)", ylim=(0, None))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for i, (kind, groups) in enumerate(scores.items()):
+        shift = 0.08 * (i - (len(scores) - 1) / 2)
+        error_points(left, groups, colour=KIND_COLOURS[kind], label=KIND_NAMES[kind], shift=shift)
+    for (name, groups), colour in zip(similarity.items(), ("#222222", "#999999"), strict=False):
+        error_points(right, groups, colour=colour, label=name)
+    seeds = max((len(values) for groups in scores.values() for values in groups.values()), default=0)
+    left.set(title=f"Scores ({seeds} seed{'s' * (seeds != 1)})", ylabel="mIoU (%)")
     right.set(title="Over-smoothing after training", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
+    blocks = sorted({block for groups in [*scores.values(), *similarity.values()] for block in groups})
     for ax in (left, right):
-        ax.set(xlabel="auxiliary block", xticks=list(scores))
+        ax.set(xlabel="auxiliary block", xticks=blocks)
+        if frozen >= min(blocks, default=frozen + 1):
+            ax.axvspan(min(blocks) - 0.4, frozen + 0.4, color="#eeeeee", zorder=0, label="frozen blocks")
         if chosen is not None:
             ax.axvspan(chosen - 0.2, chosen + 0.2, color="#f2e9c9", zorder=0, label="chosen on val")
-    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.07, 0.02), ncol=2)
-    figure.legend(*right.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.57, 0.02), ncol=2)
     figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.07, 0.02), ncol=3)
+    figure.legend(*right.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.57, 0.02), ncol=2)
     return figure
 
 

@@ -154,6 +154,16 @@ def count_labels(
     return counts
 
 
+def quality_by_group(
+    items: Sequence[ImageCAMs], label_of: Callable[[ImageCAMs], np.ndarray], n_classes: int, *, groups: int = 4
+) -> list[LabelQuality]:
+    """The quality of a label on disjoint groups of images, image i in group i mod `groups`: how much a score moves from
+    one handful of images to the next. Raises ToCoError where a group would be empty."""
+    if not 1 <= groups <= len(items):
+        raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(items)}, the number of images")
+    return [count_labels(items[g::groups], label_of, n_classes).quality() for g in range(groups)]
+
+
 # ---- pairs of thresholds
 
 
