@@ -28,9 +28,9 @@ def small_recipe() -> TrainConfig:
         steps=400,
         lr=1e-4,
         warmup_steps=30,
-        warm_start_steps=0,
-        frozen_blocks=0,
         eval_interval=100,
+        frozen_blocks=0,
+        warm_start_steps=0,
     )
 
 

@@ -115,7 +115,7 @@ def label_photographs(
         method: one of `export.METHODS`.
         threshold: of the classifier's probability, above which a photograph without tags has a class.
         tags: "auto" or "none", see `TAGS`.
-        beta, beta_l, beta_h: thresholds of the methods "cam" and "crf" (beta) and "par"; None: the config's.
+        beta, beta_l, beta_h: thresholds of the methods "cam" (beta) and "par" and "crf"; None: the config's.
         images: "copy", "link" or "none", see `export`.
         split: name of the list that is written.
 
@@ -420,7 +420,7 @@ class _Labelled(Split):
 
 def _settings(opened: NamedModel, config: TrainConfig, method: str, threshold: float, crf: dict | None) -> dict:
     """All that a label map depends on besides its photograph."""
-    thresholds = {"cam": ("beta",), "crf": ("beta",), "par": ("beta_l", "beta_h")}.get(method, ())
+    thresholds = {"cam": ("beta",), "crf": ("beta_l", "beta_h"), "par": ("beta_l", "beta_h")}.get(method, ())
     settings = {"method": method, "threshold": threshold, "size": eval_size(config), "crf": crf}
     settings |= {name: getattr(config.labels, name) for name in thresholds}
     settings |= {"classes": list(opened.class_names), "weights": weights_hash(opened.model)}
@@ -473,7 +473,7 @@ def label_command(arguments: list[str]) -> int:
         "--threshold", type=float, default=0.5, help="probability above which the classifier names a class (0.5)"
     )
     parser.add_argument("--tags", default="auto", choices=TAGS, help="; ".join(f"{k}: {v}" for k, v in TAGS.items()))
-    for name, of in (("beta", "cam and crf"), ("beta-l", "par"), ("beta-h", "par")):
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the run's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the photographs beside the labels (copy)")
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write no overlays")
