@@ -77,8 +77,7 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
 
 def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
     """Every variant on every seed, seed by seed; the record is written after each run."""
-    torch.set_num_threads(args.threads)
-    cv2.setNumThreads(args.threads)
+    use_threads(args.threads)
     state = {}
     for seed in args.seeds:
         for name, overrides in args.variants.items():
@@ -87,6 +86,12 @@ def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
             print(" ".join(f"{key}={value}" for key, value in result.items()), flush=True)
             state = add_result(record, question, name, overrides, result)
     return state
+
+
+def use_threads(n: int) -> None:
+    """Let everything that computes in this process use so many threads."""
+    torch.set_num_threads(n)
+    cv2.setNumThreads(n)
 
 
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:

@@ -18,7 +18,7 @@ from toco_core.evaluation import protocols as assess
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.model import ToCo
-from toco_core.predict.crf import dense_crf
+from toco_core.refiners.crf import dense_crf
 from toco_core.runs.release import save_release
 
 plt.switch_backend("Agg")

@@ -125,3 +125,12 @@ def test_the_layer_ablation_has_six_blocks_that_the_backbone_has(common, monkeyp
     configs = [override(tiny(), **overrides) for overrides in layers.VARIANTS.values()]
     assert [config.model.layer for config in configs] == list(layers.LAYERS) == [7, 8, 9, 10, 11, 12]
     assert tiny() in configs
+
+
+def test_variants_of_ctc_differ_in_what_they_name(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    variants = importlib.import_module("ctc_variants").VARIANTS
+    configs = [override(tiny(), **overrides) for overrides in variants.values()]
+    assert len({config.short_hash() for config in configs}) == len(variants) and "PTC alone" in variants
+    later = [(c.crops.local_resized, c.loss.ctc_cosine, c.loss.ctc_batch_negatives) for c in configs]
+    assert later[1] == (False, False, False) and later[-1] == (True, True, True)

@@ -39,7 +39,7 @@ from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
 from toco_core.labels import merged_logits, pseudo_label
 from toco_core.model import ToCo
-from toco_core.predict.crf import crf_label
+from toco_core.refiners.crf import crf_label
 from toco_core.runs.release import from_release
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run, resolve_device, trained_run
 
