@@ -73,7 +73,7 @@ def test_without_a_network_it_is_told_in_seconds(monkeypatch, tmp_path):
     began = time.monotonic()
     with pytest.raises(
         ToCoError,
-        match="could not be fetched .the Hugging Face Hub cannot be reached, and its cache .* copy the file to this machine",
+        match="fetched .the Hugging Face Hub cannot be reached, and its cache .* copy the file to this machine",
     ) as told:
         ToCo(ModelConfig(backbone="vit_tiny_patch16_224"), 2)
     with pytest.raises(ToCoError, match="'some/model' is no folder, and no repository of the Hub"):

@@ -29,7 +29,7 @@ def quick_hub() -> Iterator[None]:
 
 
 def hub_reason(error: Exception) -> str:
-    """What an error of the Hub's client means, in a line; where the Hub was not to be reached it names many remedies."""
+    """What an error of the Hub's client means, in a line."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
