@@ -127,8 +127,12 @@ def _with_plain_text(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def draws(*args, **options):
-        with mpl.rc_context({"text.parse_math": False}):
+        parse_math = mpl.rcParams["text.parse_math"]
+        mpl.rcParams["text.parse_math"] = False  # not rc_context, which also undoes what a backend sets as it is loaded
+        try:
             drawn = function(*args, **options)
+        finally:
+            mpl.rcParams["text.parse_math"] = parse_math
         plain_text(drawn)
         return drawn
 
