@@ -43,7 +43,7 @@ html_copy_source = False
 python_maximum_signature_line_length = 88
 """
 CSS = """\
-div.cell_input pre { white-space: pre-wrap; }
+div.cell_input pre, div.highlight-sh pre { white-space: pre-wrap; }
 table { display: block; overflow-x: auto; }
 """
 
