@@ -63,6 +63,16 @@ class Inside(NamedTuple):
     tokens: Tokens
     """What `encode` gives."""
 
+    def images(self) -> "list[Inside]":
+        """Each image of the batch by itself."""
+        found = []
+        for b in range(len(self.tokens.class_token)):
+            one = slice(b, b + 1)
+            *parts, grid, attention = self.tokens
+            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
+            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
+        return found
+
 
 class Output(NamedTuple):
     """Heads applied to the tokens of a batch. C = K + 1, background first."""
@@ -327,14 +337,18 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def inside(self, images: Float[Tensor, "B 3 H W"]) -> "Inside":
-        """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode`."""
+    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "Inside":
+        """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode` with the
+        same `attend`."""
         n_prefix = self.encoder.num_prefix_tokens
         blocks, normed = [], []
-        for _, x, grid in self._run_blocks(images):
-            blocks.append(x)
-            normed.append(self.final_norm(x))
+        with self._attention_of(attend) as maps:
+            for _, x, grid in self._run_blocks(images):
+                blocks.append(x)
+                normed.append(self.final_norm(x))
         tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
+        if maps:
+            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
         return Inside([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()

@@ -591,6 +591,19 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device) -> Iter
         yield
 
 
+def passes_of(model: ToCo, config: TrainConfig) -> Callable:
+    """A function that returns the context of a pass as a config wants it: kernels and precision."""
+    device = model.classifier.weight.device
+    autocast = autocast_of(config, device)
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with attention_of(model, config, device), autocast():
+            yield
+
+    return context
+
+
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:
     """Means over the processes, as plain numbers."""
     values = share.mean(in_float64(torch.stack([value.detach() for value in terms.values()])))
