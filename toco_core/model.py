@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from toco_core.backbone import build_encoder, resize_positions
 
 from .affinity import mean_attention
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 
 DILATION = 5  # of the LargeFOV decoder
@@ -405,6 +405,16 @@ class ToCo(nn.Module):
                 attention.fused_attn = fused
 
     # ---- checkpoints of the release
+
+
+def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None = None) -> ToCo:
+    """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
+    weights are loaded next.
+
+    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it.
+    """
+    model = config.model if pretrained is None else dataclasses.replace(config.model, pretrained=pretrained)
+    return ToCo(model, n_classes, dropped_border=config.release.dropped_border)
 
 
 def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = False) -> ToCo:

@@ -70,7 +70,7 @@ class CAMCounts:
     def scores(self, beta: float) -> Scores:
         """Scores where a value of at most `beta` is background; `beta` is rounded to the nearest of `betas`."""
         nearest = int(np.abs(self.betas - beta).argmin())
-        matrix = ConfusionMatrix(self.n_classes + 1)
+        matrix = ConfusionMatrix(self.n_classes)
         matrix.counts = self.counts[nearest + 1 :].sum(0)
         matrix.counts[:, 0] += self.counts[: nearest + 1].sum((0, 2))
         return matrix.scores()
@@ -214,7 +214,7 @@ def evaluate(
             number, item, counts, label = waiting.popleft()
             if label is not None:
                 label = label.result() if isinstance(label, Future) else label
-                matrix = ConfusionMatrix(model.n_classes + 1)
+                matrix = ConfusionMatrix(model.n_classes)
                 matrix.update(item.mask, label)
                 counts = counts._replace(seg=matrix.counts)
             counted.add(number, counts)
@@ -344,7 +344,7 @@ class _Counted:
     """The sum over images, and their image-level predictions."""
 
     def __init__(self, n_classes: int):
-        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes + 1)
+        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes)
         self.n_masks = 0
         self._rows: dict[int, tuple[np.ndarray, ...]] = {}
 
