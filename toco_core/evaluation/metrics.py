@@ -95,6 +95,9 @@ class OpenCounts:
     def update(self, ground_truth: np.ndarray, label: np.ndarray) -> None:
         """Adds the pixels of maps of equal shape, 0..K or 255 each. Raises ToCoError as `ConfusionMatrix.update`."""
         C = len(self.counts)
+        for name, values in (("ground truth", ground_truth), ("label", label)):
+            if (values == C).any():  # the number that open pixels get below
+                raise ToCoError(f"{name} with the value {C}: 0 to {C - 1} and {IGNORE} are allowed")
         matrix = ConfusionMatrix(C)  # K + 1: "open" is a class, too
         matrix.update(ground_truth, np.where(label == IGNORE, C, label))
         self.counts = self.counts + matrix.counts[:C]
