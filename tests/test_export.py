@@ -122,7 +122,7 @@ def test_cam_and_crf_is_one_label(model, source, config, tmp_path):
 
 def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypatch):
     whole = export(model, source, tmp_path / "whole", config, progress=False)
-    write = exporting._write_label
+    write = exporting.write_label
     made = []
 
     def failing(path, label):
@@ -131,12 +131,12 @@ def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypa
         made.append(path.name)
         return write(path, label)
 
-    monkeypatch.setattr(exporting, "_write_label", failing)
+    monkeypatch.setattr(exporting, "write_label", failing)
     with pytest.raises(KeyboardInterrupt):
         export(model, source, tmp_path / "cut", config, progress=False)
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
     assert not manifest["finished"] and not (tmp_path / "cut" / "classes.txt").exists()
-    monkeypatch.setattr(exporting, "_write_label", write)
+    monkeypatch.setattr(exporting, "write_label", write)
     rest = export(model, source, tmp_path / "cut", config, progress=False)
     assert rest.n_new == 3 and rest.pixels == whole.pixels
     for path in sorted(p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
@@ -187,7 +187,7 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
     ("options", "message"),
     [
         ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par, crf, seg, seg_crf"),
-        ({"images": "move"}, "images = 'move' is not allowed: one of link, copy, none"),
+        ({"images": "move"}, "images = 'move' is not allowed: one of copy, link, none"),
         ({"beta": 1.5}, "beta = 1.5 is not allowed"),
         ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),
         ({"method": "seg_crf", "crf": False}, "needs a CRF"),
@@ -265,6 +265,19 @@ def test_the_command(model, source, config, tmp_path, capsys):
     assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "val", "--method", "cam"]) == 0
     assert "1 label maps, 1 of them new" in capsys.readouterr().out
     assert VOCFolder(tmp_path / "out", "val").names == ("img_4",)
+    everything = [str(run.folder), str(tmp_path / "all"), "--split", "all", "--beta-l", "0.1", "--beta-h", "0.9"]
+    write_list(source.root, "train", [f"img_{i}" for i in range(4)])  # img_4 is held out
+    assert exporting.main(everything) == 0
+    parts = {name: VOCFolder(tmp_path / "all", name) for name in ("train", "val", "all")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 4, "val": 1, "all": 5}
+    in_json = COCOFolder(tmp_path / "all" / "annotations" / "instances_val.json", unlabelled=True)
+    assert in_json.names == ("img_4",)
+    np.testing.assert_array_equal(in_json.mask(0), parts["all"].mask(4))
+    settings = json.loads((tmp_path / "all" / "manifest.json").read_text())["settings"]
+    assert (settings["beta_l"], settings["beta_h"]) == (0.1, 0.9)
+    copied = tmp_path / "all" / "JPEGImages" / "img_0.jpg"
+    assert copied.stat().st_ino != source.image_path(0).stat().st_ino  # to edit it leaves the data set alone
+    assert exporting.main([*everything[:-1], "0.05"]) == 1  # beta_l above beta_h
     assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "nope"]) == 1
     assert "split 'nope'" in capsys.readouterr().out
 

@@ -1,7 +1,7 @@
 """Pseudo labels out: label maps of a split, in a folder that any trainer of segmentation reads.
 
     folder/SegmentationClass/<name>.png              palette PNG with VOC's colours, at the image's own size
-    folder/JPEGImages/<name>.<suffix>                the images, linked or copied, so that the folder is a data set
+    folder/JPEGImages/<name>.<suffix>                the images, copied or linked, so that the folder is a data set
     folder/ImageSets/Segmentation/<split>.txt        the names
     folder/classes.txt                               the classes, background first
     folder/annotations/instances_<split>.json        the same labels as COCO's RLE
@@ -14,12 +14,13 @@ stopped. From a shell:
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,17 +30,18 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from toco_core.config import TrainConfig
+from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
+from toco_core.data.split import joined
 from toco_core.errors import ToCoError
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
-from toco_core.model import ToCo
+from toco_core.model import ToCo, Tokens
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claim_folder, weights_hash
@@ -52,7 +54,8 @@ METHODS = {
     "seg": "the decoder's segmentation; needs no image-level labels",
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
-IMAGES = ("link", "copy", "none")
+IMAGES = ("copy", "link", "none")
+ALL = "all"  # the split of all images of a run
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
 
@@ -75,9 +78,12 @@ def export(
     *,
     method: str = "par",
     beta: float | None = None,
+    beta_l: float | None = None,
+    beta_h: float | None = None,
     crf: Mapping | bool = True,
     split: str | None = None,
-    images: str = "link",
+    parts: Mapping[str, Sequence[str]] | None = None,
+    images: str = "copy",
     progress: bool = True,
 ) -> Exported:
     """Write label maps of every image of a split in VOC layout.
@@ -86,10 +92,13 @@ def export(
         method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
             them.
         beta: the threshold of "cam"; None: `config.labels.beta`.
+        beta_l, beta_h: the thresholds of "par" and "crf"; None: those of `config.labels`.
         crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
-        images: "link" (hard links where the disk allows it, else copies), "copy", or "none", which leaves a folder of
-            masks alone. A picture that its camera wants turned is stored upright, as PNG.
+        parts: name -> images, of further lists.
+        images: "copy", "link" (hard links where the disk allows it, else copies: who edits such a file edits the data
+            set's), or "none", which leaves a folder of masks alone. A picture that its camera wants turned is stored
+            upright, as PNG.
 
     Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
     """
@@ -100,6 +109,7 @@ def export(
     beta = config.labels.beta if beta is None else float(beta)
     if not 0 <= beta <= 1:
         raise ToCoError(f"beta = {beta} is not allowed: 0 to 1")
+    config = with_thresholds(config, beta_l=beta_l, beta_h=beta_h)
     folder, split = Path(folder), split or source.split
     options = checked_crf(crf) if method.endswith("crf") else None
     if method.endswith("crf") and options is None:
@@ -109,46 +119,74 @@ def export(
         claim_folder(folder, settings, "export")
         remove_parts(folder, "**/*")
         (folder / "SegmentationClass").mkdir(exist_ok=True)
-        missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
+        missing = [i for i, name in enumerate(source.names) if not label_path(folder, name).is_file()]
         if missing:
             made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
             with ThreadPoolExecutor(2) as pool:
                 bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
-                for done in pool.map(lambda item: _write_label(_label_path(folder, item[0]), item[1]), bar):
+                for done in pool.map(lambda item: write_label(label_path(folder, item[0]), item[1]), bar):
                     assert done is None
         if images != "none":
             for i, name in enumerate(source.names):
-                _place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
-        return _finish(folder, source, split, settings, len(missing))
+                place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
+        return write_lists(folder, source, split, settings, len(missing), parts=parts)
+
+
+def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
+    """The config with those thresholds that are not None."""
+    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
 def label_maps(
     model: ToCo, source: Split, config: TrainConfig, *, method: str, beta: float, crf: Mapping
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
     """(name, label map at native size) of every image, in order; one image in memory at a time."""
-    was_training, needs_labels = model.training, not method.startswith("seg")
+    was_training = model.training
     items = evaluation_items(
-        source if needs_labels else _Unlabelled(source),
+        source if needs_labels(method) else _Unlabelled(source),
         size=eval_size(config),
         workers=config.data.workers,
         native=True,
     )
-    predictor = ImagePredictor(model, config, passes=passes_of(model, config))
     model.eval()
     try:
+        passes = passes_of(model, config)
         for item in items:
-            predictor.set_item(item)
-            if method == "cam":
-                yield item.name, predictor.cam_label(beta)
-            elif needs_labels:
-                yield item.name, predictor.pseudo_label(method, settings=crf if method == "crf" else None)
-            else:
-                yield (
-                    item.name,
-                    predictor.segmentation(scales=config.seg_scales, crf=crf if method == "seg_crf" else None),
-                )
+            yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf, passes=passes)
     finally:
         model.train(was_training)
+
+
+<<<<<<< HEAD
+=======
+def needs_labels(method: str) -> bool:
+    """Whether image-level labels choose the classes of a method's label maps."""
+    return not method.startswith("seg")
+
+
+def image_label(
+    model: ToCo,
+    item: EvalItem,
+    config: TrainConfig,
+    *,
+    method: str,
+    beta: float,
+    crf: Mapping,
+    tokens: Tokens | None = None,
+    passes: Callable = contextlib.nullcontext,
+) -> UInt8[np.ndarray, "H W"]:
+    """The label map at native size of one image, which has its `native` pixels; no gradient.
+
+    `tokens`: those of the image at scale 1, where they are at hand, with the attention that `config.labels` asks for.
+    `passes`: as for `ImagePredictor`.
+    """
+    predictor = ImagePredictor(model, config, passes=passes)
+    predictor.set_item(item, tokens=tokens)
+    if method == "cam":
+        return predictor.cam_label(beta)
+    if needs_labels(method):
+        return predictor.pseudo_label(method, settings=crf if method == "crf" else None)
+    return predictor.segmentation(scales=config.seg_scales, crf=crf if method == "seg_crf" else None)
 
 
 class _Unlabelled:
@@ -191,16 +229,16 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
     return json.loads(json.dumps(settings))
 
 
-def _label_path(folder: Path, name: str) -> Path:
+def label_path(folder: Path, name: str) -> Path:
     return folder / "SegmentationClass" / f"{name}.png"
 
 
-def _write_label(path: Path, label: np.ndarray) -> None:
+def write_label(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, palette_png(label))
 
 
-def _place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
+def place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
     """The image beside its label: the same file, or upright where the file only says how to turn it."""
     with Image.open(original) as header:
         upright = header.getexif().get(ORIENTATION, 1) == 1
@@ -215,13 +253,24 @@ def _place_image(original: Path, source: Split, index: int, folder: Path, name: 
     place_file(original, target, link=link)
 
 
-def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
-    """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now."""
+def write_lists(
+    folder: Path,
+    source: Split,
+    split: str,
+    settings: dict,
+    n_new: int,
+    *,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> Exported:
+    """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now.
+
+    `parts` are further lists: name -> names of images of `source`.
+    """
     counts, files = np.zeros(256, np.int64), {}
     entries, annotations = [], []
     pictures = {p.relative_to(folder / "JPEGImages").with_suffix("").as_posix(): p for p in _pictures(folder)}
     for number, name in enumerate(source.names, start=1):
-        path = _label_path(folder, name)
+        path = label_path(folder, name)
         label = read_mask(path)
         counts += np.bincount(label.ravel(), minlength=256)
         files[name] = _sha256(path.read_bytes())
@@ -231,16 +280,20 @@ def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int)
             entry["ignore"] = _rle(label == IGNORE)
         entries.append(entry)
         annotations += _annotations(label, number, len(annotations) + 1)
-    content = {
-        "images": entries,
-        "annotations": annotations,
-        "categories": [{"id": k, "name": name} for k, name in enumerate(source.class_names) if k],
-    }
     for below in ("ImageSets/Segmentation", "annotations"):
         (folder / below).mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{n}\n" for n in source.names))
+    categories = [{"id": k, "name": name} for k, name in enumerate(source.class_names) if k]
+    for part, names in {**(parts or {}), split: source.names}.items():
+        wanted = set(names)
+        numbers = {number for number, name in enumerate(source.names, start=1) if name in wanted}
+        content = {
+            "images": [entry for entry in entries if entry["id"] in numbers],
+            "annotations": [entry for entry in annotations if entry["image_id"] in numbers],
+            "categories": categories,
+        }
+        write_whole(folder / "ImageSets" / "Segmentation" / f"{part}.txt", "".join(f"{name}\n" for name in names))
+        write_whole(folder / "annotations" / f"instances_{part}.json", json.dumps(content))
     write_whole(folder / "classes.txt", "".join(f"{name}\n" for name in source.class_names))
-    write_whole(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
     total = counts.sum()
     pixels = {name: float(counts[k] / total) for k, name in enumerate(source.class_names)}
     pixels["ignored"] = float(counts[IGNORE] / total)
@@ -305,10 +358,8 @@ def voc_archive(
         with tarfile.open(fileobj=packed, mode="w") as tar:
             for index, name in enumerate(source.names):
                 if (source.mask(index) == IGNORE).any():
-                    raise ToCoError(
-                        f"{_label_path(folder, name)} holds 255: the server takes 0..20 only, as method seg"
-                    )
-                data = _label_path(folder, name).read_bytes()
+                    raise ToCoError(f"{label_path(folder, name)} holds 255: the server takes 0..20 only, as method seg")
+                data = label_path(folder, name).read_bytes()
                 entry = tarfile.TarInfo(f"{below}/{name}.png")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
@@ -322,20 +373,32 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("folder", help="new folder, or one whose export was interrupted")
-    parser.add_argument("--split", default="train", help="split of the run's data set (default train)")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of the run's data set (default train); all: what it trains and what it validates on, with a list "
+        "each",
+    )
     parser.add_argument(
         "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
     )
-    parser.add_argument("--beta", type=float, help="threshold of cam (default: the config's)")
-    parser.add_argument("--images", default="link", choices=IMAGES, help="the images beside the labels (default link)")
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
+        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
+    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
     try:
         opened = open_run(chosen.run)
-        source = split_of_run(opened.config, chosen.split)
+        parts = {}
+        if chosen.split == ALL:
+            parts = {name: getattr(opened.data, name) for name in ("train", "val")}
+            source = joined(list(parts.values()), ALL)
+        else:
+            source = split_of_run(opened.config, chosen.split)
         found = export(
             opened.model, source, chosen.folder, opened.config,
-            method=chosen.method, beta=chosen.beta, images=chosen.images, split=chosen.split,
+            method=chosen.method, beta=chosen.beta, beta_l=chosen.beta_l, beta_h=chosen.beta_h, images=chosen.images,
+            split=chosen.split, parts={name: part.names for name, part in parts.items()},
         )  # fmt: skip
         print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))

@@ -28,7 +28,7 @@ from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
-from toco_core.model import Inside, ToCo
+from toco_core.model import Inside, ToCo, Tokens
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.crf import crf_label
@@ -52,8 +52,11 @@ class ImagePredictor:
         source = _OneImage(image, values)
         self.set_item(next(evaluation_items(source, size=eval_size(self.config), native=True)))
 
-    def set_item(self, item: EvalItem) -> None:
-        """Set an image as `data.evaluation_items` gives it, with `native=True`."""
+    def set_item(self, item: EvalItem, *, tokens: Tokens | None = None) -> None:
+        """Set an image as `data.evaluation_items` gives it, with `native=True`.
+
+        `tokens`: of this image at scale 1, where they are at hand, with the attention that the config asks for.
+        """
         weight = self.model.classifier.weight
         self.native: UInt8[Tensor, "1 3 nh nw"] = item.native
         self.size: tuple[int, int] = tuple(item.native.shape[-2:])
@@ -62,6 +65,8 @@ class ImagePredictor:
         present = torch.nonzero(item.image_labels[0])[:, 0]
         self.labelled: tuple[int, ...] = tuple(int(k) + 1 for k in present)
         self._passes: dict[tuple[float, bool], Inside] = {}
+        if tokens is not None:
+            self._passes[1.0, False] = Inside([], [], tokens)
         self._kept: dict = {}
 
     # ---- maps
@@ -69,12 +74,12 @@ class ImagePredictor:
     @property
     def inside(self) -> Inside:
         """The pass over the image as it is: tokens after every block."""
-        return self._pass(1.0, False, False)
+        return self._pass(1.0, False, False, every_block=True)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patch tokens."""
-        return self.inside.tokens.grid
+        return self._pass(1.0, False, False).tokens.grid
 
     def class_cam(
         self, k: int, *, block: int | None = None, scales: Sequence[float] | None = None, flip: bool = True
@@ -192,7 +197,7 @@ class ImagePredictor:
     def seg_logits(self) -> Float[Tensor, "1 C h w"]:
         """Of the decoder, at the patch grid."""
         if "seg_logits" not in self._kept:
-            tokens = self.inside.tokens
+            tokens = self._pass(1.0, False, False).tokens
             with torch.no_grad(), self.passes():
                 self._kept["seg_logits"] = self.model.decoder(tokens.patch_map).contiguous()
         return self._kept["seg_logits"]
@@ -207,9 +212,10 @@ class ImagePredictor:
             raise ToCoError(f"block = {block} is not allowed: {self.model.config.backbone} has 1..{self.model.depth}")
         return block
 
-    def _pass(self, scale: float, mirrored: bool, flip: bool) -> Inside:
+    def _pass(self, scale: float, mirrored: bool, flip: bool, *, every_block: bool = False) -> Inside:
         """One view; scaled views and their mirrors go together, as in `multi_scale_cam`."""
-        if (scale, mirrored) not in self._passes:
+        known = self._passes.get((scale, mirrored))
+        if known is None or (every_block and not known.blocks):
             attend = self.config.labels.attended()
             with torch.no_grad(), self.passes():
                 views = scaled(self.model, self.images, scale)
@@ -225,10 +231,13 @@ class ImagePredictor:
         """Raw activations of all classes from one view, carried along its attention where the config says so."""
         key = ("raw", scale, mirrored, row)
         if key not in self._kept:
-            inside, model, labels = self._pass(scale, mirrored, flip), self.model, self.config.labels
+            model, labels, inner = self.model, self.config.labels, row not in (AUXILIARY, self.model.depth)
+            inside = self._pass(scale, mirrored, flip, every_block=inner)
             head = model.classifier if row != AUXILIARY else model.aux_classifier
             if row == AUXILIARY:
                 patch_map = inside.tokens.aux_patch_map
+            elif not inner:
+                patch_map = inside.tokens.patch_map
             else:
                 patch_map = inside.normed[row - 1].transpose(1, 2).unflatten(2, inside.tokens.grid)
             with torch.no_grad(), torch.autocast(patch_map.device.type, enabled=False):
