@@ -157,8 +157,6 @@ def label_maps(
         model.train(was_training)
 
 
-<<<<<<< HEAD
-=======
 def needs_labels(method: str) -> bool:
     """Whether image-level labels choose the classes of a method's label maps."""
     return not method.startswith("seg")
