@@ -905,6 +905,7 @@ def test_controls_without_effect_are_disabled_and_each_has_a_tip(explorer):
 
 def test_contours_have_a_key_and_a_saved_line_does_not_stay(session, tmp_path):
     explorer = Explorer(session, folder=tmp_path / "out", may_save=True)
+    explorer.controls["contours"].value = False
     assert "beta_h" not in explorer.legends[0].value
     explorer.controls["contours"].value = True
     explorer.set(beta_l=0.23, beta_h=0.61)
