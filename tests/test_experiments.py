@@ -125,3 +125,23 @@ def test_the_layer_ablation_has_six_blocks_that_the_backbone_has(common, monkeyp
     configs = [override(tiny(), **overrides) for overrides in layers.VARIANTS.values()]
     assert [config.model.layer for config in configs] == list(layers.LAYERS) == [7, 8, 9, 10, 11, 12]
     assert tiny() in configs
+
+
+def test_variants_of_ctc_differ_in_what_they_name(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    variants = importlib.import_module("ctc_variants").VARIANTS
+    configs = [override(tiny(), **overrides) for overrides in variants.values()]
+    assert len({config.short_hash() for config in configs}) == len(variants) and "PTC alone" in variants
+    later = [(c.crops.local_resized, c.loss.ctc_cosine, c.loss.ctc_batch_negatives) for c in configs]
+    assert later[1] == (False, False, False) and later[-1] == (True, True, True)
+
+
+def test_shipped_runs_are_results_too(common):
+    shipped = common.shipped_runs()
+    found = common.shipped_results()
+    assert set(found) == {run.config().short_hash() for run in shipped.values()}
+    for run in shipped.values():
+        result, scores = found[run.config().short_hash()], run.scores()
+        assert result["seg_miou"] == round(scores["miou"]["seg"], 2) and result["seed"] == run.config().seed
+        weights = {"ptc": run.config().loss.ptc, "ctc": run.config().loss.ctc}
+        assert common.runs_of(weights, found) == [result]

@@ -3,6 +3,7 @@ import sys
 import types
 from types import SimpleNamespace
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -292,12 +293,6 @@ def test_a_live_run_draws_now_and_then(monkeypatch):
 # ---- runs side by side
 
 
-def scores(cam, aux_cam, pseudo, similarity):
-    return SimpleNamespace(
-        miou={"cam": cam, "aux_cam": aux_cam, "pseudo_label": pseudo, "seg": 1.0}, token_similarity=similarity
-    )
-
-
 def test_points_with_error_bars(ax):
     assert viz.error_points(ax, {7: [1.0, 4.0], 9: [5.0]}, colour="#123456", label="x", shift=0.1) is ax
     line, caps, (bars,) = ax.containers[0]
@@ -313,21 +308,31 @@ def test_one_seed_has_no_error_bar(ax):
     assert not ax.containers[0].has_yerr and len(ax.lines) == 1
 
 
+def test_a_backend_that_is_loaded_by_the_first_figure_stays_interactive(ax):
+    def first_figure():
+        plt.ion()  # as the notebooks' backend does
+        return ax
+
+    with mpl.rc_context({"interactive": False, "text.parse_math": True}):
+        viz._with_plain_text(first_figure)()
+        assert plt.isinteractive() and mpl.rcParams["text.parse_math"]
+
+
 def test_layer_figure():
-    runs = {
-        2: [scores(10, 20, 30, [0.1, 0.2, 0.3]), scores(14, 20, 30, [0.1, 0.4, 0.5])],
-        3: [scores(1, 2, 3, [0, 0, 0.9])],
-    }
-    figure = viz.layer_figure(runs, chosen=2)
+    kinds = {"cam": {2: [10.0, 14.0], 3: [1.0]}, "seg": {2: [20.0, 30.0], 3: [3.0]}}
+    alike = {"its own block": {2: [0.2, 0.4], 3: [0.9]}, "last block": {2: [0.3, 0.5], 3: [0.8]}}
+    figure = viz.layer_figure(kinds, alike, chosen=3, frozen=2)
     left, right = figure.axes
     lines = {container.get_label(): points(container[0]) for container in left.containers}
-    assert lines["final CAM"] == [(1.94, 12), (2.94, 1)] and lines["auxiliary CAM"] == [(2, 20), (3, 2)]
-    assert lines["pseudo label (PAR)"] == [(2.06, 30), (3.06, 3)]
+    assert lines == {"final CAM": [(1.96, 12), (2.96, 1)], "segmentation": [(2.04, 25), (3.04, 3)]}
     own, last = right.containers
-    np.testing.assert_allclose(points(own[0]), [(2, 0.3), (3, 0.9)])  # of block 2 and of block 3
-    np.testing.assert_allclose(points(last[0]), [(2, 0.4), (3, 0.9)])
-    assert "2 seeds" in left.get_title() and len(left.patches) == 1
-    assert "1 seed)" in viz.layer_figure({3: runs[3]}).axes[0].get_title()
+    np.testing.assert_allclose(points(own[0]), [(2, 0.3), (3, 0.9)])
+    np.testing.assert_allclose(points(last[0]), [(2, 0.4), (3, 0.8)])
+    spans = {patch.get_label(): (patch.get_x(), patch.get_x() + patch.get_width()) for patch in left.patches}
+    assert spans == {"frozen blocks": pytest.approx((1.6, 2.4)), "chosen on val": pytest.approx((2.8, 3.2))}
+    assert "2 seeds" in left.get_title()
+    alone = viz.layer_figure({"cam": {3: [1.0]}}, {}, frozen=2)
+    assert "1 seed)" in alone.axes[0].get_title() and not alone.axes[0].patches
 
 
 def test_compared_curves():

@@ -122,15 +122,18 @@ def paint_animal(
         table[255] = np.minimum(INK, 0.5 * colours[0])
         tables.append(table)
     field = cv2.GaussianBlur(coat_field(coat, rng, h, w, unit), (0, 0), 0.8)[..., None]
-    layer = tables[0][sheet]
-    layer += (tables[1][sheet] - layer) * field
+    layer, other = (table.take(sheet, axis=0) for table in tables)
+    other -= layer
+    other *= field
+    layer += other
     relief = 1.12 - 0.26 * np.linspace(0, 1, h, dtype=np.float32)[:, None] + 0.1 * (noise(rng, h, w, 3) - 0.5)
-    layer = np.clip(layer * relief[..., None], 0, 255)
+    layer *= relief[..., None]
+    np.clip(layer, 0, 255, out=layer)
     where = sheet > 0
     region = image[y0:y1, x0:x1]
     shadow = cv2.GaussianBlur(cv2.resize(where.astype(np.float32), (w // 4 + 1, h // 4 + 1)), (0, 0), unit * 0.035)
     region *= (1 - 0.4 * cv2.resize(shadow, (w, h)))[..., None]
-    region[where] = layer[where]
+    np.copyto(region, layer, where=where[..., None])
     mask[y0:y1, x0:x1][where] = label
 
 
