@@ -48,8 +48,8 @@ class Expectations(NamedTuple):
                 f"{100 * self.precision[-1]:.0f} %."
             )
             lines.append(
-                f"2. Along the label's border the image changes by {drawn[:, 0].mean():.1f} grey levels per pixel without "
-                f"PAR, with it by {_mean_and_error(drawn[:, 1] - drawn[:, 0])} more."
+                f"2. Along the label's border the image changes by {drawn[:, 0].mean():.1f} grey levels per pixel "
+                f"without PAR, with it by {_mean_and_error(drawn[:, 1] - drawn[:, 0])} more."
             )
         object_, ground = self.similarity[np.isfinite(self.similarity).all(1)].T
         lines.append(
