@@ -15,6 +15,7 @@ from toco_core.config import (
     field_sections,
     lr_at,
     override,
+    photographs,
     shortened,
     tiny,
     voc,
@@ -357,3 +358,28 @@ def test_the_largest_seed_seeds_every_step():
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"crop_size": 40}, "^crop_size = 40 does not fit the recipe's local_size: local_size = 48 must be at most "),
+        ({"beta_h": 0.2}, "^beta_h = 0.2 does not fit the recipe's beta_l: "),
+        ({"crop_size": 40, "local_size": 64}, "^local_size = 64 must be at most crop_size = 40$"),
+        ({"steps": 20, "warmup_steps": 30}, "^warmup_steps = 30 must be at most steps = 20$"),
+        ({"steps": 0}, "^steps = 0 "),
+        ({"crop_size": -1}, "^crop_size = -1 "),
+    ],
+)
+def test_a_message_begins_with_what_was_named(values, message):
+    """`crop_size 40` was told that local_size, which nobody had named, was wrong."""
+    with pytest.raises(ToCoError, match=message):
+        configured(tiny(), **values)
+
+
+@pytest.mark.parametrize("recipe", [tiny, photographs, voc, coco])
+def test_any_number_of_steps_makes_a_schedule(recipe):
+    """`steps 4` complained of warmup_steps."""
+    for steps in (1, 2, 3, 4, 7):
+        config = configured(recipe(), steps=steps)
+        assert config.schedule.steps == steps and config.schedule.warmup_steps <= steps // 2

@@ -187,7 +187,7 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
     ("options", "message"),
     [
         ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par, crf, seg, seg_crf"),
-        ({"images": "move"}, "images = 'move' is not allowed: one of link, copy, none"),
+        ({"images": "move"}, "images = 'move' is not allowed: one of copy, link, none"),
         ({"beta": 1.5}, "beta = 1.5 is not allowed"),
         ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),
         ({"method": "seg_crf", "crf": False}, "needs a CRF"),
@@ -265,6 +265,19 @@ def test_the_command(model, source, config, tmp_path, capsys):
     assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "val", "--method", "cam"]) == 0
     assert "1 label maps, 1 of them new" in capsys.readouterr().out
     assert VOCFolder(tmp_path / "out", "val").names == ("img_4",)
+    everything = [str(run.folder), str(tmp_path / "all"), "--split", "all", "--beta-l", "0.1", "--beta-h", "0.9"]
+    write_list(source.root, "train", [f"img_{i}" for i in range(4)])  # img_4 is held out
+    assert exporting.main(everything) == 0
+    parts = {name: VOCFolder(tmp_path / "all", name) for name in ("train", "val", "all")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 4, "val": 1, "all": 5}
+    in_json = COCOFolder(tmp_path / "all" / "annotations" / "instances_val.json", unlabelled=True)
+    assert in_json.names == ("img_4",)
+    np.testing.assert_array_equal(in_json.mask(0), parts["all"].mask(4))
+    settings = json.loads((tmp_path / "all" / "manifest.json").read_text())["settings"]
+    assert (settings["beta_l"], settings["beta_h"]) == (0.1, 0.9)
+    copied = tmp_path / "all" / "JPEGImages" / "img_0.jpg"
+    assert copied.stat().st_ino != source.image_path(0).stat().st_ino  # to edit it leaves the data set alone
+    assert exporting.main([*everything[:-1], "0.05"]) == 1  # beta_l above beta_h
     assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "nope"]) == 1
     assert "split 'nope'" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toco_core.config import ModelConfig, did_you_mean
 from toco_core.errors import ToCoError
 from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.machine.hub import hub_reason, quick_hub
 from toco_core.machine.torchvision_shim import make_importable
 
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent / "weights"
@@ -85,7 +86,7 @@ def build_encoder(config: ModelConfig) -> nn.Module:
         if config.pretrained:
             load_weights(encoder, path, antialias=config.pos_embed_antialias)
         return encoder
-    encoder = _timm_encoder(config.backbone, download=config.pretrained and not config.weights)
+    encoder = build_timm(config.backbone, download=config.pretrained and not config.weights)
     if config.pretrained and config.weights:
         load_weights(encoder, config.weights, antialias=config.pos_embed_antialias)
     return encoder
@@ -103,7 +104,11 @@ def _plain_encoder(spec: PlainViT) -> nn.Module:
     return encoder
 
 
-def _timm_encoder(name: str, *, download: bool) -> nn.Module:
+def build_timm(name: str, *, download: bool, head: bool = False) -> nn.Module:
+    """One of timm's plain vision transformers for images of any size; with `head` it keeps its own classifier.
+
+    Raises ToCoError for a name that is none of them, and where its weights cannot be fetched.
+    """
     make_importable()
     import timm
 
@@ -123,9 +128,11 @@ def _timm_encoder(name: str, *, download: bool) -> nn.Module:
     if name != architecture and name not in tagged:
         raise ToCoError(f"backbone = {name!r} is not known{did_you_mean(name, tagged)}")
     try:
-        encoder = timm.create_model(name, pretrained=download, num_classes=0, dynamic_img_size=True)
+        options = {} if head else {"num_classes": 0}
+        with quick_hub():
+            encoder = timm.create_model(name, pretrained=download, dynamic_img_size=True, **options)
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = hub_reason(error)
         if not download:
             raise ToCoError(f"backbone = {name!r} could not be built ({reason})") from error
         source = timm.models.get_pretrained_cfg(name)
@@ -140,10 +147,6 @@ def _timm_encoder(name: str, *, download: bool) -> nn.Module:
             "choose one that pools by its class token"
         )
     return encoder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
 
 
 def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: bool = False) -> None:

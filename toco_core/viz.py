@@ -127,8 +127,12 @@ def _with_plain_text(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def draws(*args, **options):
-        with mpl.rc_context({"text.parse_math": False}):
+        parse_math = mpl.rcParams["text.parse_math"]
+        mpl.rcParams["text.parse_math"] = False  # not rc_context, which also undoes what a backend sets as it is loaded
+        try:
             drawn = function(*args, **options)
+        finally:
+            mpl.rcParams["text.parse_math"] = parse_math
         plain_text(drawn)
         return drawn
 
@@ -154,12 +158,13 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np
 
 
 def label_over_image(
-    image: np.ndarray, label: np.ndarray, names: Mapping[int, str], *, strength: float = 0.55, side: int = 900
+    image: np.ndarray, label: np.ndarray, names: Mapping[int, str] | None, *, strength: float = 0.55, side: int = 900
 ) -> np.ndarray:
     """A label map over its image, uint8 RGB: background stays the image, uncertain pixels (255) are hatched, each class
     has its outline, and a strip below names the colours.
 
-    image: uint8 H W 3. label: uint8 H W. names: what is written below, by class. The longer side is at most `side`.
+    image: uint8 H W 3. label: uint8 H W. names: what is written below, by class; None: no strip. The longer
+    side is at most `side`.
     """
     scale = min(1.0, side / max(label.shape))
     width, height = (max(1, round(n * scale)) for n in label.shape[::-1])
@@ -171,7 +176,22 @@ def label_over_image(
     edge[:, 1:] |= label[:, 1:] != label[:, :-1]
     picture = (1 - alpha) * small + alpha * label_colours(label)
     picture[edge] = 255
-    return np.vstack([picture.round().astype(np.uint8), _named_colours(names, width)])
+    picture = picture.round().astype(np.uint8)
+    return picture if names is None else np.vstack([picture, _named_colours(names, width)])
+
+
+def titled_row(pictures: Sequence[np.ndarray], titles: Sequence[str], *, gap: int = 6) -> np.ndarray:
+    """Pictures (uint8 h w 3, of one height) side by side on white, each under its title, which is cut to its width."""
+    font, parts = ImageFont.load_default(14), []
+    for picture, title in zip(pictures, titles, strict=True):
+        text = title.encode(errors="replace").decode()
+        while text and font.getlength(text) > picture.shape[1]:
+            text = text[:-1]
+        strip = Image.new("RGB", (picture.shape[1], 22), "white")
+        ImageDraw.Draw(strip).text((0, 3), text, fill=(30, 30, 30), font=font)
+        column = np.vstack([np.asarray(strip), picture])
+        parts += [column, np.full((len(column), gap, 3), 255, np.uint8)]
+    return np.hstack(parts[:-1])
 
 
 def _named_colours(names: Mapping[int, str], width: int) -> np.ndarray:

@@ -17,6 +17,7 @@ import json
 import math
 import numbers
 import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -742,12 +743,21 @@ def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
     """Change fields of a recipe as a user names them.
 
     Like `override`; but where `steps` is among them, the first steps of the terms, the warm-up and the interval of
-    validations that are not named keep their share of the schedule (`shortened`).
+    validations that are not named keep their share of the schedule (`shortened`). Where a value does not fit one that
+    the recipe has, the ToCoError begins with the one that was named here.
     """
     steps = values.get("steps")
-    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
-        recipe = shortened(recipe, steps)
-    return override(recipe, **values)
+    try:
+        if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+            recipe = shortened(recipe, steps)
+        return override(recipe, **values)
+    except ToCoError as error:
+        blamed = re.match(r"(\w+) = ", str(error))
+        mine = [name for name in values if re.search(rf"\b{name} = ", str(error))]
+        if blamed is None or blamed[1] in values or not mine:
+            raise
+        named = ", ".join(f"{name} = {values[name]!r}" for name in mine)
+        raise ToCoError(f"{named} does not fit the recipe's {blamed[1]}: {error}; give {blamed[1]}, too") from error
 
 
 def changed_batch(config: TrainConfig, recipe: TrainConfig) -> str:

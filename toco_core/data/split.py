@@ -255,6 +255,26 @@ def holdout(names: Sequence[str], fraction: float, seed: int = 0) -> tuple[list[
     return sorted(order[n_out:]), sorted(order[:n_out])
 
 
+def joined(parts: Sequence[Split], split: str) -> Split:
+    """The items of several splits of one data set as one split of that name.
+
+    Raises ToCoError where they have other classes or the same name twice.
+    """
+    first = parts[0]
+    if any(type(part) is not type(first) or part.class_names != first.class_names for part in parts):
+        raise ToCoError(f"{first.root}: the splits {', '.join(p.split for p in parts)} have other classes or layouts")
+    whole = copy.copy(first)
+    whole.split, whole.names = split, tuple(name for part in parts for name in part.names)
+    twice = first_twice(whole.names)
+    if twice is not None:
+        raise ToCoError(f"{first.root} has the image {twice!r} in more than one of {', '.join(p.split for p in parts)}")
+    whole.left_out = tuple(reason for part in parts for reason in part.left_out)
+    whole._images = [path for part in parts for path in part._images]
+    whole._masks = [mask for part in parts for mask in part._masks]
+    whole._image_labels = np.concatenate([part.image_labels for part in parts])
+    return whole
+
+
 def one_spelling(name: str) -> str:
     """One spelling for names that look alike: file systems differ in how they compose accents."""
     return unicodedata.normalize("NFC", name)

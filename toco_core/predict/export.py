@@ -1,7 +1,7 @@
 """Pseudo labels out: label maps of a split, in a folder that any trainer of segmentation reads.
 
     folder/SegmentationClass/<name>.png              palette PNG with VOC's colours, at the image's own size
-    folder/JPEGImages/<name>.<suffix>                the images, linked or copied, so that the folder is a data set
+    folder/JPEGImages/<name>.<suffix>                the images, copied or linked, so that the folder is a data set
     folder/ImageSets/Segmentation/<split>.txt        the names
     folder/classes.txt                               the classes, background first
     folder/annotations/instances_<split>.json        the same labels as COCO's RLE
@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,12 +33,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from toco_core.cam import multi_scale_cam
-from toco_core.config import TrainConfig
+from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
 from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask, to_unit
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
+from toco_core.data.split import joined
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
 from toco_core.labels import merged_logits, pseudo_label
@@ -57,7 +58,8 @@ METHODS = {
     "seg": "the decoder's segmentation; needs no image-level labels",
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
-IMAGES = ("link", "copy", "none")
+IMAGES = ("copy", "link", "none")
+ALL = "all"  # the split of all images of a run
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
 
@@ -80,9 +82,12 @@ def export(
     *,
     method: str = "par",
     beta: float | None = None,
+    beta_l: float | None = None,
+    beta_h: float | None = None,
     crf: Mapping | bool = True,
     split: str | None = None,
-    images: str = "link",
+    parts: Mapping[str, Sequence[str]] | None = None,
+    images: str = "copy",
     progress: bool = True,
 ) -> Exported:
     """Write label maps of every image of a split in VOC layout.
@@ -91,10 +96,13 @@ def export(
         method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
             them.
         beta: the threshold of "cam"; None: `config.labels.beta`.
+        beta_l, beta_h: the thresholds of "par" and "crf"; None: those of `config.labels`.
         crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
-        images: "link" (hard links where the disk allows it, else copies), "copy", or "none", which leaves a folder of
-            masks alone. A picture that its camera wants turned is stored upright, as PNG.
+        parts: name -> images, of further lists.
+        images: "copy", "link" (hard links where the disk allows it, else copies: who edits such a file edits the data
+            set's), or "none", which leaves a folder of masks alone. A picture that its camera wants turned is stored
+            upright, as PNG.
 
     Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
     """
@@ -105,6 +113,7 @@ def export(
     beta = config.labels.beta if beta is None else float(beta)
     if not 0 <= beta <= 1:
         raise ToCoError(f"beta = {beta} is not allowed: 0 to 1")
+    config = with_thresholds(config, beta_l=beta_l, beta_h=beta_h)
     folder, split = Path(folder), split or source.split
     options = checked_crf(crf) if method.endswith("crf") else None
     if method.endswith("crf") and options is None:
@@ -124,7 +133,12 @@ def export(
         if images != "none":
             for i, name in enumerate(source.names):
                 place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
-        return write_lists(folder, source, split, settings, len(missing))
+        return write_lists(folder, source, split, settings, len(missing), parts=parts)
+
+
+def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
+    """The config with those thresholds that are not None."""
+    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
 def label_maps(
@@ -278,8 +292,19 @@ def place_image(original: Path, source: Split, index: int, folder: Path, name: s
     place_file(original, target, link=link)
 
 
-def write_lists(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
-    """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now."""
+def write_lists(
+    folder: Path,
+    source: Split,
+    split: str,
+    settings: dict,
+    n_new: int,
+    *,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> Exported:
+    """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now.
+
+    `parts` are further lists: name -> names of images of `source`.
+    """
     counts, files = np.zeros(256, np.int64), {}
     entries, annotations = [], []
     pictures = {p.relative_to(folder / "JPEGImages").with_suffix("").as_posix(): p for p in _pictures(folder)}
@@ -294,16 +319,20 @@ def write_lists(folder: Path, source: Split, split: str, settings: dict, n_new: 
             entry["ignore"] = _rle(label == IGNORE)
         entries.append(entry)
         annotations += _annotations(label, number, len(annotations) + 1)
-    content = {
-        "images": entries,
-        "annotations": annotations,
-        "categories": [{"id": k, "name": name} for k, name in enumerate(source.class_names) if k],
-    }
     for below in ("ImageSets/Segmentation", "annotations"):
         (folder / below).mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{n}\n" for n in source.names))
+    categories = [{"id": k, "name": name} for k, name in enumerate(source.class_names) if k]
+    for part, names in {**(parts or {}), split: source.names}.items():
+        wanted = set(names)
+        numbers = {number for number, name in enumerate(source.names, start=1) if name in wanted}
+        content = {
+            "images": [entry for entry in entries if entry["id"] in numbers],
+            "annotations": [entry for entry in annotations if entry["image_id"] in numbers],
+            "categories": categories,
+        }
+        write_whole(folder / "ImageSets" / "Segmentation" / f"{part}.txt", "".join(f"{name}\n" for name in names))
+        write_whole(folder / "annotations" / f"instances_{part}.json", json.dumps(content))
     write_whole(folder / "classes.txt", "".join(f"{name}\n" for name in source.class_names))
-    write_whole(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
     total = counts.sum()
     pixels = {name: float(counts[k] / total) for k, name in enumerate(source.class_names)}
     pixels["ignored"] = float(counts[IGNORE] / total)
@@ -383,20 +412,32 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("folder", help="new folder, or one whose export was interrupted")
-    parser.add_argument("--split", default="train", help="split of the run's data set (default train)")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of the run's data set (default train); all: what it trains and what it validates on, with a list "
+        "each",
+    )
     parser.add_argument(
         "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
     )
-    parser.add_argument("--beta", type=float, help="threshold of cam (default: the config's)")
-    parser.add_argument("--images", default="link", choices=IMAGES, help="the images beside the labels (default link)")
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
+        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
+    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
     try:
         opened = open_run(chosen.run)
-        source = split_of_run(opened.config, chosen.split)
+        parts = {}
+        if chosen.split == ALL:
+            parts = {name: getattr(opened.data, name) for name in ("train", "val")}
+            source = joined(list(parts.values()), ALL)
+        else:
+            source = split_of_run(opened.config, chosen.split)
         found = export(
             opened.model, source, chosen.folder, opened.config,
-            method=chosen.method, beta=chosen.beta, images=chosen.images, split=chosen.split,
+            method=chosen.method, beta=chosen.beta, beta_l=chosen.beta_l, beta_h=chosen.beta_h, images=chosen.images,
+            split=chosen.split, parts={name: part.names for name, part in parts.items()},
         )  # fmt: skip
         print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))

@@ -33,7 +33,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from toco_core.config import TrainConfig, override
+from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, Split, read_image, to_unit
 from toco_core.data.augment import resize
@@ -46,7 +46,16 @@ from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import remove_parts, write_whole, writing
 from toco_core.model import ToCo
-from toco_core.predict.export import IMAGES, METHODS, image_label, label_path, place_image, write_label, write_lists
+from toco_core.predict.export import (
+    IMAGES,
+    METHODS,
+    image_label,
+    label_path,
+    place_image,
+    with_thresholds,
+    write_label,
+    write_lists,
+)
 from toco_core.predict.models import NamedModel, open_model
 from toco_core.runs.folder import claim_folder, weights_hash
 from toco_core.train.loop import attention_of, autocast_of
@@ -174,11 +183,6 @@ def label_photographs(
         write_lists(folder, source, split, settings, log.n_new)
     counts = source.image_labels.sum(0).tolist()
     return Labelled(folder, len(done), log.n_new, skipped, dict(zip(opened.class_names[1:], counts, strict=True)))
-
-
-def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
-    """The config with those thresholds that are not None."""
-    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
 # ---- which photographs there are, and what is known of them

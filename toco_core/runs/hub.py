@@ -24,6 +24,7 @@ from toco_core import __version__
 from toco_core.config import TrainConfig, override
 from toco_core.errors import ToCoError
 from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.machine.hub import hub_reason, quick_hub
 from toco_core.model import ToCo, skeleton
 from toco_core.runs.folder import Run, write_whole
 
@@ -183,11 +184,11 @@ def _fetched(repository: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+        with quick_hub():
+            folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
     except Exception as error:  # the Hub's, of the connection, of a wrong name: of many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ToCoError(
-            f"source = {repository!r} is no folder, and no repository of the Hub ({reason:.160})"
+            f"source = {repository!r} is no folder, and no repository of the Hub ({hub_reason(error)})"
         ) from error
     return Path(folder)
 
