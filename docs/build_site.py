@@ -4,7 +4,8 @@
     python docs/build_site.py FOLDER            # then open FOLDER/html/index.html
 
 No notebook is executed and no module is imported: figures are those that are committed, the API pages are read from the
-sources. Any warning is an error. FOLDER/source holds what Sphinx reads; it is made anew each time.
+sources. Equations are drawn by MathJax, which the browser fetches. Any warning is an error. FOLDER/source holds what
+Sphinx reads; it is made anew each time.
 """
 
 import argparse
@@ -20,19 +21,16 @@ import nbformat
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-NOTEBOOKS = (
-    *("start", "train", "explore", "your_data", "oversmoothing", "layer_ablation", "pseudo_labels", "ctc_crops"),
-    *("ctc_effect", "ablation", "evaluate", "compare_runs"),
-)
-"""In the order of the README's table."""
 GUIDES = ("install", "data", "backbones", "howto", "scale", "tools")
 BACKGROUND = ("methods", "deviations", "results", "glossary", "trust", "versions")
+"""Pages in their order at the side; a page that stands in neither list comes behind the guides."""
 LINK = re.compile(r"(?P<code>`[^`]*`)|(?P<open>!?\[(?P<text>[^\]]*)\]\()(?P<target>[^)\s]+)\)")
 CONF = """
 project = "toco_core"
 author = "The toco_core maintainers"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_dmath_double_inline = True
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
@@ -47,7 +45,7 @@ html_copy_source = False
 python_maximum_signature_line_length = 88
 """
 CSS = """\
-div.cell_input pre { white-space: pre-wrap; }
+div.cell_input pre, div.highlight-sh pre { white-space: pre-wrap; }
 table { display: block; overflow-x: auto; }
 """
 
@@ -60,11 +58,8 @@ def site_pages() -> dict[str, str]:
 
 
 def assemble(source: Path) -> None:
-    """Write what Sphinx reads. Raises ValueError for a link to nothing, and for a page that no table names."""
+    """Write what Sphinx reads. Raises ValueError for a link to nothing."""
     pages = site_pages()
-    unlisted = {Path(page).stem for page in pages.values()} - {*NOTEBOOKS, *GUIDES, *BACKGROUND}
-    if unlisted != {"index", "contributing", "experiments"}:
-        raise ValueError(f"pages in no list of build_site.py: {', '.join(sorted(unlisted))}")
     shutil.rmtree(source, ignore_errors=True)
     (source / "static").mkdir(parents=True)
     (source / "static" / "site.css").write_text(CSS, encoding="utf-8")
@@ -79,7 +74,7 @@ def assemble(source: Path) -> None:
             nbformat.write(notebook, source / page)
         else:
             text = relinked((ROOT / origin).read_text(encoding="utf-8"), origin, page, pages, source)
-            (source / page).write_text(text + (CONTENTS if page == "index.md" else ""), encoding="utf-8")
+            (source / page).write_text(text + (side() if page == "index.md" else ""), encoding="utf-8")
     write_api(source / "api")
 
 
@@ -88,14 +83,20 @@ def contents(caption: str, names: list[str]) -> str:
     return "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```", ""])
 
 
-CONTENTS = "".join(
-    (
-        contents("Notebooks", [f"notebooks/{name}" for name in NOTEBOOKS]),
-        contents("Guides", list(GUIDES)),
-        contents("Background", [*BACKGROUND, "experiments"]),
-        contents("Code", ["contributing", "api/index"]),
+def side() -> str:
+    """The tables of contents of the first page; notebooks in the order of the README's table."""
+    notebooks = re.findall(
+        r"^\| \[.+?\]\((notebooks/\w+)\.ipynb\)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
     )
-)
+    others = sorted({path.stem for path in DOCS.glob("*.md")} - {*GUIDES, *BACKGROUND})
+    return "".join(
+        (
+            contents("Notebooks", notebooks),
+            contents("Guides", [*GUIDES, *others]),
+            contents("Background", [*BACKGROUND, "experiments"]),
+            contents("Code", ["contributing", "api/index"]),
+        )
+    )
 
 
 def relinked(text: str, origin: str, page: str, pages: Mapping[str, str], source: Path) -> str:

@@ -29,8 +29,16 @@ def small_recipe() -> TrainConfig:
         lr=1e-4,
         warmup_steps=30,
         eval_interval=100,
+        head_lr_scale=10.0,
+        classifier_lr_scale=None,
         frozen_blocks=0,
         warm_start_steps=0,
+        decoder_dilation=5,
+        seg=0.1,
+        energy=0.05,
+        local_size=32,
+        crop_size=96,
+        beta=0.5,
     )
 
 

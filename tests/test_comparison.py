@@ -33,7 +33,7 @@ def test_differences_of_configs_name_the_fields():
     assert config_differences({"a": tiny(), "b": tiny()}) == {}
     found = config_differences({"tiny": tiny(), "voc": voc()})
     assert found["steps"] == {"tiny": tiny().schedule.steps, "voc": 20000}
-    assert found["cam_scales"]["voc"] == [1.0, 0.5, 1.5] and "beta" not in found
+    assert found["cam_scales"]["voc"] == [1.0, 0.5, 1.5] and "temperature" not in found
 
 
 def test_differences_of_manifests():

@@ -40,8 +40,10 @@ def small(tmp_path, monkeypatch):
     """`tiny()` on six small images with three blocks, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     data = write_voc_folder(tmp_path / "voc", splits={"train": range(4), "val": range(4, 6)})
+    losses = {"ptc": 0.5, "ctc": 0.2, "seg": 0.1, "energy": 0.05}
     config = override(
-        tiny(), dataset=str(data), backbone="plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)",
+        tiny(), **losses, beta_l=0.05, beta_h=0.3, dataset=str(data),
+        backbone="plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)",
         pretrained=False, layer=2, proj_hidden=8, proj_bottleneck=6, proj_dim=5, decoder_width=7, n_local=2,
         local_size=16, crop_size=32, batch_size=2, warmup_steps=0, ptc_start=0, ctc_start=0, seg_start=2,
         energy_start=2, warm_start_steps=0, frozen_blocks=0, attention_steps=0, cam_scales=(1.0,), device="cpu",

@@ -99,7 +99,7 @@ def test_an_unknown_recipe_is_refused():
     [
         ({"layer": "ten"}, "layer = 'ten' is not allowed: a whole number"),
         ({"layer": 0}, "layer = 0 is not allowed: at least 1"),
-        ({"beta_l": 0.8}, "beta_l = 0.8 must be below beta_h = 0.3"),
+        ({"beta_l": 0.8}, f"beta_l = 0.8 must be below beta_h = {tiny().labels.beta_h}"),
         ({"precision": "fp8"}, "precision = 'fp8' is not allowed: one of auto, fp32, medium, bf16"),
         ({"device": "tpu"}, "device = 'tpu' is not allowed"),
     ],

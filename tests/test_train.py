@@ -530,7 +530,7 @@ def test_options_of_the_views(folder, model):
     source = open_train_val(folder).train
 
     def one(**changes):
-        options = view_options(override(small_recipe(), scale_range=(0.5, 0.5), **changes), model)
+        options = view_options(override(small_recipe(), scale_range=(0.3, 0.3), **changes), model)
         return next(training_batches(source, crop_size=64, batch_size=2, seed=0, **options))
 
     corner = (slice(None), slice(None), 0, 0)

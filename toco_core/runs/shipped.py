@@ -5,6 +5,7 @@ A shipped run is a run's folder without checkpoints: config, manifest, log, fina
 one against its scores; `experiments/shipped_runs.py` trains and packs them.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ def pack(run: Run, folder: Path) -> Run:
     backbone, state = backbone_state(run.config()), run.load()["model"]
     changed = {name: value for name, value in state.items() if not _equal(backbone.get(name), value)}
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "manifest.json", "metrics.json", "metrics.jsonl", "scores.json"):
+    config = run.config().to_dict() | {"out_dir": TrainConfig().out_dir}  # not a path of the machine that trained it
+    write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    for name in ("manifest.json", "metrics.json", "metrics.jsonl", "scores.json"):
         if (run.folder / name).is_file():
             write_whole(folder / name, (run.folder / name).read_text(encoding="utf-8"))
     write_whole(folder / MODEL, save({name: value.half().contiguous() for name, value in changed.items()}))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
-from toco_core.config import RECIPES, TrainConfig, changed_batch
+from toco_core.config import RECIPES, TrainConfig, changed_batch, configured
 from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
