@@ -6,10 +6,10 @@ Workers of `pytest -n` inherit the folder, so that each run is trained once, and
 import os
 import tempfile
 
-TRAIN_SIDE_BY_SIDE = ("start.ipynb", "oversmoothing.ipynb")
-"""These begin with different runs, and together train all that the other notebooks share: two workers that take them
-first never wait for each other."""
+LONGEST = ("train.ipynb",)
+"""Taken first: these train a run of their own. The others open runs that come with the package."""
 
+os.environ.setdefault("TOCO_NOTEBOOK_STEPS", "20")  # of train.ipynb: what it says of the default run is for that one
 if "TOCO_RUNS" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="toco-runs-")
     os.environ["TOCO_RUNS"] = _folder.name
@@ -18,4 +18,4 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (item.path.name not in TRAIN_SIDE_BY_SIDE, item.path.suffix != ".ipynb"))
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path.suffix != ".ipynb"))

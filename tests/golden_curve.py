@@ -25,7 +25,7 @@ from toco_core.config import (
     TrainConfig,
     lr_at,
 )
-from toco_core.model import ToCo
+from toco_core.model import ToCo, build_model
 from toco_core.objective import StepInput, backward, crop_generator, objective
 
 STORED = Path(__file__).with_suffix(".json")
@@ -68,7 +68,7 @@ def curve(dtype: torch.dtype = torch.float32, accumulate: int = 1) -> tuple[list
     settings = config(accumulate)
     schedule = settings.schedule
     torch.manual_seed(settings.seed)
-    model = ToCo(settings.model, K, dropped_border=settings.release.dropped_border)
+    model = build_model(settings, K)
     for parameter in model.parameters():  # far from its start, so that CAMs are not flat
         torch.nn.init.normal_(parameter, std=0.2)
         parameter.data += float(parameter.ndim == 1)

@@ -146,7 +146,7 @@ def test_evaluation_and_confusion(baseline, folder):
     rng = np.random.default_rng(0)
     truth, guess = rng.integers(0, K + 1, (2, 30, 40)).astype(np.uint8)
     truth[3:9] = 255
-    matrix = ConfusionMatrix(K + 1)
+    matrix = ConfusionMatrix(K)
     matrix.update(truth, guess)
     assert_close(matrix.counts, baseline.confusion(truth, guess, K + 1))
 
@@ -171,7 +171,7 @@ def test_evaluation_and_confusion(baseline, folder):
     for ours, slow in ((found.cam, cam), (found.aux_cam, aux_cam)):
         counted = np.stack([confusion_at(ours, i) for i in range(len(slow))])
         assert np.abs(counted - slow).sum() <= 0.002 * slow.sum()  # a value at a threshold may round to either side
-    slow_seg = ConfusionMatrix(K + 1)
+    slow_seg = ConfusionMatrix(K)
     slow_seg.counts = seg.astype(np.int64)
     assert_close(found.seg.miou, slow_seg.scores().miou)
 

@@ -154,7 +154,7 @@ def test_scores_are_those_of_each_map(model, source):
     assert {name: sorted(blocks) for name, blocks in found.items()} == {"own": [2, 4], "other": [3]}
     for name, number, weight in (("own", 2, own[2]), ("own", 4, own[4]), ("other", 3, other[3])):
         for beta in (0.2, 0.55):
-            matrix = ConfusionMatrix(4)
+            matrix = ConfusionMatrix(3)
             for item in evaluation_items(source.subset(range(4)), size=32):
                 images = model.normalise(to_unit(item.image))
                 with torch.no_grad():

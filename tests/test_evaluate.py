@@ -124,8 +124,8 @@ def slow_segmentation(model, images, tokens, size, seg_scales, use_max, crf_imag
 
 @torch.no_grad()
 def slow_evaluate(model, source, size, scales, flip, seg_scales=(1.0,), use_max=True, seg_size="same", crf=False):
-    cams = {which: [ConfusionMatrix(K + 1) for _ in range(21)] for which in ("cam", "aux_cam")}
-    seg, logits = ConfusionMatrix(K + 1), {"cam": [], "aux_cam": []}
+    cams = {which: [ConfusionMatrix(K) for _ in range(21)] for which in ("cam", "aux_cam")}
+    seg, logits = ConfusionMatrix(K), {"cam": [], "aux_cam": []}
     for i in range(len(source)):
         mask, image_labels = source.mask(i), source.image_labels[i]
         images, tokens = encoded(model, source, i, size)
@@ -150,7 +150,7 @@ def test_counts_equal_one_matrix_per_threshold():
     rng = np.random.default_rng(0)
     grid = np.float32(np.arange(21) / 20)
     values = [*grid, *np.nextafter(grid, np.float32(2)).clip(max=1), *np.nextafter(grid, np.float32(-1)).clip(min=0)]
-    counts, matrices = CAMCounts(K), [ConfusionMatrix(K + 1) for _ in grid]
+    counts, matrices = CAMCounts(K), [ConfusionMatrix(K) for _ in grid]
     for shape in ((30, 40), (7, 50)):
         truth = rng.choice([0, 1, 2, 3, 255], shape).astype(np.uint8)
         value = rng.choice([*values, *rng.random(20, np.float32)], shape).astype(np.float32)

@@ -190,7 +190,13 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_ctrl_c_on_the_command_line_is_one_line(config):
-    fields = {**SMALL, "dataset": config.data.dataset, "out_dir": config.out_dir, "eval_interval": 0}
+    fields = {
+        **SMALL,
+        "dataset": config.data.dataset,
+        "out_dir": config.out_dir,
+        "eval_interval": 0,
+        "frozen_blocks": 0,
+    }
     command = [sys.executable, "-c", COMMAND, "tiny", *(f"{name}={value!r}" for name, value in fields.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130

@@ -77,7 +77,7 @@ def refuse(*args, **kwargs):
 
 def scores_of_label_maps(folder, source):
     """Every image with a mask has its label map, and no other."""
-    matrix = ConfusionMatrix(K + 1)
+    matrix = ConfusionMatrix(K)
     for i, name in enumerate(source.names):
         path = folder / "SegmentationClass" / f"{name}.png"
         assert path.is_file() == (i != 4)

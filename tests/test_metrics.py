@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from toco_core.errors import ToCoError
 from toco_core.evaluation import metrics
+from toco_core.evaluation.evaluate import CAMCounts
 
 
 def maps(n_classes, size=(13, 21), seed=0, absent=()):
@@ -19,10 +20,10 @@ def maps(n_classes, size=(13, 21), seed=0, absent=()):
     return truth, prediction
 
 
-@pytest.mark.parametrize("n_classes", [1, 2, 7, 8, 21, 32, 81, 128, 129, 200, 255])
+@pytest.mark.parametrize("n_classes", [2, 7, 8, 21, 32, 81, 128, 129, 200, 255])
 def test_counts_and_scores_equal_the_slow_way(n_classes):
     truth, prediction = maps(n_classes, absent=(3,))
-    matrix = metrics.ConfusionMatrix(n_classes)
+    matrix = metrics.ConfusionMatrix(n_classes - 1)
     matrix.update(truth, prediction)
     expected = slow.confusion(truth, prediction, n_classes)
     np.testing.assert_array_equal(matrix.counts, expected)
@@ -33,7 +34,7 @@ def test_counts_and_scores_equal_the_slow_way(n_classes):
 
 
 def test_a_class_that_is_not_in_the_ground_truth():
-    matrix = metrics.ConfusionMatrix(4)
+    matrix = metrics.ConfusionMatrix(3)
     matrix.update(np.array([0, 0, 1, 1], np.uint8), np.array([0, 2, 1, 1], np.uint8))  # 2 is predicted only, 3 nowhere
     scores = matrix.scores()
     assert_close(scores.iou, np.array([0.5, 1.0, 0.0, np.nan]), equal_nan=True)
@@ -45,14 +46,14 @@ def test_a_class_that_is_not_in_the_ground_truth():
 def test_numpy_and_torch_of_any_whole_type_count_the_same():
     truth, prediction = maps(21)
     prediction[truth == 255] = 255  # void may be predicted where it is ignored
-    expected = metrics.ConfusionMatrix(21)
+    expected = metrics.ConfusionMatrix(20)
     expected.update(truth, prediction)
     for kind in (torch.uint8, torch.int16, torch.int64):
-        matrix = metrics.ConfusionMatrix(21)
+        matrix = metrics.ConfusionMatrix(20)
         matrix.update(torch.from_numpy(truth).to(kind), torch.from_numpy(prediction).to(kind))
         np.testing.assert_array_equal(matrix.counts, expected.counts)
     for kind in (np.uint16, np.int32, np.int64):
-        matrix = metrics.ConfusionMatrix(21)
+        matrix = metrics.ConfusionMatrix(20)
         matrix.update(truth.astype(kind), prediction.astype(kind))
         np.testing.assert_array_equal(matrix.counts, expected.counts)
 
@@ -60,23 +61,23 @@ def test_numpy_and_torch_of_any_whole_type_count_the_same():
 @pytest.mark.filterwarnings("error")
 def test_arrays_that_are_read_only_transposed_or_mirrored():
     truth, prediction = maps(21)
-    expected = metrics.ConfusionMatrix(21)
+    expected = metrics.ConfusionMatrix(20)
     expected.update(truth, prediction)
     truth.flags.writeable = prediction.flags.writeable = False
-    mirrored = metrics.ConfusionMatrix(21)
+    mirrored = metrics.ConfusionMatrix(20)
     mirrored.update(truth[:, ::-1], prediction[:, ::-1])
     np.testing.assert_array_equal(mirrored.counts, expected.counts)
-    transposed = metrics.ConfusionMatrix(21)
+    transposed = metrics.ConfusionMatrix(20)
     transposed.update(truth.T, prediction.T.astype(np.int64))
     np.testing.assert_array_equal(transposed.counts, expected.counts)
 
 
 def test_parts_merge_to_the_whole():
     (a, b), (c, d) = maps(7, seed=1), maps(7, seed=2)
-    whole, part = metrics.ConfusionMatrix(7), metrics.ConfusionMatrix(7)
+    whole, part = metrics.ConfusionMatrix(6), metrics.ConfusionMatrix(6)
     whole.update(np.stack([a, c]), np.stack([b, d]))
     part.update(a, b)
-    other = metrics.ConfusionMatrix(7)
+    other = metrics.ConfusionMatrix(6)
     other.update(c, d)
     part.merge(other)
     np.testing.assert_array_equal(part.counts, whole.counts)
@@ -84,7 +85,7 @@ def test_parts_merge_to_the_whole():
 
 @pytest.mark.filterwarnings("error")
 def test_nothing_counted_is_not_a_number_and_not_a_warning():
-    matrix = metrics.ConfusionMatrix(3)
+    matrix = metrics.ConfusionMatrix(2)
     matrix.update(np.full((2, 5), 255, np.uint8), np.zeros((2, 5), np.uint8))
     matrix.update(np.zeros((0, 5), np.uint8), np.zeros((0, 5), np.uint8))
     scores = matrix.scores()
@@ -93,7 +94,7 @@ def test_nothing_counted_is_not_a_number_and_not_a_warning():
 
 @pytest.mark.parametrize("n_classes", [3, 8, 129, 21])
 def test_values_outside_the_classes_are_named_and_not_counted(n_classes):
-    matrix = metrics.ConfusionMatrix(n_classes)
+    matrix = metrics.ConfusionMatrix(n_classes - 1)
     good = np.zeros((4, 6), np.uint8)
     for value in {n_classes, n_classes + 1, 254}:
         bad = good.copy()
@@ -111,14 +112,26 @@ def test_values_outside_the_classes_are_named_and_not_counted(n_classes):
     with pytest.raises(ToCoError, match=r"shape \(6, 4\)"):
         matrix.update(good, good.T)
     with pytest.raises(ToCoError, match="cannot be merged"):
-        matrix.merge(metrics.ConfusionMatrix(n_classes + 1))
+        matrix.merge(metrics.ConfusionMatrix(n_classes))
     assert matrix.counts.sum() == 0
 
 
-@pytest.mark.parametrize("n_classes", [0, 256])
+@pytest.mark.parametrize("n_classes", [0, 255])
 def test_impossible_numbers_of_classes(n_classes):
-    with pytest.raises(ToCoError, match=f"n_classes = {n_classes}"):
+    with pytest.raises(ToCoError, match=f"n_classes = {n_classes} is not allowed: 1 to 254"):
         metrics.ConfusionMatrix(n_classes)
+
+
+def test_n_classes_is_the_number_of_foreground_classes_in_every_counter():
+    """One K for all: labels 0..K are counted, K + 1 is refused."""
+    K, last = 4, np.full((2, 3), 4, np.uint8)
+    counters = [metrics.ConfusionMatrix(K), metrics.OpenCounts(K)]
+    for counter in counters:
+        counter.update(last, last)
+        with pytest.raises(ToCoError, match="value 5"):
+            counter.update(last + 1, last)
+    assert counters[0].counts.shape == (5, 5) and counters[1].counts.shape == (5, 6)
+    assert [len(counter.scores().iou) for counter in counters] == [5, 5] and CAMCounts(K).counts.shape == (21, 5, 5)
 
 
 def test_average_precision_equals_the_slow_way():
@@ -148,7 +161,7 @@ def test_more_pixels_than_are_counted_at_a_time(monkeypatch):
     monkeypatch.setattr(metrics, "EXACT_COUNTS", 100)
     rng = np.random.default_rng(11)
     truth, guess = rng.integers(0, 5, (23, 31)), rng.integers(0, 5, (23, 31))
-    matrix = metrics.ConfusionMatrix(5)
+    matrix = metrics.ConfusionMatrix(4)
     matrix.update(truth, guess)
     wanted = np.zeros((5, 5), np.int64)
     np.add.at(wanted, (truth, guess), 1)

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 import toco_core.model
 from toco_core.backbone import PlainViT, build_encoder, load_weights
 from toco_core.cam import class_activation
-from toco_core.config import ModelConfig
+from toco_core.config import ModelConfig, override, tiny
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, pooled
+from toco_core.model import ToCo, build_model, pooled
 
 SPEC = PlainViT(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)
 K = 5
@@ -459,3 +459,14 @@ def test_compiled_blocks_are_those_of_the_checkpoint():
     assert list(model.state_dict()) == list(before)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(model.encode(images).patch_tokens, wanted.patch_tokens)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_config_builds_its_model(dropped):
+    """Four notebooks built the model "before" training from one section only, and it kept the border."""
+    backbone = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
+    config = override(tiny(), backbone=backbone, pretrained=False, layer=2, dropped_border=dropped, proj_hidden=8)
+    built = build_model(config, 5)
+    assert built.dropped_border is dropped and built.n_classes == 5 and built.layer == 2
+    assert built.encode(torch.zeros(1, 3, 30, 47)).grid == ((3, 5) if dropped else (4, 6))
+    assert not build_model(override(config, pretrained=True), 2, pretrained=False).config.pretrained

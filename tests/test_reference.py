@@ -85,7 +85,7 @@ def test_labels_after_par_of_a_training_step(reference):  # noqa: F811
 
 def test_scores(reference):  # noqa: F811
     arrays = reference("scores.npz")
-    matrix = metrics.ConfusionMatrix(len(arrays["iou"]))
+    matrix = metrics.ConfusionMatrix(len(arrays["iou"]) - 1)
     for truth, prediction in zip(arrays["ground_truth"], arrays["prediction"], strict=True):
         matrix.update(truth, prediction)
     scores = matrix.scores()

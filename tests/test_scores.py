@@ -15,7 +15,8 @@ from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
-from toco_core.evaluation.scores import RunScores, read_scores, score_run, scored_run
+from toco_core.evaluation.protocols import assess
+from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, score_run, scored_run
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.train.loop import evaluate_as, open_run
 
@@ -75,7 +76,7 @@ def test_counts_equal_loops_over_pixels():
 def test_labels_without_open_pixels_score_as_always():
     rng = np.random.default_rng(1)
     truth, label = rng.choice([0, 1, 2, 3, 255], (9, 8)).astype(np.uint8), rng.integers(0, 4, (9, 8))
-    counts, matrix = OpenCounts(K), ConfusionMatrix(K + 1)
+    counts, matrix = OpenCounts(K), ConfusionMatrix(K)
     counts.update(truth, label)
     matrix.update(truth, label)
     assert_close(counts.scores().miou, matrix.scores().miou)
@@ -202,3 +203,13 @@ def test_scores_that_are_no_numbers(scored, name, value):
             read_scores(scored.run)
     finally:
         path.write_text(whole)
+
+
+def test_pictures_are_ranked_by_the_pseudo_label_that_is_scored(root, scored):
+    opened = open_run(scored.run.folder)
+    source = VOCFolder(root, "test")
+    options = {"beta": 0.4, "aux_beta": 0.4, "part": "test", "chosen_on": "val", "scales": (1.0,), "crf": False}
+    wanted = assess(opened.model, source, opened.config, **options, progress=False).image_iou("pseudo_label")
+    found = pseudo_label_iou(opened.model, source, opened.config)
+    assert found.shape == (4,) and len(set(found.round(6))) > 1
+    assert_close(found, wanted)

@@ -226,7 +226,7 @@ def test_the_theme_is_light():
 
 
 def test_score_table():
-    counts, seg = CAMCounts(2), ConfusionMatrix(3)
+    counts, seg = CAMCounts(2), ConfusionMatrix(2)
     truth = np.array([[0, 0, 1, 1]], np.uint8)
     counts.update(truth, np.array([[0.1, 0.6, 0.6, 0.9]], np.float32), np.array([[1, 1, 1, 1]]))
     seg.update(truth, truth)

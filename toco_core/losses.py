@@ -17,6 +17,7 @@ from toco_core.lattice import Lattice, at_least_float32, energy_lattices, neares
 from .conventions import IGNORE
 from .errors import ToCoError
 
+ENERGY_WEIGHT = 1e-7  # of the dense energy, as published
 COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
 PAIR_EPSILON = 1.0  # added to the number of pairs in PTC; the release's value, it makes the mean of few pairs smaller
 EXP_EPSILON = 1e-4  # added to the denominator of InfoNCE; keeps the gradient of an image without negatives near 0
@@ -240,7 +241,7 @@ def dense_energy_loss(
     label: Integer[Tensor, "B H W"],
     valid_box: Integer[Tensor, "B 4"] | None = None,
     *,
-    weight: float = 1e-7,
+    weight: float = ENERGY_WEIGHT,
     sigma_rgb: float = 15.0,
     sigma_xy: float = 100.0,
     scale: float = 0.5,

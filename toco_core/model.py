@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from toco_core.backbone import build_encoder, resize_positions
 
 from .affinity import mean_attention
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 
 DILATION = 5  # of the LargeFOV decoder
@@ -62,6 +62,16 @@ class Inside(NamedTuple):
     """The same through the final norm, as the classifier would see them were the block the last one."""
     tokens: Tokens
     """What `encode` gives."""
+
+    def images(self) -> "list[Inside]":
+        """Each image of the batch by itself."""
+        found = []
+        for b in range(len(self.tokens.class_token)):
+            one = slice(b, b + 1)
+            *parts, grid, attention = self.tokens
+            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
+            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
+        return found
 
 
 class Output(NamedTuple):
@@ -327,14 +337,18 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def inside(self, images: Float[Tensor, "B 3 H W"]) -> "Inside":
-        """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode`."""
+    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "Inside":
+        """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode` with the
+        same `attend`."""
         n_prefix = self.encoder.num_prefix_tokens
         blocks, normed = [], []
-        for _, x, grid in self._run_blocks(images):
-            blocks.append(x)
-            normed.append(self.final_norm(x))
+        with self._attention_of(attend) as maps:
+            for _, x, grid in self._run_blocks(images):
+                blocks.append(x)
+                normed.append(self.final_norm(x))
         tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
+        if maps:
+            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
         return Inside([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
@@ -391,6 +405,16 @@ class ToCo(nn.Module):
                 attention.fused_attn = fused
 
     # ---- checkpoints of the release
+
+
+def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None = None) -> ToCo:
+    """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
+    weights are loaded next.
+
+    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it.
+    """
+    model = config.model if pretrained is None else dataclasses.replace(config.model, pretrained=pretrained)
+    return ToCo(model, n_classes, dropped_border=config.release.dropped_border)
 
 
 def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = False) -> ToCo:

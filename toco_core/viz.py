@@ -574,7 +574,7 @@ def colour_scale(figure: plt.Figure, axes, label: str) -> plt.Figure:
     return figure
 
 
-def similarity_explorer(matrices: dict[str, np.ndarray], grid: tuple[int, int], *, max_bytes: int = 400_000):
+def similarity_explorer(matrices: dict[str, np.ndarray], grid: tuple[int, int], *, max_bytes: int = 1_000_000):
     """A plotly figure of similarity matrices (N N), a slider between them; the pointer tells both patches and a value.
 
     Values are whole percents, a byte each. Matrices beyond `max_bytes` in all are left out, evenly, but not the last.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from toco_core.config import TrainConfig, override, voc
 from toco_core.machine.writing import write_whole
-from toco_core.model import ToCo
+from toco_core.model import ToCo, build_model
 from toco_core.objective import StepInput
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
@@ -32,7 +32,7 @@ def config_of(width: str, **changes) -> TrainConfig:
 
 def model_of(config: TrainConfig, n_classes: int) -> ToCo:
     torch.manual_seed(0)
-    return ToCo(config.model, n_classes, dropped_border=config.release.dropped_border).train()
+    return build_model(config, n_classes).train()
 
 
 def batch_of(model: ToCo, size: int, batch_size: int, seed: int = 0) -> StepInput:

@@ -173,7 +173,7 @@ def pieces(repeats: int) -> dict[str, dict]:
         return loss.detach(), *torch.autograd.grad(loss, student)
 
     def fast_confusion():
-        matrix = ConfusionMatrix(K + 1)
+        matrix = ConfusionMatrix(K)
         matrix.update(truth, guess)
         return torch.from_numpy(matrix.counts)
 

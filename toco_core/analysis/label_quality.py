@@ -24,10 +24,10 @@ from toco_core.config import LabelConfig, TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import eval_size
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.labels import eval_label, pseudo_label, refined_labels, seed_label
 from toco_core.model import ToCo
+from toco_core.predict.image import eval_size
 
 
 class ImageCAMs(NamedTuple):

@@ -18,7 +18,7 @@ from toco_core.conventions import IGNORE
 from toco_core.data import Split, to_unit
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo
+from toco_core.model import ToCo, build_model
 from toco_core.train.loop import attention_of, autocast_of, resolve_device
 
 
@@ -33,7 +33,7 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
         raise ToCoError(f"{source!r} has masks of {source.n_masks} images only: supervised training needs all")
     schedule, steps, device = config.schedule, steps or config.schedule.steps, resolve_device(config.device)
     torch.manual_seed(config.seed)
-    model = ToCo(config.model, source.n_classes, dropped_border=config.release.dropped_border).to(device).train()
+    model = build_model(config, source.n_classes).to(device).train()
     model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,

@@ -9,7 +9,6 @@ is scored as it comes, or after a dense CRF. Images without a mask count for the
 import contextlib
 import functools
 import hashlib
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,27 +18,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from toco_core.cam import CAMs, multi_scale_cam, scaled
-from toco_core.config import TrainConfig, did_you_mean
+from toco_core.cam import CAMs, multi_scale_cam
 from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
-from toco_core.data.augment import resize
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.metrics import ConfusionMatrix, MultiLabelScores, Scores, multi_label_scores
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
-from toco_core.labels import merged_logits, pseudo_label, seed_label, upsampled_argmax, valid_cam
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.model import ToCo
 from toco_core.predict.crf_workers import CRFWorkers
-from toco_core.refiners.crf import dense_crf
+from toco_core.predict.image import eval_size as eval_size
+from toco_core.predict.image import look as look
+from toco_core.predict.image import strongest
+from toco_core.predict.segmentation import checked_crf, crf_named, maps_at, merged_label, segmentation_maps
 from toco_core.runs.folder import weights_hash
 
 N_THRESHOLDS = 20
@@ -72,7 +70,7 @@ class CAMCounts:
     def scores(self, beta: float) -> Scores:
         """Scores where a value of at most `beta` is background; `beta` is rounded to the nearest of `betas`."""
         nearest = int(np.abs(self.betas - beta).argmin())
-        matrix = ConfusionMatrix(self.n_classes + 1)
+        matrix = ConfusionMatrix(self.n_classes)
         matrix.counts = self.counts[nearest + 1 :].sum(0)
         matrix.counts[:, 0] += self.counts[: nearest + 1].sum((0, 2))
         return matrix.scores()
@@ -216,7 +214,7 @@ def evaluate(
             number, item, counts, label = waiting.popleft()
             if label is not None:
                 label = label.result() if isinstance(label, Future) else label
-                matrix = ConfusionMatrix(model.n_classes + 1)
+                matrix = ConfusionMatrix(model.n_classes)
                 matrix.update(item.mask, label)
                 counts = counts._replace(seg=matrix.counts)
             counted.add(number, counts)
@@ -323,7 +321,7 @@ def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Calla
         options = {"scales": views.scales, "flip": views.flip, **views.carried}
         cams = multi_scale_cam(model, images, tokens=tokens, image_labels=image_labels, **options)
         if views.seg_size != views.size:
-            seg_maps = _maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
+            seg_maps = maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
         else:
             maps = [output.seg_logits] if views.once else segmentation_maps(model, images, views.seg_scales)
             seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
@@ -346,7 +344,7 @@ class _Counted:
     """The sum over images, and their image-level predictions."""
 
     def __init__(self, n_classes: int):
-        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes + 1)
+        self.cam, self.aux_cam, self.seg = CAMCounts(n_classes), CAMCounts(n_classes), ConfusionMatrix(n_classes)
         self.n_masks = 0
         self._rows: dict[int, tuple[np.ndarray, ...]] = {}
 
@@ -419,136 +417,6 @@ def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> li
     parts = share.gathered([[torch.cat(row) for row in rows] if mine else None, mine])
     order = torch.tensor([i for _, numbers in parts for i in numbers]).argsort()
     return [torch.cat([own[k] for own, _ in parts if own])[order] for k in range(len(rows))]
-
-
-def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """Per scale the decoder's logits of the (normalised) images plus, turned back, those of the mirrored ones."""
-    maps = []
-    for scale in scales:
-        views = scaled(model, images, scale)
-        straight, mirrored = model(torch.cat([views, views.flip(-1)])).seg_logits.chunk(2)
-        maps.append(straight + mirrored.flip(-1))
-    return maps
-
-
-def _maps_at(model: ToCo, images: Sequence[Tensor], size: int | None, scales: Sequence[float]) -> list[list[Tensor]]:
-    """Segmentation maps of images of native size (uint8 1 3 h w), stretched to `size`; equal shapes go together."""
-    device, together, maps = model.classifier.weight.device, {}, [None] * len(images)
-    for i, image in enumerate(images):
-        together.setdefault(tuple(image.shape[-2:]) if size is None else size, []).append(i)
-    for numbers in together.values():
-        parts = [images[i] if size is None else stretched(images[i], size) for i in numbers]
-        views = model.normalise(to_unit(torch.cat(parts).to(device)))
-        once = tuple(scales) == (1.0,)
-        group = [model(views).seg_logits] if once else segmentation_maps(model, views, scales)
-        for place, i in enumerate(numbers):
-            maps[i] = [m[place : place + 1] for m in group]
-    return maps
-
-
-def stretched(image: Tensor, size: int) -> Tensor:
-    """A uint8 image (1 3 h w) at `size` square, as `data.evaluation_items` does it."""
-    return torch.from_numpy(resize(image[0].permute(1, 2, 0).numpy(), size, size)).permute(2, 0, 1)[None]
-
-
-def checked_crf(crf: bool | Mapping) -> dict | None:
-    """Keywords of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
-    if crf is False:
-        return None
-    known = {
-        name: p.default
-        for name, p in inspect.signature(dense_crf).parameters.items()
-        if name not in ("probs", "image", "lattices")
-    }
-    given = {} if crf is True else dict(crf)
-    for name, value in given.items():
-        if name not in known:
-            raise ToCoError(f"crf has no setting {name!r}{did_you_mean(name, known)}")
-        if name.endswith("sigma") or "_sigma_" in name:
-            if not value > 0:
-                raise ToCoError(f"crf: {name} = {value!r} must be above 0")
-        elif not value >= 0:
-            raise ToCoError(f"crf: {name} = {value!r} must be at least 0")
-    return known | given
-
-
-def crf_named(options: Mapping | None) -> str:
-    """The settings of a CRF in words."""
-    if options is None:
-        return "no CRF"
-    o = {name: f"{value:g}" for name, value in options.items()}
-    return (
-        f"dense CRF ({o['iterations']} iterations, position {o['position_weight']} of {o['position_sigma']} px, "
-        f"appearance {o['appearance_weight']} of {o['appearance_sigma_xy']} px and {o['appearance_sigma_rgb']} levels)"
-    )
-
-
-def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
-    """B H W labels 0..K at `size` from one or more B C h w logits: per class the maximum over scales, as published, or
-    their mean, then the strongest class."""
-    if len(maps) == 1:
-        return upsampled_argmax(maps[0].float(), tuple(size))
-    return merged_logits([m.float() for m in maps], size, max_over_scales=max_over_scales).argmax(1)
-
-
-class Look(NamedTuple):
-    """Everything about one image, at its native size."""
-
-    name: str
-    image: np.ndarray  # uint8 H W 3
-    mask: np.ndarray | None  # uint8 H W
-    classes: tuple[int, ...]  # the labelled classes, 1..K
-    cam: np.ndarray  # largest value among labelled classes, H W in [0, 1]
-    aux_cam: np.ndarray
-    seed_label: np.ndarray  # two thresholds on the final CAM, 0..K, 255 between them
-    pseudo_label: np.ndarray  # the same after PAR
-    segmentation: np.ndarray  # the decoder's labels
-
-
-@torch.no_grad()
-def look(model: ToCo, source, index: int, config: TrainConfig) -> Look:
-    """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
-    item = next(evaluation_items(source.subset([index]), size=eval_size(config)))
-    thresholds = config.labels.thresholds()
-    unit = to_unit(item.image).to(model.classifier.weight.device)
-    image_labels = item.image_labels.to(unit.device)
-    images = model.normalise(unit)
-    tokens = model.encode(images, attend=config.labels.attended())
-    cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
-    refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
-    image = source.image(index)
-    size = image.shape[:2]
-
-    def native(label: Tensor) -> np.ndarray:
-        return F.interpolate(label[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
-
-    return Look(
-        name=item.name,
-        image=image,
-        mask=item.mask,
-        classes=tuple(int(k) + 1 for k in torch.nonzero(image_labels[0])[:, 0]),
-        cam=strongest(cams.cam, image_labels, size)[0],
-        aux_cam=strongest(cams.aux_cam, image_labels, size)[0],
-        seed_label=native(seed_label(cams.cam, image_labels, **thresholds)),
-        pseudo_label=native(refined),
-        segmentation=upsampled_argmax(model.heads(tokens).seg_logits, size)[0].to(torch.uint8).cpu().numpy(),
-    )
-
-
-def eval_size(config: TrainConfig) -> int | None:
-    """Side of the square at which images are evaluated; None: native size."""
-    return config.data.crop_size if config.release.square_evaluation else None
-
-
-def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of one image's CAM (1 K H W): its largest value among labelled classes at `size`, and that class, 1..K."""
-    present = torch.nonzero(image_labels[0])[:, 0]
-    if not len(present):
-        return np.zeros(size, np.float32), np.zeros(size, np.int64)
-    maps = valid_cam(cam, image_labels)[:, present]
-    maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
-    value, slot = maps.max(0)
-    return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
 
 
 def carried_named(*, attention_steps: int = 0, attention_blocks: Sequence[int] = (), attention_kind: str = "") -> str:

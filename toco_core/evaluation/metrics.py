@@ -38,10 +38,11 @@ class ConfusionMatrix:
     """Counts of (ground truth, prediction) over any number of label maps with C = K + 1 classes, background first."""
 
     def __init__(self, n_classes: int):
-        if not 1 <= n_classes <= IGNORE:
-            raise ToCoError(f"n_classes = {n_classes}: 1 to {IGNORE} classes, background included, are allowed")
+        """`n_classes` is K, the number of foreground classes. Raises ToCoError unless 1 <= K <= 254."""
+        if not 1 <= n_classes < IGNORE:
+            raise ToCoError(f"n_classes = {n_classes} is not allowed: 1 to {IGNORE - 1} foreground classes")
         self.n_classes = n_classes
-        self.counts = np.zeros((n_classes, n_classes), dtype=np.int64)
+        self.counts = np.zeros((n_classes + 1, n_classes + 1), dtype=np.int64)
 
     def update(self, ground_truth: np.ndarray | Tensor, prediction: np.ndarray | Tensor) -> None:
         """Adds the pixels of label maps of any equal shape, 0..C-1 each; uint8 is fastest.
@@ -54,7 +55,7 @@ class ConfusionMatrix:
                 f"prediction of shape {tuple(prediction.shape)} for a ground truth of shape "
                 f"{tuple(ground_truth.shape)}: equal shapes are required"
             )
-        self.counts += _count(_bytes("ground truth", ground_truth), _bytes("prediction", prediction), self.n_classes)
+        self.counts += _count(_bytes("ground truth", ground_truth), _bytes("prediction", prediction), len(self.counts))
 
     def merge(self, other: "ConfusionMatrix") -> None:
         """Adds what another process or part has counted."""
@@ -94,21 +95,24 @@ class OpenCounts:
     def update(self, ground_truth: np.ndarray, label: np.ndarray) -> None:
         """Adds the pixels of maps of equal shape, 0..K or 255 each. Raises ToCoError as `ConfusionMatrix.update`."""
         C = len(self.counts)
-        matrix = ConfusionMatrix(C + 1)
+        for name, values in (("ground truth", ground_truth), ("label", label)):
+            if (values == C).any():  # the number that open pixels get below
+                raise ToCoError(f"{name} with the value {C}: 0 to {C - 1} and {IGNORE} are allowed")
+        matrix = ConfusionMatrix(C)  # K + 1: "open" is a class, too
         matrix.update(ground_truth, np.where(label == IGNORE, C, label))
         self.counts = self.counts + matrix.counts[:C]
 
     def scores(self) -> Scores:
         """Scores of the C classes over all pixels."""
         C = len(self.counts)
-        matrix = ConfusionMatrix(C + 1)
+        matrix = ConfusionMatrix(C)  # K + 1: "open" is a class, too
         matrix.counts[:C] = self.counts  # no ground truth shows the class "open", so that it is in no mean
         scores = matrix.scores()
         return replace(scores, iou=scores.iou[:C], precision=scores.precision[:C], recall=scores.recall[:C])
 
     def decided_scores(self) -> Scores:
         """Scores over the pixels that the label decides."""
-        matrix = ConfusionMatrix(len(self.counts))
+        matrix = ConfusionMatrix(len(self.counts) - 1)
         matrix.counts = self.counts[:, :-1]
         return matrix.scores()
 

@@ -17,31 +17,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from toco_core.cam import multi_scale_cam
 from toco_core.config import TrainConfig, override
-from toco_core.data import Split, TrainVal, evaluation_items, open_source, to_unit
+from toco_core.data import Split, TrainVal, evaluation_items, open_source
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import (
-    carried_named,
-    checked_crf,
-    crf_named,
-    eval_size,
-    merged_label,
-    segmentation_maps,
-    strongest,
-)
+from toco_core.evaluation.evaluate import carried_named
 from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
-from toco_core.labels import merged_logits, pseudo_label
 from toco_core.model import ToCo
-from toco_core.refiners.crf import crf_label
+from toco_core.predict.image import ImagePredictor, eval_size
+from toco_core.predict.segmentation import checked_crf, crf_named
 from toco_core.runs.release import from_release
-from toco_core.train.loop import attention_of, autocast_of, open_data, open_run, resolve_device, trained_run
+from toco_core.train.loop import open_data, open_run, passes_of, resolve_device, trained_run
 
 KINDS = ("cam", "aux_cam", "pseudo_label", "seg", "seg_ms", "seg_crf")
 MULTI_SCALES = (0.75, 1.0, 1.25)
@@ -116,7 +105,6 @@ def evenly(source, n: int):
     return source.subset([i * len(source) // n for i in range(n)])
 
 
-@torch.no_grad()
 def labels_of(
     model: ToCo,
     source,
@@ -133,31 +121,17 @@ def labels_of(
     The model sees the image as `config` says. `scales` are those of "seg_ms" and "seg_crf"; `crf` is True, for the
     settings that are usual for VOC, or a mapping with keywords of `crf.dense_crf`.
     """
-    device = model.classifier.weight.device
-    item = next(evaluation_items(source.subset([index]), size=eval_size(config)))
-    picture = source.image(index)
-    size = picture.shape[:2]
-    unit, image_labels = to_unit(item.image).to(device), item.image_labels.to(device)
-    with attention_of(model, config, device), autocast_of(config, device)():
-        images = model.normalise(unit)
-        tokens = model.encode(images, attend=config.labels.attended())
-        cams = multi_scale_cam(model, images, **config.labels.cam_options(), tokens=tokens, image_labels=image_labels)
-        once = [model.heads(tokens).seg_logits]
-        several = segmentation_maps(model, images, scales)
-    found = {}
-    for kind, maps, threshold in (("cam", cams.cam, beta), ("aux_cam", cams.aux_cam, aux_beta)):
-        value, label = strongest(maps, image_labels, size)
-        found[kind] = np.where(value > threshold, label, 0)
-    refined = pseudo_label(unit, cams.cam, image_labels, **config.labels.pseudo_label_options())
-    found["pseudo_label"] = F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].cpu().numpy()
-    found["seg"] = merged_label(once, size)[0].cpu().numpy()
-    logits = merged_logits(several, size, max_over_scales=config.release.max_over_scales)
-    found["seg_ms"] = logits.argmax(1)[0].cpu().numpy()
     options = checked_crf(crf)
-    if options is not None:
-        native = to_unit(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]).to(logits)
-        found["seg_crf"] = crf_label(logits, native, options)[0].cpu().numpy()
-    return {kind: label.astype(np.uint8) for kind, label in found.items()}
+    predictor = ImagePredictor(model, config, passes=passes_of(model, config))
+    predictor.set_item(next(evaluation_items(source.subset([index]), size=eval_size(config), native=True)))
+    found = {
+        "cam": predictor.cam_label(beta),
+        "aux_cam": predictor.cam_label(aux_beta, auxiliary=True),
+        "pseudo_label": predictor.pseudo_label(),
+        "seg": predictor.segmentation(),
+        "seg_ms": predictor.segmentation(scales=scales),
+    }
+    return found if options is None else found | {"seg_crf": predictor.segmentation(scales=scales, crf=options)}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from toco_core.config import TrainConfig
 from toco_core.data import Split, TrainVal, open_source, split_names
@@ -24,6 +25,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.labels import pseudo_label
+from toco_core.model import ToCo
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run
 from toco_core.runs.shipped import shipped_run
@@ -121,6 +123,26 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     if run.finished:
         run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(source)})
     return found
+
+
+def pseudo_label_iou(
+    model: ToCo, source: Split, config: TrainConfig, *, progress: bool = False
+) -> Float64[np.ndarray, " M"]:
+    """Mean IoU of the pseudo label of every image of a split with masks, in [0, 1]: what pictures are ranked by.
+
+    Over the classes that the image's mask or label shows; an open pixel is one that its class misses.
+    """
+    found = []
+
+    def count(items, images, cams, image_labels) -> None:
+        labels = pseudo_label(images, cams.cam.float(), image_labels, **config.labels.pseudo_label_options())
+        for item, label in zip(items, labels.cpu().numpy(), strict=True):
+            one = OpenCounts(model.n_classes)
+            one.update(item.mask, _nearest(label, item.mask.shape))
+            found.append(one.scores().miou)
+
+    evaluate_as(config, model, source, on_batch=count, progress=progress, what="ranking")
+    return np.array(found, np.float64)
 
 
 def read_scores(run: Run) -> RunScores | None:

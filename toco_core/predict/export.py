@@ -14,42 +14,38 @@ stopped. From a shell:
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from toco_core.cam import multi_scale_cam
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask, to_unit
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.data.split import joined
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
-from toco_core.labels import merged_logits, pseudo_label
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo, Tokens
-from toco_core.refiners.crf import crf_label
+from toco_core.predict.image import ImagePredictor, eval_size
+from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claim_folder, weights_hash
-from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
+from toco_core.train.loop import open_data, open_run, passes_of
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -145,7 +141,6 @@ def label_maps(
     model: ToCo, source: Split, config: TrainConfig, *, method: str, beta: float, crf: Mapping
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
     """(name, label map at native size) of every image, in order; one image in memory at a time."""
-    device, autocast = model.classifier.weight.device, autocast_of(config, model.classifier.weight.device)
     was_training = model.training
     items = evaluation_items(
         source if needs_labels(method) else _Unlabelled(source),
@@ -155,10 +150,9 @@ def label_maps(
     )
     model.eval()
     try:
-        with torch.no_grad(), attention_of(model, config, device):
-            for item in items:
-                with autocast():
-                    yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf)
+        passes = passes_of(model, config)
+        for item in items:
+            yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf, passes=passes)
     finally:
         model.train(was_training)
 
@@ -177,55 +171,20 @@ def image_label(
     beta: float,
     crf: Mapping,
     tokens: Tokens | None = None,
+    passes: Callable = contextlib.nullcontext,
 ) -> UInt8[np.ndarray, "H W"]:
     """The label map at native size of one image, which has its `native` pixels; no gradient.
 
     `tokens`: those of the image at scale 1, where they are at hand, with the attention that `config.labels` asks for.
+    `passes`: as for `ImagePredictor`.
     """
-    native = to_unit(item.native).to(model.classifier.weight.device)
-    if needs_labels(method):
-        return _from_cam(model, item, native, config, method, beta, crf, tokens)
-    return _from_decoder(model, item, native, config, method, crf, tokens)
-
-
-def _from_cam(
-    model: ToCo,
-    item: EvalItem,
-    native: Tensor,
-    config: TrainConfig,
-    method: str,
-    beta: float,
-    crf: Mapping,
-    tokens: Tokens | None,
-):
-    unit, image_labels = to_unit(item.image).to(native.device), item.image_labels.to(native.device)
-    size, options = tuple(native.shape[-2:]), config.labels.cam_options() | {"tokens": tokens}
-    cam = multi_scale_cam(model, model.normalise(unit), **options, image_labels=image_labels).cam
+    predictor = ImagePredictor(model, config, passes=passes)
+    predictor.set_item(item, tokens=tokens)
     if method == "cam":
-        value, label = strongest(cam, image_labels, size)
-        return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
-    if method == "crf":
-        options = config.labels.thresholds() | {"refiner": "crf"} | dict(crf)
-    else:
-        options = config.labels.pseudo_label_options("par")
-    refined = pseudo_label(unit, cam, image_labels, **options)
-    return F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
-
-
-def _from_decoder(
-    model: ToCo, item: EvalItem, native: Tensor, config: TrainConfig, method: str, crf: Mapping, tokens: Tokens | None
-):
-    size, use_max = tuple(native.shape[-2:]), config.release.max_over_scales
-    images = model.normalise(to_unit(item.image).to(native.device))
-    if config.seg_scales == (1.0,):
-        maps = [model.heads(tokens or model.encode(images)).seg_logits]
-    else:
-        maps = segmentation_maps(model, images, config.seg_scales)
-    if method == "seg":
-        label = merged_label(maps, size, max_over_scales=use_max)
-    else:
-        label = crf_label(merged_logits(maps, size, max_over_scales=use_max), native, crf)
-    return label[0].to(torch.uint8).cpu().numpy()
+        return predictor.cam_label(beta)
+    if needs_labels(method):
+        return predictor.pseudo_label(method, settings=crf if method == "crf" else None)
+    return predictor.segmentation(scales=config.seg_scales, crf=crf if method == "seg_crf" else None)
 
 
 class _Unlabelled:

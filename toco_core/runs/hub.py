@@ -14,7 +14,6 @@ No data set is needed to read one. Paths of the machine that trained are left ou
 """
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ from toco_core.config import TrainConfig, override
 from toco_core.errors import ToCoError
 from toco_core.machine.files import read_tensors, refuse_wrong_keys
 from toco_core.machine.hub import hub_reason, quick_hub
-from toco_core.model import ToCo, skeleton
+from toco_core.model import ToCo, build_model, skeleton
 from toco_core.runs.folder import Run, write_whole
 
 FILES = ("model.safetensors", "config.json", "README.md")
@@ -78,10 +77,9 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
     found = read_tensors(folder / "model.safetensors", "source")
-    options = {"dropped_border": config.release.dropped_border}
-    wanted = skeleton(config.model, len(names) - 1, **options).state_dict()
+    wanted = skeleton(config.model, len(names) - 1).state_dict()
     refuse_wrong_keys(f"source = {str(source)!r}", found, wanted)
-    model = ToCo(dataclasses.replace(config.model, pretrained=False), len(names) - 1, **options)
+    model = build_model(config, len(names) - 1, pretrained=False)
     model.load_state_dict(found)
     return Pretrained(model.eval(), config, names)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from toco_core.config import TrainConfig, override
 from toco_core.data import TrainVal, training_batches
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo
+from toco_core.model import ToCo, build_model
 from toco_core.objective import TERMS, Term, backward, objective
 from toco_core.train.loop import (
     attention_of,
@@ -101,7 +101,7 @@ def step_memory(
     place = device if device.type == "cuda" else torch.device("cpu")  # MPS does not say what its peak was
     free = free_memory(device)
     try:
-        model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(place).train()
+        model = build_model(config, data.train.n_classes).to(place).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
         summed = schedule.accumulate > 1

@@ -6,7 +6,6 @@ found = replay(failure)                         # found.objective.terms, found.s
 replay(failure, config=override(failure.config, precision="fp32", ptc=0.0))
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from toco_core.config import TrainConfig
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
 from toco_core.machine.files import are_tensors, refuse_wrong_keys
-from toco_core.model import ToCo, skeleton
+from toco_core.model import ToCo, build_model, skeleton
 from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.loop import (
@@ -53,11 +52,7 @@ def load_failure(run: Run | Path | str) -> Failure:
         if not are_tensors(state["model"]):
             raise ToCoError(f"{path}: it holds no tensors by name")
         refuse_wrong_keys(str(path), state["model"], skeleton(config.model, batch.image_labels.shape[1]).state_dict())
-        model = ToCo(
-            dataclasses.replace(config.model, pretrained=False),
-            batch.image_labels.shape[1],
-            dropped_border=config.release.dropped_border,
-        )
+        model = build_model(config, batch.image_labels.shape[1], pretrained=False)
         model.load_state_dict(state["model"])
     except ToCoError:
         raise

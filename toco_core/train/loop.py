@@ -1,7 +1,6 @@
 """Training: the loop around a step (`train`); what a step computes is in `objective`."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import sys
@@ -24,7 +23,7 @@ from toco_core.machine import distributed
 from toco_core.machine.device import in_float64, keep_freed_memory
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.files import are_tensors, refuse_wrong_keys
-from toco_core.model import ToCo, skeleton
+from toco_core.model import ToCo, build_model, skeleton
 from toco_core.objective import (
     TERMS,
     StepInput,
@@ -110,7 +109,7 @@ def train(
     required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     torch.manual_seed(config.seed)
-    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device)
+    model = build_model(config, data.train.n_classes).to(device)
     schedule = config.schedule
     model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
@@ -401,11 +400,7 @@ def open_run(
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
     given, data = data is not None, data or open_data(config.data)
     refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
-    model = ToCo(
-        dataclasses.replace(config.model, pretrained=False),
-        data.train.n_classes,
-        dropped_border=config.release.dropped_border,
-    )
+    model = build_model(config, data.train.n_classes, pretrained=False)
     load_model_state(model, state["model"], run, data)
     if given:
         run.refuse_other_data(data)
@@ -450,7 +445,7 @@ def evaluate_as(
 def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str, Term] = TERMS) -> float:
     """About how long `train` will take here: three steps of each stage and a few validation images are measured."""
     device = resolve_device(config.device)
-    model = ToCo(config.model, data.train.n_classes, dropped_border=config.release.dropped_border).to(device).train()
+    model = build_model(config, data.train.n_classes).to(device).train()
     autocast, schedule = autocast_of(config, device), config.schedule
     keep_freed_memory()
     starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
@@ -589,6 +584,19 @@ def attention_of(model: ToCo, config: TrainConfig, device: torch.device) -> Iter
             stack.callback(torch.set_float32_matmul_precision, products)
             torch.set_float32_matmul_precision("medium")
         yield
+
+
+def passes_of(model: ToCo, config: TrainConfig) -> Callable:
+    """A function that returns the context of a pass as a config wants it: kernels and precision."""
+    device = model.classifier.weight.device
+    autocast = autocast_of(config, device)
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with attention_of(model, config, device), autocast():
+            yield
+
+    return context
 
 
 def _numbers(terms: dict[str, Tensor], share: Share) -> dict[str, float]:

@@ -3,6 +3,8 @@
 `Session` is the explorer without a browser, `Explorer` the same with controls, for JupyterLab and voila.
 """
 
+from toco_core.widgets.background import Background
+from toco_core.widgets.expectations import Expectations, measure_expectations
 from toco_core.widgets.explorer import Explorer
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.session import Session
@@ -10,6 +12,8 @@ from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import Subject, Subjects, finished_runs, of_run, open_subject
 
 __all__ = [
+    "Background",
+    "Expectations",
     "Explorer",
     "Pictures",
     "Session",
@@ -17,6 +21,7 @@ __all__ = [
     "Subject",
     "Subjects",
     "finished_runs",
+    "measure_expectations",
     "of_run",
     "open_pictures",
     "open_subject",

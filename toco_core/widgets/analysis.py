@@ -14,15 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from toco_core import crops
-from toco_core.cam import class_activation, normalise_cam, scaled
-from toco_core.conventions import IGNORE
-from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import eval_size
-from toco_core.labels import pseudo_label, region_mask, seed_label, upsampled_argmax
-from toco_core.model import Inside
-from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
-from toco_core.refiners.crf import dense_crf
+from toco_core.labels import region_mask
+from toco_core.predict import image as predict
+from toco_core.predict.image import ImagePredictor
+from toco_core.predict.tokens import similarity_map
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION, Subject
 
@@ -39,7 +35,7 @@ class Crop(NamedTuple):
     similarity: float  # cosine of its class token with the image's: student's head and teacher's, where trained
 
 
-class Seen(NamedTuple):
+class StrongestClass(NamedTuple):
     """Largest CAM value among the chosen classes and the class that has it, at native size."""
 
     value: Float[np.ndarray, "H W"]
@@ -51,20 +47,14 @@ class Analysis:
 
     def __init__(self, subject: Subject, image: np.ndarray):
         self.subject, self.image = subject, image
-        self.size: tuple[int, int] = image.shape[:2]
-        model, device = subject.model, subject.model.classifier.weight.device
-        item = next(evaluation_items(_OneImage(image), size=eval_size(subject.config)))
-        self.unit = to_unit(item.image.to(device))
-        self.images = model.normalise(self.unit)
+        self.predictor = ImagePredictor(subject.model, subject.config, passes=lambda: subject.lock)
+        self.predictor.set_image(image)
+        self.size, self.images = self.predictor.size, self.predictor.images
+        self.inside, self.grid = self.predictor.inside, self.predictor.grid
         with torch.no_grad(), subject.lock:
-            self.inside: Inside = model.inside(self.images)
-            output = model.heads(self.inside.tokens, segmentation=DECODER in subject.has)
-        self.grid: tuple[int, int] = self.inside.tokens.grid
-        self.seg_logits = output.seg_logits
+            output = subject.model.heads(self.inside.tokens, segmentation=False)
         self.class_scores: np.ndarray = output.class_logits[0].sigmoid().cpu().numpy()  # K, probability of each class
-        self._raw = {(1.0, False): self._activations(self.inside)}
-        self._maps: dict = {}
-        self._attention: list[Tensor] | None = None
+        self._segmentations: dict[bool, np.ndarray] = {}
 
     # ---- classes
 
@@ -79,36 +69,16 @@ class Analysis:
 
     def cam(self, settings: Settings, k: int) -> Float[Tensor, "H W"]:
         """CAM of class `k` at the size that the model saw, in [0, 1]. Raises ToCoError where the model has none."""
-        row = self._row(settings)
-        key = (row, k, settings.cam_scales, settings.flip)
-        if key not in self._maps:
-            total = torch.zeros(self.images.shape[-2:], device=self.images.device)
-            for scale in settings.cam_scales:
-                parts = [self._resized(scale, False, row, k)]
-                if settings.flip:
-                    parts.append(self._resized(scale, True, row, k))
-                total += torch.stack(parts).amax(0).relu_()
-            self._maps[key] = normalise_cam(total[None])[0]
-        return self._maps[key]
+        return self.predictor.class_cam(k, **self._which(settings))
 
     def cams(self, settings: Settings, classes: tuple[int, ...]) -> Float[Tensor, "1 k H W"]:
         """The CAMs of some classes, in their order."""
-        self._row(settings)  # tells what is missing, also where no class is chosen
-        if not classes:
-            return torch.zeros(1, 0, *self.images.shape[-2:], device=self.images.device)
-        return torch.stack([self.cam(settings, k) for k in classes])[None]
+        return self.predictor.cam(classes=classes, **self._which(settings))
 
-    def strongest(self, settings: Settings, classes: tuple[int, ...]) -> Seen:
+    def strongest(self, settings: Settings, classes: tuple[int, ...]) -> StrongestClass:
         """The largest value among the CAMs of `classes`, brought to native size as `evaluate` does."""
-        key = ("strongest", self._row(settings), classes, settings.cam_scales, settings.flip)
-        if key not in self._maps:
-            if classes:
-                value, slot = _native(self.cams(settings, classes), self.size)[0].max(0)
-                label = np.array(classes, np.uint8)[slot.cpu().numpy()]
-                self._maps[key] = Seen(value.cpu().numpy(), label)
-            else:
-                self._maps[key] = Seen(np.zeros(self.size, np.float32), np.zeros(self.size, np.uint8))
-        return self._maps[key]
+        value, label = self.predictor.strongest(classes=classes, **self._which(settings))
+        return StrongestClass(value, label.astype(np.uint8))
 
     # ---- labels, uint8 H W at native size: 0 background, 1..K, 255 uncertain
 
@@ -120,34 +90,25 @@ class Analysis:
             return np.where(value > settings.beta, label, 0).astype(np.uint8)
         if settings.show == "segmentation":
             return self.segmentation(with_crf=settings.crf)
-        cams = self.cams(settings, classes)
-        present = torch.ones(1, len(classes), device=cams.device)
+        which = {"classes": classes, **self._which(settings)}
         if settings.show == "seed label":
-            slots = seed_label(cams, present, **thresholds)
-        elif settings.show == "pseudo label":
+            return self.predictor.seed_label(thresholds=thresholds, **which)
+        if settings.show == "pseudo label":
             par = {"iterations": settings.par_iterations, "dilations": settings.par_dilations}
-            slots = pseudo_label(self.unit, cams, present, scale=settings.par_scale, **par, **thresholds)
-        else:
-            raise ToCoError(f"show = {settings.show!r} is no label of the model")
-        table = np.zeros(256, np.uint8)
-        table[1 : len(classes) + 1], table[IGNORE] = classes, IGNORE
-        label = F.interpolate(slots[None].float(), size=self.size, mode="nearest")[0, 0]
-        return table[label.to(torch.uint8).cpu().numpy()]
+            par |= {"scale": settings.par_scale, **thresholds}
+            return self.predictor.pseudo_label("par", settings=par, **which)
+        raise ToCoError(f"show = {settings.show!r} is no label of the model")
 
     def segmentation(self, *, with_crf: bool = False) -> np.ndarray:
         """The decoder's label, optionally through the dense CRF at native size (seconds for a photograph)."""
         self._need(DECODER, "segmentation")
-        if not with_crf:
-            return upsampled_argmax(self.seg_logits.float(), self.size)[0].to(torch.uint8).cpu().numpy()
-        if ("crf",) not in self._maps:
-            probs = _native(self.seg_logits.float(), self.size)[0].softmax(0)
-            image = torch.from_numpy(self.image).permute(2, 0, 1).float().to(probs.device) / 255
-            self._maps[("crf",)] = dense_crf(probs, image).argmax(0).to(torch.uint8).cpu().numpy()
-        return self._maps[("crf",)]
+        if with_crf not in self._segmentations:
+            self._segmentations[with_crf] = self.predictor.segmentation(crf={} if with_crf else None)
+        return self._segmentations[with_crf]
 
     def has_crf(self) -> bool:
         """Whether the segmentation through the CRF is there already."""
-        return ("crf",) in self._maps
+        return True in self._segmentations
 
     # ---- tokens
 
@@ -158,23 +119,19 @@ class Analysis:
 
     def similarity(self, block: int, patch: int) -> Float[np.ndarray, "h w"]:
         """Cosine similarity of one patch with all, after `block`; the last block's tokens are normed."""
-        return similarity_map(self._tokens(block), patch).cpu().numpy().reshape(self.grid)
+        return self.predictor.similarity(block, patch)
 
     def similarity_by_block(self, patch: int) -> np.ndarray:
         """Mean similarity of one patch with all others, after each block."""
         means = []
         for block in range(1, len(self.inside.blocks) + 1):
-            row = similarity_map(self._tokens(block), patch)
+            row = similarity_map(self.predictor.patch_tokens(block), patch)
             means.append(float((row.sum() - row[patch]) / max(len(row) - 1, 1)))
         return np.array(means)
 
     def attention(self, block: int) -> Float[np.ndarray, "heads h w"]:
         """Attention of the class token to the patches after `block`, in multiples of an even spread."""
-        if self._attention is None:
-            with self.subject.lock:
-                self._attention = class_token_attention_by_block(self.subject.model, self.images)
-        heads = self._attention[self._checked(block) - 1][0]
-        return (heads * heads.shape[1]).cpu().numpy().reshape(len(heads), *self.grid)
+        return self.predictor.attention(block)
 
     # ---- crops
 
@@ -216,50 +173,19 @@ class Analysis:
 
     # ---- within
 
-    def _row(self, settings: Settings) -> int:
-        """Row of the raw activations: blocks from 0, the auxiliary CAM last."""
+    def _which(self, settings: Settings) -> dict:
+        """The CAM that settings name, in keywords of `ImagePredictor.cam`. Raises ToCoError where it has none."""
         if CLASSIFIER not in self.subject.has:
             raise ToCoError(no_classifier(self.subject))
+        which = {"scales": settings.cam_scales, "flip": settings.flip}
         if settings.cam == "auxiliary":
             self._need(AUXILIARY, "auxiliary CAM")
-            return len(self.inside.blocks)
-        if settings.cam == "block":
-            return self._checked(settings.block) - 1
-        return len(self.inside.blocks) - 1
+            return which | {"block": predict.AUXILIARY}
+        return which | {"block": settings.block if settings.cam == "block" else None}
 
     def _need(self, head: str, what: str) -> None:
         if head not in self.subject.has:
             raise ToCoError(f"{self.subject.name} has no trained {head.split(' ', 1)[1]}: no {what}")
-
-    def _checked(self, block: int) -> int:
-        depth = len(self.inside.blocks)
-        if not 1 <= block <= depth:
-            raise ToCoError(f"block = {block} is not allowed: {self.subject.name} has blocks 1..{depth}")
-        return block
-
-    def _tokens(self, block: int) -> Tensor:
-        blocks = self.inside.blocks
-        return self.inside.normed[-1][0] if self._checked(block) == len(blocks) else blocks[block - 1][0]
-
-    def _activations(self, inside: Inside) -> Float[Tensor, "R K h w"]:
-        """Raw activations of all classes: after each block through norm and classifier, then the auxiliary ones."""
-        model, grid = self.subject.model, inside.tokens.grid
-        maps = [tokens.transpose(1, 2).unflatten(2, grid) for tokens in inside.normed]
-        with torch.no_grad():
-            rows = [class_activation(m, model.classifier.weight)[0] for m in maps]
-            rows.append(class_activation(inside.tokens.aux_patch_map, model.aux_classifier.weight)[0])
-        return torch.stack(rows)
-
-    def _resized(self, scale: float, mirrored: bool, row: int, k: int) -> Tensor:
-        """Raw activation of one class from one pass, at the size that the model saw, turned back."""
-        if (scale, mirrored) not in self._raw:
-            model = self.subject.model
-            with torch.no_grad(), self.subject.lock:
-                views = scaled(model, self.images, scale)
-                self._raw[scale, mirrored] = self._activations(model.inside(views.flip(-1) if mirrored else views))
-        raw = self._raw[scale, mirrored][row, k - 1][None, None]
-        raw = F.interpolate(raw, size=self.images.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
-        return raw.flip(-1) if mirrored else raw
 
     def _crop_side(self, settings: Settings) -> int:
         shorter = min(self.images.shape[-2:])
@@ -276,25 +202,3 @@ class Analysis:
 def no_classifier(subject: Subject) -> str:
     """What is told about a plain backbone."""
     return f"{subject.name} has no trained classifier: its tokens and its attention can be seen, CAMs cannot"
-
-
-class _OneImage:
-    """An image alone as a source of the loader, which brings it to size."""
-
-    names, image_labels = ("image",), np.zeros((1, 1), np.uint8)
-
-    def __init__(self, image: np.ndarray):
-        self._image = image
-
-    def __len__(self) -> int:
-        return 1
-
-    def image(self, index: int) -> np.ndarray:
-        return self._image
-
-    def mask(self, index: int) -> None:
-        return None
-
-
-def _native(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)

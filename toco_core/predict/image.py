@@ -1,0 +1,328 @@
+"""One image in one model: set it once, then ask for every map and label.
+
+    predictor = ImagePredictor(model, config)
+    predictor.set_image(image, image_labels)
+    predictor.cam(), predictor.cam(block=9), predictor.cam(auxiliary=True)
+    predictor.seed_label(), predictor.pseudo_label(), predictor.pseudo_label("crf"), predictor.segmentation()
+    predictor.similarity(block=12, patch=40), predictor.attention(block=12)
+
+Whatever makes a label map of an image asks it: `look`, `evaluation.protocols`, `predict.export`, the widgets. Each pass
+through the encoder, each class's map and the attention are computed when first asked for, and kept until the next
+image. Sizes, scales, thresholds and the refiner are those of the config.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from toco_core.affinity import carried, token_affinity
+from toco_core.cam import class_activation, normalise_cam, scaled
+from toco_core.config import TrainConfig
+from toco_core.conventions import IGNORE
+from toco_core.data import EvalItem, evaluation_items, to_unit
+from toco_core.errors import ToCoError
+from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
+from toco_core.model import Inside, ToCo, Tokens
+from toco_core.predict.segmentation import merged_label, segmentation_maps
+from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
+from toco_core.refiners.crf import crf_label
+
+AUXILIARY = 0  # the auxiliary CAM where a block's number from 1 is expected
+
+
+class ImagePredictor:
+    """A model and a config; `set_image` or `set_item` give it an image.
+
+    `passes` returns the context of each pass through the network: precision, kernels, a lock. It is never entered
+    twice at once.
+    """
+
+    def __init__(self, model: ToCo, config: TrainConfig, *, passes: Callable = contextlib.nullcontext):
+        self.model, self.config, self.passes = model, config, passes
+
+    def set_image(self, image: UInt8[np.ndarray, "H W 3"], image_labels: Sequence[int] | None = None) -> None:
+        """Set an image of any size. `image_labels`: K values 0 or 1; None: no class, name them when asking."""
+        values = np.zeros(self.model.n_classes, np.uint8) if image_labels is None else np.asarray(image_labels)
+        source = _OneImage(image, values)
+        self.set_item(next(evaluation_items(source, size=eval_size(self.config), native=True)))
+
+    def set_item(self, item: EvalItem, *, tokens: Tokens | None = None) -> None:
+        """Set an image as `data.evaluation_items` gives it, with `native=True`.
+
+        `tokens`: of this image at scale 1, where they are at hand, with the attention that the config asks for.
+        """
+        weight = self.model.classifier.weight
+        self.native: UInt8[Tensor, "1 3 nh nw"] = item.native
+        self.size: tuple[int, int] = tuple(item.native.shape[-2:])
+        self.unit: Float[Tensor, "1 3 H W"] = to_unit(item.image).to(weight.device)
+        self.images = self.model.normalise(self.unit)
+        present = torch.nonzero(item.image_labels[0])[:, 0]
+        self.labelled: tuple[int, ...] = tuple(int(k) + 1 for k in present)
+        self._passes: dict[tuple[float, bool], Inside] = {}
+        if tokens is not None:
+            self._passes[1.0, False] = Inside([], [], tokens)
+        self._kept: dict = {}
+
+    # ---- maps
+
+    @property
+    def inside(self) -> Inside:
+        """The pass over the image as it is: tokens after every block."""
+        return self._pass(1.0, False, False, every_block=True)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patch tokens."""
+        return self._pass(1.0, False, False).tokens.grid
+
+    def class_cam(
+        self, k: int, *, block: int | None = None, scales: Sequence[float] | None = None, flip: bool = True
+    ) -> Float[Tensor, "H W"]:
+        """CAM of class `k` (1..K) in [0, 1], at the size that the model saw.
+
+        `block`: the tokens after this block (from 1) through final norm and classifier; None: the last; `AUXILIARY`:
+        the auxiliary CAM. `scales`: None for the config's. Raises ToCoError for a block that is not there.
+        """
+        row = self.model.depth if block is None else block
+        if row != AUXILIARY:
+            self._checked(row)
+        scales = tuple(self.config.labels.cam_scales if scales is None else scales)
+        key = ("cam", row, k, scales, flip)
+        if key not in self._kept:
+            total = torch.zeros(self.images.shape[-2:], device=self.images.device)
+            for scale in scales:
+                views = (False, True) if flip else (False,)
+                parts = [self._resized(scale, mirrored, flip, row, k) for mirrored in views]
+                total = total + torch.stack(parts).amax(0).relu_()
+            self._kept[key] = normalise_cam(total[None])[0]
+        return self._kept[key]
+
+    def cam(
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        block: int | None = None,
+        auxiliary: bool = False,
+        scales: Sequence[float] | None = None,
+        flip: bool = True,
+    ) -> Float[Tensor, "1 k H W"]:
+        """CAMs of some classes (1..K; None: the labelled ones) in their order; arguments as in `class_cam`."""
+        classes, block = self._classes(classes), AUXILIARY if auxiliary else block
+        if not classes:
+            return self.images.new_zeros(1, 0, *self.images.shape[-2:])
+        return torch.stack([self.class_cam(k, block=block, scales=scales, flip=flip) for k in classes])[None]
+
+    def strongest(
+        self, *, classes: Sequence[int] | None = None, **which
+    ) -> tuple[Float[np.ndarray, "nh nw"], Int[np.ndarray, "nh nw"]]:
+        """The largest CAM value at native size and its class, 1..K (0 without any class); `which` as in `cam`."""
+        classes = self._classes(classes)
+        key = ("strongest", classes, tuple(sorted(which.items())))
+        if key not in self._kept:
+            value, slot = strongest(self.cam(classes=classes, **which), torch.ones(1, len(classes)), self.size)
+            self._kept[key] = value, np.array([0, *classes])[slot]
+        return self._kept[key]
+
+    def similarity(self, block: int, patch: int) -> Float[np.ndarray, "h w"]:
+        """Cosine similarity of one patch token with all after `block`; the last block's tokens are normed."""
+        return similarity_map(self.patch_tokens(block), patch).cpu().numpy().reshape(self.grid)
+
+    def attention(self, block: int) -> Float[np.ndarray, "heads h w"]:
+        """Attention of the class token to the patches in `block`, in multiples of an even spread."""
+        if "attention" not in self._kept:
+            with self.passes():
+                self._kept["attention"] = class_token_attention_by_block(self.model, self.images)
+        heads = self._kept["attention"][self._checked(block) - 1][0]
+        return (heads * heads.shape[1]).cpu().numpy().reshape(len(heads), *self.grid)
+
+    def patch_tokens(self, block: int) -> Float[Tensor, "N D"]:
+        """After `block`; those of the last block are normed."""
+        inside = self.inside
+        return inside.normed[-1][0] if self._checked(block) == self.model.depth else inside.blocks[block - 1][0]
+
+    # ---- labels, uint8 at native size: 0 background, 1..K, 255 uncertain
+
+    def cam_label(self, beta: float, **which) -> UInt8[np.ndarray, "nh nw"]:
+        """One threshold: the strongest class where its CAM is above `beta`; `which` as in `cam`."""
+        value, label = self.strongest(**which)
+        return np.where(value > np.float32(beta), label, 0).astype(np.uint8)
+
+    def seed_label(
+        self, *, thresholds: Mapping | None = None, classes: Sequence[int] | None = None, **which
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        """Two thresholds (`beta_l`, `beta_h`; None: the config's), 255 between them; `which` as in `cam`."""
+        classes, thresholds = self._classes(classes), thresholds or self.config.labels.thresholds()
+        cam = self.cam(classes=classes, **which)
+        return self._native(seed_label(cam, torch.ones(1, len(classes)), **thresholds), classes)
+
+    def pseudo_label(
+        self,
+        refiner: str | None = None,
+        *,
+        settings: Mapping | None = None,
+        classes: Sequence[int] | None = None,
+        **which,
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        """The same, refined. `refiner`: None for the config's; `settings`: other keywords of `labels.pseudo_label`."""
+        classes = self._classes(classes)
+        options = self.config.labels.pseudo_label_options(refiner) | dict(settings or {})
+        cam = self.cam(classes=classes, **which)
+        return self._native(pseudo_label(self.unit, cam, torch.ones(1, len(classes)), **options), classes)
+
+    def segmentation(
+        self, *, scales: Sequence[float] = (1.0,), crf: Mapping | None = None
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        """The decoder's label: one pass at scale 1, or merged over mirrored `scales`; `crf`: the settings of a dense
+        CRF at native size."""
+        use_max = self.config.release.max_over_scales
+        if tuple(scales) == (1.0,):
+            maps = [self.seg_logits]
+        else:
+            with torch.no_grad(), self.passes():
+                maps = segmentation_maps(self.model, self.images, scales)
+        if crf is None:
+            label = merged_label(maps, self.size, max_over_scales=use_max)
+        else:
+            logits = merged_logits(maps, self.size, max_over_scales=use_max)
+            label = crf_label(logits, to_unit(self.native).to(logits), crf)
+        return label[0].to(torch.uint8).cpu().numpy()
+
+    @property
+    def seg_logits(self) -> Float[Tensor, "1 C h w"]:
+        """Of the decoder, at the patch grid."""
+        if "seg_logits" not in self._kept:
+            tokens = self._pass(1.0, False, False).tokens
+            with torch.no_grad(), self.passes():
+                self._kept["seg_logits"] = self.model.decoder(tokens.patch_map).contiguous()
+        return self._kept["seg_logits"]
+
+    # ---- within
+
+    def _classes(self, classes: Sequence[int] | None) -> tuple[int, ...]:
+        return self.labelled if classes is None else tuple(classes)
+
+    def _checked(self, block: int) -> int:
+        if not 1 <= block <= self.model.depth:
+            raise ToCoError(f"block = {block} is not allowed: {self.model.config.backbone} has 1..{self.model.depth}")
+        return block
+
+    def _pass(self, scale: float, mirrored: bool, flip: bool, *, every_block: bool = False) -> Inside:
+        """One view; scaled views and their mirrors go together, as in `multi_scale_cam`."""
+        known = self._passes.get((scale, mirrored))
+        if known is None or (every_block and not known.blocks):
+            attend = self.config.labels.attended()
+            with torch.no_grad(), self.passes():
+                views = scaled(self.model, self.images, scale)
+                if flip and scale != 1:
+                    both = self.model.inside(torch.cat([views, views.flip(-1)]), attend=attend)
+                    self._passes[scale, False], self._passes[scale, True] = both.images()
+                else:
+                    views = views.flip(-1) if mirrored else views
+                    self._passes[scale, mirrored] = self.model.inside(views, attend=attend)
+        return self._passes[scale, mirrored]
+
+    def _activation(self, scale: float, mirrored: bool, flip: bool, row: int) -> Float[Tensor, "1 K h w"]:
+        """Raw activations of all classes from one view, carried along its attention where the config says so."""
+        key = ("raw", scale, mirrored, row)
+        if key not in self._kept:
+            model, labels, inner = self.model, self.config.labels, row not in (AUXILIARY, self.model.depth)
+            inside = self._pass(scale, mirrored, flip, every_block=inner)
+            head = model.classifier if row != AUXILIARY else model.aux_classifier
+            if row == AUXILIARY:
+                patch_map = inside.tokens.aux_patch_map
+            elif not inner:
+                patch_map = inside.tokens.patch_map
+            else:
+                patch_map = inside.normed[row - 1].transpose(1, 2).unflatten(2, inside.tokens.grid)
+            with torch.no_grad(), torch.autocast(patch_map.device.type, enabled=False):
+                raw = class_activation(patch_map.to(head.weight.dtype), head.weight)
+                if labels.attention_steps:
+                    affinity = token_affinity(inside.tokens.attention, labels.attention_kind)
+                    raw = carried(raw, affinity, labels.attention_steps).to(raw.dtype)
+            self._kept[key] = raw
+        return self._kept[key]
+
+    def _resized(self, scale: float, mirrored: bool, flip: bool, row: int, k: int) -> Float[Tensor, "H W"]:
+        """Raw activation of one class at the size that the model saw, turned back."""
+        raw = self._activation(scale, mirrored, flip, row)[:, k - 1 : k]
+        raw = F.interpolate(raw, size=self.images.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        return raw.flip(-1) if mirrored else raw
+
+    def _native(self, slots: Int[Tensor, "1 H W"], classes: Sequence[int]) -> UInt8[np.ndarray, "nh nw"]:
+        """Labels 0..k as classes 0..K (255 stays), at native size (nearest pixel)."""
+        table = np.zeros(IGNORE + 1, np.uint8)
+        table[1 : len(classes) + 1], table[IGNORE] = classes, IGNORE
+        label = F.interpolate(slots[None].float(), size=self.size, mode="nearest")[0, 0]
+        return table[label.to(torch.uint8).cpu().numpy()]
+
+
+class ImagePrediction(NamedTuple):
+    """Everything about one image, at its native size."""
+
+    name: str
+    image: np.ndarray  # uint8 H W 3
+    mask: np.ndarray | None  # uint8 H W
+    classes: tuple[int, ...]  # the labelled classes, 1..K
+    cam: np.ndarray  # largest value among labelled classes, H W in [0, 1]
+    aux_cam: np.ndarray
+    seed_label: np.ndarray  # two thresholds on the final CAM, 0..K, 255 between them
+    pseudo_label: np.ndarray  # the same after PAR
+    segmentation: np.ndarray  # the decoder's labels
+
+
+def look(model: ToCo, source, index: int, config: TrainConfig) -> ImagePrediction:
+    """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
+    predictor = ImagePredictor(model, config)
+    item = next(evaluation_items(source.subset([index]), size=eval_size(config), native=True))
+    predictor.set_item(item)
+    return ImagePrediction(
+        name=item.name,
+        image=source.image(index),
+        mask=item.mask,
+        classes=predictor.labelled,
+        cam=predictor.strongest()[0],
+        aux_cam=predictor.strongest(auxiliary=True)[0],
+        seed_label=predictor.seed_label(),
+        pseudo_label=predictor.pseudo_label(),
+        segmentation=predictor.segmentation(),
+    )
+
+
+def eval_size(config: TrainConfig) -> int | None:
+    """Side of the square at which images are evaluated; None: native size."""
+    return config.data.crop_size if config.release.square_evaluation else None
+
+
+def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of one image's CAM (1 K H W): its largest value among labelled classes at `size`, and that class, 1..K."""
+    present = torch.nonzero(image_labels[0])[:, 0]
+    if not len(present):
+        return np.zeros(size, np.float32), np.zeros(size, np.int64)
+    maps = valid_cam(cam, image_labels)[:, present]
+    maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+    value, slot = maps.max(0)
+    return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
+
+
+class _OneImage:
+    """An image alone as a source of the loader, which brings it to size."""
+
+    names = ("image",)
+
+    def __init__(self, image: np.ndarray, image_labels: np.ndarray):
+        self._image, self.image_labels = image, image_labels[None].astype(np.uint8)
+
+    def __len__(self) -> int:
+        return 1
+
+    def image(self, index: int) -> np.ndarray:
+        return self._image
+
+    def mask(self, index: int) -> None:
+        return None
