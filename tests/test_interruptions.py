@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.runs.folder import Run
+from toco_core.train.interruptions import with_resume_hint
 from toco_core.train.loop import evaluate_as, open_run, train
 
 HERE = Path(__file__).parent
@@ -429,3 +431,16 @@ def test_an_optimizer_of_another_shape_is_explained(config):
     run.save(state)
     with pytest.raises(ToCoError, match="optimizer does not fit: the averages of parameter 0 have another shape"):
         train(config, progress=False)
+
+
+def test_a_stopped_kernel_tells_its_terminal(tmp_path, monkeypatch):
+    """papermill ends with a traceback of its own, in which nothing says what is left."""
+    reading, writing_end = os.pipe()
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(_original_stdstream_copy=writing_end))
+    with pytest.raises(KeyboardInterrupt), with_resume_hint(Run(tmp_path / "run")):
+        raise KeyboardInterrupt
+    os.close(writing_end)
+    with os.fdopen(reading) as terminal:
+        lines = terminal.read().strip().splitlines()
+    left = f"there is no checkpoint in {tmp_path / 'run'} yet, the same call begins anew"
+    assert lines == [f"training was stopped; {left}"]
