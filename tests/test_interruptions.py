@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.runs.folder import Run
+from toco_core.train.interruptions import with_resume_hint
 from toco_core.train.loop import evaluate_as, open_run, train
 
 HERE = Path(__file__).parent
@@ -388,7 +390,7 @@ def test_out_of_memory_on_a_cpu_is_told(config, monkeypatch, tmp_path, error):
     with pytest.raises(ToCoError, match="^out of memory, a larger accumulate .* is needed .*no checkpoint in"):
         train(config, progress=False)
     data, model = training.open_data(config.data).train, ToCo(config.model, 3)
-    monkeypatch.setattr(ToCo, "encode", too_much)
+    monkeypatch.setattr(ToCo, "_run_blocks", too_much)
     with pytest.raises(ToCoError, match="^out of memory, a smaller batch_size or size is needed"):
         evaluate_as(config, model, data, progress=False)
     with pytest.raises(ToCoError, match="^out of memory, a smaller crop_size or fewer cam_scales is needed"):
@@ -429,3 +431,16 @@ def test_an_optimizer_of_another_shape_is_explained(config):
     run.save(state)
     with pytest.raises(ToCoError, match="optimizer does not fit: the averages of parameter 0 have another shape"):
         train(config, progress=False)
+
+
+def test_a_stopped_kernel_tells_its_terminal(tmp_path, monkeypatch):
+    """papermill ends with a traceback of its own, in which nothing says what is left."""
+    reading, writing_end = os.pipe()
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(_original_stdstream_copy=writing_end))
+    with pytest.raises(KeyboardInterrupt), with_resume_hint(Run(tmp_path / "run")):
+        raise KeyboardInterrupt
+    os.close(writing_end)
+    with os.fdopen(reading) as terminal:
+        lines = terminal.read().strip().splitlines()
+    left = f"there is no checkpoint in {tmp_path / 'run'} yet, the same call begins anew"
+    assert lines == [f"training was stopped; {left}"]

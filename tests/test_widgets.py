@@ -850,3 +850,73 @@ def test_parameters_that_are_no_settings(values):
     (name,) = values
     with pytest.raises(ToCoError, match=f"{name} = .* is not allowed"):
         changed(Settings(), **values)
+
+
+# ---- small faults that were seen
+
+
+def test_the_background_of_a_label_stays_the_image():
+    """It was painted black at the overlay's strength."""
+    image = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    label = np.zeros((7, 11), np.uint8)
+    label[2:5, 3:9], label[6] = 2, 255
+    picture = draw.label_picture(image, label, strength=0.5)
+    np.testing.assert_array_equal(picture[label == 0], image[label == 0])
+    wanted = (image[3, 5].astype(float) + voc_palette()[2]) / 2
+    np.testing.assert_allclose(picture[3, 5], wanted, atol=1)
+
+
+def test_no_frame_covers_the_number_of_a_crop():
+    first, second = (draw.Crop(0.1, left, 0.6, 0.5, 1.0, True, 0.0) for left in (0.1, 0.12))
+    canvas = np.full((200, 300, 3), 128, np.uint8)
+    both, one = draw.with_crops(canvas, [first, second]), draw.with_crops(canvas, [first])
+    place = (slice(24, 42), slice(34, 36))  # left part of the first number, where the second frame stands
+    white = (one[place] == 255).all(-1)
+    assert (draw.with_crops(canvas, [first, second])[place] == 255).all(-1)[white].all() and both.shape == one.shape
+
+
+def test_the_image_that_is_asked_for_is_chosen_on_its_page(tmp_path, subject):
+    """With image=38 the first page was shown, and nothing on it was chosen."""
+    subjects = Subjects()
+    subjects.add(subject)
+    session = Session(open_pictures(write_voc_folder(tmp_path / "many", n=24)), subjects)
+    session.restore({"image": "17"})
+    film = Explorer(session).film
+    assert film.chosen == 17 and 17 in [item["index"] for item in film.items]
+
+
+def test_controls_without_effect_are_disabled_and_each_has_a_tip(explorer):
+    c = explorer.controls
+    assert all(control.tooltip for control in c.values())
+    wanted = {
+        "CAM": {"par_iterations", "par_dilations", "crf"},
+        "pseudo label": {"contours", "beta", "crf"},
+        "segmentation": {"cam", "cam_scales", "flip", "contours", "beta_l", "beta_h", "beta", "par_iterations"}
+        | {"par_dilations"},
+        "image": {"strength", "contours", "beta_l", "beta_h", "par_iterations", "par_dilations", "crf"},
+    }
+    for show, names in wanted.items():
+        c["show"].value = show
+        assert {name for name, control in c.items() if control.disabled} == names, show
+    c["show"].value = "segmentation"
+    explorer.sample.click()
+    assert not c["cam"].disabled and not c["beta_h"].disabled  # crops are drawn from the CAM
+
+
+def test_contours_have_a_key_and_a_saved_line_does_not_stay(session, tmp_path):
+    explorer = Explorer(session, folder=tmp_path / "out", may_save=True)
+    explorer.controls["contours"].value = False
+    assert "beta_h" not in explorer.legends[0].value
+    explorer.controls["contours"].value = True
+    explorer.set(beta_l=0.23, beta_h=0.61)
+    assert "beta_l 0.23" in explorer.legends[0].value and "beta_h 0.61" in explorer.legends[0].value
+    explorer.save_label.click()
+    assert "saved out/" in explorer.saved.value
+    explorer.controls["strength"].value = 0.3
+    assert "saved" not in explorer.saved.value
+
+
+def test_a_table_of_nine_classes_is_not_cut(explorer):
+    """A split's table was cut after six rows."""
+    for table in (explorer.numbers, explorer.split_numbers):
+        assert int(table.layout.max_height.removesuffix("px")) >= 24 * 13

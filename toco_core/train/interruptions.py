@@ -1,7 +1,9 @@
 """What stops a training: the state between two steps is saved first, and the message ends with what is left of it."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -65,6 +67,17 @@ def saved_when_stopped(guard: StepGuard, run: Run, save: Callable[[int], None]) 
         raise
 
 
+def tell_terminal(message: str) -> None:
+    """Write a line to the terminal that started this kernel, where this is a kernel.
+
+    papermill, when it is stopped, ends with a traceback of its own and drops what the cell still says.
+    """
+    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's, before it took the stream
+    if isinstance(terminal, int):
+        with contextlib.suppress(OSError):
+            os.write(terminal, f"\n{message}\n".encode(errors="replace"))
+
+
 @contextlib.contextmanager
 def with_resume_hint(run: Run) -> Iterator[None]:
     """Whatever stops the training: end the message with what is left of it."""
@@ -80,7 +93,9 @@ def with_resume_hint(run: Run) -> Iterator[None]:
         with loader_errors():
             yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"training was stopped; {left()}") from None
+        message = f"training was stopped; {left()}"
+        tell_terminal(message)
+        raise KeyboardInterrupt(message) from None
     except ToCoError as error:
         raise ToCoError(f"{error}; {left()}") from error
     except Exception as error:

@@ -18,6 +18,7 @@ from toco_core.widgets.markup import Markup, element, joined
 
 SIDE = 448  # longer side of the picture, pixels
 DARK, LIGHT = (20, 20, 20), (255, 255, 255)
+LOWER = (120, 200, 255)  # the line at the lower of two thresholds
 POSITIVE, NEGATIVE = (0, 158, 115), (213, 94, 0)  # crops; told apart by colour-blind readers, too
 
 
@@ -76,8 +77,10 @@ def _hatching(size: tuple[int, int]) -> np.ndarray:
 
 
 def label_picture(image: np.ndarray, label: np.ndarray, *, strength: float) -> np.ndarray:
-    """Label colours over the image. `label` H W at the same size."""
-    return cv2.addWeighted(image, 1 - strength, label_colours(label), strength, 0)
+    """Label colours over the image, whose background stays as it is. `label` H W at the same size."""
+    picture = cv2.addWeighted(image, 1 - strength, label_colours(label), strength, 0)
+    cv2.copyTo(image, cv2.compare(label, 0, cv2.CMP_EQ), picture)
+    return picture
 
 
 def resized(values: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> np.ndarray:
@@ -92,7 +95,7 @@ def with_levels(picture: np.ndarray, value: np.ndarray, levels: Sequence[float])
     for level in levels:
         lines, _ = cv2.findContours((value >= level).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, lines, -1, DARK, 3)
-        cv2.drawContours(picture, lines, -1, LIGHT if level == max(levels) else (120, 200, 255), 1)
+        cv2.drawContours(picture, lines, -1, LIGHT if level == max(levels) else LOWER, 1)
     return picture
 
 
@@ -122,12 +125,13 @@ def with_patch(picture: np.ndarray, grid: tuple[int, int], patch: int) -> np.nda
 def with_crops(picture: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
     """Numbered frames of local views: green where positive, orange where negative."""
     picture, (H, W) = picture.copy(), picture.shape[:2]
-    for number, crop in enumerate(crops, 1):
+    for crop in crops:
         corner = round(crop.left * W), round(crop.top * H)
         end = round((crop.left + crop.width) * W) - 1, round((crop.top + crop.height) * H) - 1
         cv2.rectangle(picture, corner, end, DARK, 4)
         cv2.rectangle(picture, corner, end, POSITIVE if crop.is_positive else NEGATIVE, 2)
-        place = corner[0] + 5, corner[1] + 19
+    for number, crop in enumerate(crops, 1):  # after all frames: none covers a number
+        place = round(crop.left * W) + 5, round(crop.top * H) + 19
         for colour, thickness in ((DARK, 4), (LIGHT, 1)):
             cv2.putText(picture, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, 0.55, colour, thickness, cv2.LINE_AA)
     return picture
@@ -211,6 +215,13 @@ def colour_bar(kind: str, *, top: float = 1.0) -> Markup:
     stops = ",".join(f"rgb({r},{g},{b})" for r, g, b in table[::15].tolist())
     bar = element("span", class_="toco-bar", style=f"background:linear-gradient(90deg,{stops})")
     return element("span", f"{low} ", bar, f" {top:.3g}", class_="toco-scale")
+
+
+def contour_key(beta_l: float, beta_h: float) -> Markup:
+    """HTML that names the two lines of `with_levels`."""
+    lines = ((LOWER, f"beta_l {beta_l:g}"), (LIGHT, f"beta_h {beta_h:g}"))
+    styles = [(f"background:rgb{colour};border:3px solid rgb{DARK}", name) for colour, name in lines]
+    return joined(element("span", element("i", style=style), name, class_="toco-chip") for style, name in styles)
 
 
 def label_key(names: dict[int, str], *, ignored: bool) -> Markup:

@@ -5,6 +5,7 @@ working. Setting a control's value from Python does the same as moving it.
 """
 
 import base64
+import dataclasses
 import io
 import os
 import threading
@@ -24,12 +25,13 @@ from toco_core.widgets.canvas import Canvas, Filmstrip
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import Session, View, written
-from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN
+from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN, Settings
 from toco_core.widgets.subjects import DECODER
 
 PER_PAGE = 10  # thumbnails
 NARROW, WIDE = 400, 420  # width of the picture with and without a second one, CSS pixels
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+TABLE = "340px"  # height at which a table of numbers begins to scroll: nine classes fit
 SMALL = 224  # width of the maps of tokens
 
 
@@ -56,7 +58,7 @@ class Explorer(w.VBox):
         self.scoring: SplitScoring | None = None
         self.split: SplitScores | None = None
         self.order = list(range(len(session.pictures)))
-        self.page, self.problem = 0, ""
+        self.page, self.problem = self.order.index(session.index) // PER_PAGE, ""
         self._busy = 0  # callbacks under way: the scoring thread gives way to them
         self._filling = False  # controls are being set to what the session says
         self._thumbnails: dict[int, str] = {}
@@ -131,7 +133,7 @@ class Explorer(w.VBox):
         self.linked = w.Checkbox(value=True, description="controls move both", indent=False)
         self.canvases = [Canvas(), Canvas()]
         self.legends = [Panel(), Panel()]
-        self.notes, self.numbers = Panel(), Panel(layout=w.Layout(max_height="260px"))
+        self.notes, self.numbers = Panel(), Panel(layout=w.Layout(max_height=TABLE))
 
         unit = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **slider}
         self.controls: dict[str, w.Widget] = {
@@ -154,6 +156,9 @@ class Explorer(w.VBox):
             "n_crops": w.IntSlider(min=1, max=16, description="crops", **slider),
             "crop_seed": w.IntSlider(min=0, max=20, description="seed", **slider),
         }
+        for field in dataclasses.fields(Settings):
+            if field.name in self.controls:
+                self.controls[field.name].tooltip = " ".join(field.metadata["help"].split())
         self.class_choice = w.ToggleButtons(options=[*CLASS_CHOICES, "chosen"], style={"button_width": "80px"})
         self.class_names = w.SelectMultiple(rows=5, description="classes", **full)
         self.click_means = w.ToggleButtons(
@@ -168,7 +173,7 @@ class Explorer(w.VBox):
         self.score, self.stop = _button("score the split", "all images"), _button("stop", "stop scoring")
         self.stop.disabled = True
         self.progress = w.IntProgress(layout=w.Layout(width="160px", visibility="hidden"))
-        self.split_numbers = Panel(layout=w.Layout(max_height="200px"))
+        self.split_numbers = Panel(layout=w.Layout(max_height=TABLE))
         self.copy = _button("copy as parameters", "the papermill line")
         self.line = w.Textarea(rows=5, layout=w.Layout(width="auto"))
         self.save_name = w.Text(description="folder", placeholder=f"below {self.folder.name}", **full)
@@ -454,6 +459,8 @@ class Explorer(w.VBox):
                 self.canvases[i].width = NARROW if len(session.sides) == 2 else WIDE
                 self.canvases[i].label = f"{session.picture.name}: {session.sides[i].settings.show}"
             self.legends[i].put(self._legend(i, view))
+        self.saved.put()  # what is saved is not what is shown any more
+        self._disable_controls()
         self.numbers.put(*(self._numbers_table(i, view) for i, view in enumerate(self._seen)))
         crops, _ = session.crops(session.active)
         threshold = session.subject(session.active).config.crops.positive_threshold
@@ -461,6 +468,20 @@ class Explorer(w.VBox):
         if tokens:
             self._draw_tokens()
         self._show_notes()
+
+    def _disable_controls(self) -> None:
+        """Those that change nothing of what is shown now; crops are drawn from the CAM, whatever is shown."""
+        session = self.session
+        show, crops = session.sides[session.active].settings.show, bool(session.crops(session.active)[0])
+        cam = crops or show not in ("segmentation", "ground truth")
+        refined = show == "pseudo label"
+        matters = {"strength": show != "image", "contours": show == "CAM", "crf": show == "segmentation"}
+        matters |= dict.fromkeys(("cam", "cam_scales", "flip"), cam)
+        matters |= dict.fromkeys(("par_iterations", "par_dilations"), refined)
+        matters |= dict.fromkeys(("beta_l", "beta_h"), crops or show in ("CAM", "seed label", "pseudo label"))
+        matters |= {"beta": show in ("image", "CAM", "CAM label"), "outline": session.picture.mask is not None}
+        for name, effect in matters.items():
+            self.controls[name].disabled = not effect
 
     def _draw_tokens(self) -> None:
         session = self.session
@@ -487,7 +508,8 @@ class Explorer(w.VBox):
         session, settings = self.session, self.session.sides[i].settings
         head = report.heading(f"{'AB'[i]}: {session.sides[i].subject}") if len(session.sides) == 2 else Markup()
         if settings.show == "CAM":
-            return joined([head, draw.colour_bar("CAM")])
+            key = draw.contour_key(settings.beta_l, settings.beta_h) if settings.contours else Markup()
+            return joined([head, draw.colour_bar("CAM"), key])
         if view.label is None or settings.show == "image":
             return head
         names, places = session.joint(i).names, np.unique(view.label).tolist()
