@@ -179,10 +179,10 @@ def gains_over(recipe: list[dict], runs: list[dict]) -> list[float]:
     return [run["cam_miou"] - own[run["seed"]] for run in runs if run["seed"] in own]
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
     """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _literal(text: str):

@@ -390,7 +390,7 @@ def test_out_of_memory_on_a_cpu_is_told(config, monkeypatch, tmp_path, error):
     with pytest.raises(ToCoError, match="^out of memory, a larger accumulate .* is needed .*no checkpoint in"):
         train(config, progress=False)
     data, model = training.open_data(config.data).train, ToCo(config.model, 3)
-    monkeypatch.setattr(ToCo, "encode", too_much)
+    monkeypatch.setattr(ToCo, "_run_blocks", too_much)
     with pytest.raises(ToCoError, match="^out of memory, a smaller batch_size or size is needed"):
         evaluate_as(config, model, data, progress=False)
     with pytest.raises(ToCoError, match="^out of memory, a smaller crop_size or fewer cam_scales is needed"):
