@@ -15,53 +15,38 @@ from pathlib import Path
 import cv2
 import torch
 
-from toco_core.config import TrainConfig, override, tiny
+from toco_core.config import configured, tiny
 from toco_core.errors import ToCoError
-from toco_core.evaluation.scores import reported_part
+from toco_core.evaluation.scores import scored_run
 from toco_core.machine.writing import write_whole
 from toco_core.runs.folder import Run
-from toco_core.train.loop import evaluate_as, train
 
-METRICS = ("cam_miou", "aux_cam_miou", "seg_miou")
+METRICS = {"cam": "cam_miou", "aux_cam": "aux_cam_miou", "pseudo_label": "pseudo_miou", "seg": "seg_miou"}
+"""Kind of score (see `scores`) -> its name in a record."""
+TITLES = ("final CAM", "auxiliary CAM", "pseudo label", "segmentation")
 RECORDS = Path(__file__).parent / "records"
 
 
 def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True) -> dict:
     """One run of `tiny()` with `overrides`: mIoU in percent on the part "test", and what was run.
 
-    A finished run appends its result to results.jsonl beside the runs, from which it is answered from then on.
+    It is scored as every run is (`scores.scored_run`); a finished run is answered from its folder.
     """
-    config = override(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
-    results = Run.of(config).folder.parent / "results.jsonl"
-    for line in results.read_text().splitlines() if results.is_file() else []:
-        if line.endswith("}") and (known := json.loads(line))["run"] == config.short_hash():
-            return known | {"variant": name}
-    began = time.monotonic()
-    trained = train(config, progress=progress)
-    result = {
+    config = configured(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
+    began, known = time.monotonic(), Run.of(config).finished
+    scored = scored_run(config, progress=progress)
+    scores = scored.scores
+    return {
         "variant": name,
         "seed": seed,
-        **test_scores(config, trained),
+        **{metric: round(scores.miou[kind], 2) for kind, metric in METRICS.items()},
+        "worst_class": {kind: round(min(scores.iou[kind][1:]), 2) for kind in METRICS},
+        "beta": scores.beta,
+        "aux_beta": scores.aux_beta,
+        "val_cam_miou": round(scores.val["cam"], 2),
+        "token_similarity": scores.token_similarity,
         "run": config.short_hash(),
-        "minutes": round((time.monotonic() - began) / 60, 2),
-    }
-    with open(results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-    return result
-
-
-def test_scores(config: TrainConfig, trained) -> dict[str, float]:
-    """mIoU on the part "test" in percent, each CAM at the threshold that is best on the validation part."""
-    chosen, (_, test) = trained.validation, reported_part(trained.data)
-    found = evaluate_as(config, trained.model, test, progress=False)
-    values = {
-        "cam_miou": found.cam.scores(chosen.cam.best_beta).miou,
-        "aux_cam_miou": found.aux_cam.scores(chosen.aux_cam.best_beta).miou,
-        "seg_miou": found.seg.miou,
-    }
-    return {metric: round(100 * float(value), 2) for metric, value in values.items()} | {
-        "beta": chosen.cam.best_beta,
-        "aux_beta": chosen.aux_cam.best_beta,
+        **({} if known else {"minutes": round((time.monotonic() - began) / 60, 2)}),
     }
 
 
@@ -84,7 +69,7 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
         args.common[name] = _literal(value)
     for overrides in args.variants.values():  # a wrong field is refused before the first run
         try:
-            override(tiny(), **{**args.common, **overrides})
+            configured(tiny(), **{**args.common, **overrides})
         except ToCoError as error:
             parser.error(str(error))
     return args
@@ -92,8 +77,7 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
 
 def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
     """Every variant on every seed, seed by seed; the record is written after each run."""
-    torch.set_num_threads(args.threads)
-    cv2.setNumThreads(args.threads)
+    use_threads(args.threads)
     state = {}
     for seed in args.seeds:
         for name, overrides in args.variants.items():
@@ -102,6 +86,12 @@ def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
             print(" ".join(f"{key}={value}" for key, value in result.items()), flush=True)
             state = add_result(record, question, name, overrides, result)
     return state
+
+
+def use_threads(n: int) -> None:
+    """Let everything that computes in this process use so many threads."""
+    torch.set_num_threads(n)
+    cv2.setNumThreads(n)
 
 
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
@@ -122,11 +112,11 @@ def add_result(record: Path, question: str, name: str, overrides: dict, result: 
 
 def table(variants: dict[str, dict]) -> str:
     """Markdown: mean and sample standard deviation over the seeds, in percent."""
-    lines = [f"| variant | steps | seeds | {' | '.join(METRICS)} |", "|---" * (3 + len(METRICS)) + "|"]
+    lines = [f"| variant | steps | seeds | {' | '.join(TITLES)} |", "|---" * (3 + len(METRICS)) + "|"]
     for name, variant in variants.items():
         runs = variant["runs"]
         steps = variant["overrides"].get("steps", tiny().schedule.steps)
-        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS]
+        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS.values()]
         lines.append(f"| {name} | {steps} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -140,30 +130,31 @@ def known_runs(records: Path = RECORDS) -> dict[str, dict]:
     known = {}
     for path in sorted(records.glob("*.json")):
         for variant in json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values():
-            known |= {run["run"]: run for run in variant["runs"]}
+            for run in variant["runs"]:
+                known[run["run"]] = known.get(run["run"], {}) | run
     return known
 
 
 def runs_of(overrides: dict, known: dict[str, dict]) -> list[dict]:
     """The known runs of `tiny()` with `overrides`, by seed; of today's recipe only."""
     seeds = sorted({run["seed"] for run in known.values()})
-    hashes = [override(tiny(), **{**overrides, "seed": seed}).short_hash() for seed in seeds]
+    hashes = [configured(tiny(), **{**overrides, "seed": seed}).short_hash() for seed in seeds]
     return [known[name] for name in hashes if name in known]
 
 
 def table_with_gaps(variants: dict[str, dict], known: dict[str, dict], *, command: str) -> str:
     """Markdown of every variant, mean and sample standard deviation over the seeds in percent, and the difference of
     the final CAM from today's recipe over the seeds that both have. A variant without a run names the command."""
-    lines = ["| variant | seeds | final CAM | auxiliary CAM | segmentation | final CAM - recipe's |", "|---" * 6 + "|"]
+    lines = [f"| variant | seeds | {' | '.join(TITLES)} | final CAM - recipe's |", "|---" * (3 + len(METRICS)) + "|"]
     recipe = runs_of({}, known)
     for name, overrides in variants.items():
         runs = runs_of(overrides, known)
         if not runs:
             lines.append(f"| {name} | not run | `{command} --variants '{name}'` |{' |' * len(METRICS)}")
             continue
-        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS]
+        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS.values()]
         gains = gains_over(recipe, runs)
-        same = override(tiny(), **overrides) == tiny()
+        same = configured(tiny(), **overrides) == tiny()
         gain = "the recipe" if same else mean_and_spread(gains) if gains else "-"
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {gain} |")
     return "\n".join(lines)

@@ -45,10 +45,25 @@ def ptc_loss(patch_map: Tensor, affinity: Tensor, keep_constant: bool = False) -
 
 
 def ctc_loss(
-    student: Tensor, teacher: Tensor, is_positive: Tensor, temperature: float, negatives_only_term: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    is_positive: Tensor,
+    temperature: float,
+    negatives_only_term: bool = True,
+    cosine: bool = False,
+    classes: list[set] | None = None,
 ) -> Tensor:
+    """`classes` of each image: where given, every view of an image without a common one is a negative, too."""
     B, V, _ = student.shape
     G = teacher.shape[1]
+
+    def p(b, v, i, g):
+        one, other = student[b, v], teacher[i, g]
+        dot = (one * other).sum()
+        if cosine:
+            dot = dot / ((one**2).sum() * (other**2).sum()).sqrt()
+        return torch.exp(dot / temperature)
+
     loss = student.sum() * 0
     for b in range(B):
         positives = [v for v in range(V) if is_positive[b, v]]
@@ -56,13 +71,17 @@ def ctc_loss(
         if not positives:
             continue
         for g in range(G):
-            n = sum((torch.exp(student[b, v].dot(teacher[b, g]) / temperature) for v in negatives), 0.0)
+            n = torch.zeros((), dtype=student.dtype)
+            for v in negatives:
+                n = n + p(b, v, b, g)
+            for j in range(B):
+                if classes is not None and j != b and not classes[b] & classes[j]:
+                    for v in range(V):
+                        n = n + p(j, v, b, g)
             cost = 0
             for v in positives:
-                p = torch.exp(student[b, v].dot(teacher[b, g]) / temperature)
-                cost = cost - torch.log(p / (p + n + 1e-4))
+                cost = cost - torch.log(p(b, v, b, g) / (p(b, v, b, g) + n + 1e-4))
             if negatives_only_term:
-                n = n if negatives else torch.zeros((), dtype=student.dtype)
                 cost = cost - torch.log(1 / (1 + n + 1e-4))
             loss = loss + cost / (len(positives) + 1e-4)
     return loss / (B * G)

@@ -29,6 +29,8 @@ def small_recipe() -> TrainConfig:
         lr=1e-4,
         warmup_steps=30,
         eval_interval=100,
+        frozen_blocks=0,
+        warm_start_steps=0,
     )
 
 

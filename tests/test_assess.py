@@ -18,7 +18,7 @@ from toco_core.evaluation import protocols as assess
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.model import ToCo
-from toco_core.predict.crf import dense_crf
+from toco_core.refiners.crf import dense_crf
 from toco_core.runs.release import save_release
 
 plt.switch_backend("Agg")
@@ -55,6 +55,7 @@ def config(root):
         small_recipe(),
         dataset=root,
         crop_size=40,
+        local_size=24,
         cam_scales=(1.0, 0.5),
         par_iterations=2,
         par_dilations=(1, 3),
@@ -144,6 +145,17 @@ def test_scores_follow_from_the_images():
     assert assessed.decided("seg") == pytest.approx(
         sum(((mask != 255) & (label != 255)).sum() for mask, label in pairs) / shown
     )
+
+
+def test_groups_take_every_image_once_and_score_like_loops():
+    pairs = [random_pair(seed) for seed in range(5)]
+    counts = np.stack([image_counts(*pair, K) for pair in pairs])
+    assessed = assess.Assessment(tuple("abcde"), {"seg": counts}, {"seg": ""})
+    wanted = [slow_iou(sum(slow_counts(*pairs[i]) for i in group)) for group in ((0, 3), (1, 4), (2,))]
+    np.testing.assert_allclose(assessed.group_miou("seg", 3), wanted)
+    for groups in (0, 6):
+        with pytest.raises(ToCoError, match=f"groups = {groups} is not allowed: 1 to 5"):
+            assessed.group_miou("seg", groups)
 
 
 def test_an_image_without_a_valid_pixel_has_no_score_and_is_no_worst_one():

@@ -11,6 +11,7 @@ from toco_core.config import (
     TrainConfig,
     changed_batch,
     coco,
+    configured,
     field_sections,
     lr_at,
     override,
@@ -49,6 +50,7 @@ VOC = {
         "par_iterations": 10,
         "par_dilations": [1, 2, 4, 8, 12, 24],
         "par_scale": 0.5,
+        "refiner": "par",
     },
     "loss": {
         "cls": 1.0,
@@ -58,13 +60,15 @@ VOC = {
         "seg": 0.1,
         "energy": 0.05,
         "temperature": 0.5,
+        "ctc_cosine": False,
+        "ctc_batch_negatives": False,
         "ptc_start": 0,
         "ctc_start": 0,
         "seg_start": 2001,
         "energy_start": 2001,
         "final_cam_start": 0,
     },
-    "crops": {"n_local": 8, "local_size": 96, "positive_threshold": 0.2},
+    "crops": {"n_local": 8, "local_size": 96, "local_resized": False, "positive_threshold": 0.2},
     "data": {
         "dataset": "VOCdevkit/VOC2012",
         "train_split": "train_aug",
@@ -216,8 +220,9 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     del values["out_dir"], values["log_to"], values["model"]["aux_norm"], values["schedule"]["classifier_lr_scale"]
     del values["schedule"]["accumulate"], values["model"]["pooling"], values["schedule"]["compile_blocks"]
     del values["schedule"]["warm_start_steps"], values["schedule"]["frozen_blocks"], values["model"]["decoder_dilation"]
-    for name in ("attention_steps", "attention_blocks", "attention_kind"):
+    for name in ("attention_steps", "attention_blocks", "attention_kind", "refiner"):
         del values["labels"][name]
+    del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -323,6 +328,16 @@ def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
     assert shortened(config, 40).schedule.warmup_steps == 20
     assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
     assert shortened(config, 1).schedule.steps == 1
+
+
+def test_steps_alone_shorten_every_stage_that_is_not_named():
+    """`-p steps 90` once trained without PTC, CTC and decoder, whose first steps lay behind the last."""
+    config = configured(tiny(), steps=40, ptc_start=3, layer=9)
+    assert config == override(shortened(tiny(), 40), ptc_start=3, layer=9)
+    assert config.loss.seg_start < 40 and config.loss.at(39)["seg"] > 0
+    assert configured(tiny(), layer=9) == override(tiny(), layer=9)
+    with pytest.raises(ToCoError, match="steps = 0 is not allowed: at least 1"):
+        configured(tiny(), steps=0)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toco_core import lattice as lattices_module
 from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
+from toco_core.labels import refined_labels
 from toco_core.lattice import Lattice, energy_lattices, image_lattice
 from toco_core.losses import dense_energy_loss
-from toco_core.predict.crf import crf_labels, crf_lattices, dense_crf, mean_field
+from toco_core.refiners.crf import crf_lattices, dense_crf, mean_field
 
 B, C, H, W = 2, 4, 10, 14
 # A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where
@@ -303,15 +304,14 @@ def test_dense_crf_reuses_lattices():
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_crf_labels_are_what_the_dense_crf_makes_of_cam_and_background(scale):
+def test_labels_refined_by_the_crf_are_what_the_dense_crf_makes_of_cam_and_background(scale):
     g = torch.Generator().manual_seed(3)
     coarse = torch.rand(3, 4, 3, 4, generator=g, dtype=torch.float64)
     cam = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bilinear")
     images = torch.nn.functional.interpolate(torch.rand(3, 3, 3, 5, generator=g), size=(H, W)).double()
     image_labels = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
-    found = crf_labels(
-        images, cam, image_labels, betas=(0.3, 0.6), iterations=3, scale=scale, sigma_xy=8.2, sigma_rgb=40.0
-    )
+    settings = {"iterations": 3, "scale": scale, "appearance_sigma_xy": 8.2, "appearance_sigma_rgb": 40.0}
+    found = refined_labels(images, cam, image_labels, betas=(0.3, 0.6), refiner="crf", **settings)
     assert found.shape == (2, 3, H, W) and not found[:, 1].any()
     assert not torch.equal(found[0], found[1]) and set(found[0, 2].unique().tolist()) <= {0, 1, 2, 3}
     size = (int(H * scale), int(W * scale))

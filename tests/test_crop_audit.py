@@ -134,10 +134,12 @@ def test_look_draws_as_the_audit_does(model, items, config):
     assert not torch.equal(other.boxes.top, found.boxes.top)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_logits_are_those_of_the_training_step(model, items, config, index):
+@pytest.mark.parametrize(
+    ("index", "variant"), [(0, {}), (1, {}), (2, {}), (1, {"local_resized": True, "ctc_cosine": True})]
+)
+def test_logits_are_those_of_the_training_step(model, items, config, index, variant):
     """The loss of the shown logits equals the loss that `objective` makes of the same views; img_2 has no class."""
-    item = items[index]
+    item, config = items[index], override(config, **variant)
     found = audit.look_at_crops(model, item, config, seed=2)
     views = training_views(item.image, crop_size=(24, 24), rng=np.random.default_rng(2), **view_options(config, model))
     np.testing.assert_array_equal(found.global_view, views.global_view.transpose(1, 2, 0))

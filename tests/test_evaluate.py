@@ -17,7 +17,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import CAMCounts, evaluate, look, strongest
 from toco_core.evaluation.metrics import ConfusionMatrix, multi_label_scores
 from toco_core.model import ToCo
-from toco_core.predict.crf import dense_crf
+from toco_core.refiners.crf import dense_crf
 
 K = 3
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"

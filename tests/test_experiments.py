@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from voc_folder import write_voc_folder
+
+from toco_core.config import override, tiny
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SOURCE = FOLDER / "common.py"
@@ -20,7 +23,7 @@ def common():
 
 
 def result(seed, value):
-    return RESULT | {"seed": seed} | dict.fromkeys(("cam_miou", "aux_cam_miou", "seg_miou"), value)
+    return RESULT | {"seed": seed} | dict.fromkeys(("cam_miou", "aux_cam_miou", "pseudo_miou", "seg_miou"), value)
 
 
 def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(common, tmp_path):
@@ -30,8 +33,9 @@ def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(comm
     state = common.add_result(record, "why?", "a", {"par_dilations": (1, 2)}, result(0, 50.0))
     assert json.loads(record.read_text()) == state
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [0, 1]
-    assert "| a | 320 | 2 | 45.0 ± 7.1 |" in state["table"][2]
-    assert "| b | 320 | 1 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
+    steps = tiny().schedule.steps
+    assert f"| a | {steps} | 2 | 45.0 ± 7.1 |" in state["table"][2]
+    assert f"| b | {steps} | 1 | 10.0 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
     state = common.add_result(record, "why?", "a", {"steps": 9}, result(2, 60.0))
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [2]  # other settings: nothing to average with
 
@@ -49,18 +53,21 @@ def test_options_become_fields_and_wrong_ones_are_refused(common, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_finished_run_is_answered_from_its_line(common, tmp_path, monkeypatch):
-    from toco_core.config import override, tiny
-
-    known = result(3, 33.0) | {"run": override(tiny(), steps=50, seed=3).short_hash()}
-    (tmp_path / "results.jsonl").write_text(json.dumps(known) + "\n" + '{"run": "cut sho')
-    monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("the run is repeated"))
-    assert common.run_variant("renamed", {"steps": 50}, 3, tmp_path) == known | {"variant": "renamed"}
+def test_a_variant_is_trained_and_scored_once(common, tmp_path, monkeypatch):
+    data = write_voc_folder(tmp_path / "voc", n=7, splits={"train": range(4), "val": (4, 5), "test": (6,)})
+    fields = {
+        "dataset": str(data), "backbone": "plain_vit(image=32, patch=8, width=16, depth=2, heads=2, mlp=24)",
+        "pretrained": False, "layer": 1, "frozen_blocks": 0, "attention_blocks": (1, 2), "crop_size": 32,
+        "local_size": 16, "batch_size": 2, "steps": 2, "par_dilations": (1,), "warm_start_steps": 3,
+    }  # fmt: skip
+    first = common.run_variant("first", fields, 3, tmp_path, progress=False)
+    assert set(common.METRICS.values()) < set(first) and first["seed"] == 3 and first["minutes"] >= 0
+    monkeypatch.setattr("toco_core.evaluation.scores.train", lambda *_, **__: pytest.fail("the run is repeated"))
+    again = common.run_variant("renamed", fields, 3, tmp_path, progress=False)
+    assert again == {k: v for k, v in first.items() if k != "minutes"} | {"variant": "renamed"}
 
 
 def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp_path):
-    from toco_core.config import override, tiny
-
     def put(record, name, overrides, seed, value, of=None):
         known = override(tiny(), **(overrides if of is None else of), seed=seed).short_hash()
         common.add_result(tmp_path / record, "?", name, overrides, result(seed, value) | {"run": known})
@@ -83,17 +90,15 @@ def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp
     }
     lines = common.table_with_gaps(variants, known, command="python x.py").splitlines()
     assert lines[2:] == [
-        "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
-        "| half | 1 | 49.0 | 49.0 | 49.0 | -3.0 |",
-        "| no ptc | 1 | 30.0 | 30.0 | 30.0 | - |",
-        "| never | not run | `python x.py --variants 'never'` | | | |",
+        "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
+        "| half | 1 | 49.0 | 49.0 | 49.0 | 49.0 | -3.0 |",
+        "| no ptc | 1 | 30.0 | 30.0 | 30.0 | 30.0 | - |",
+        "| never | not run | `python x.py --variants 'never'` | | | | |",
     ]
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {8}
 
 
 def test_the_ablation_declares_what_can_be_run(common, monkeypatch):
-    from toco_core.config import override, tiny
-
     monkeypatch.syspath_prepend(str(FOLDER))
     ablation = importlib.import_module("ablation")
     assert sum(len(group) for group in ablation.GROUPS.values()) == len(ablation.VARIANTS)  # no name stands twice
@@ -102,3 +107,30 @@ def test_the_ablation_declares_what_can_be_run(common, monkeypatch):
     assert len({config.short_hash() for config in configs.values() if config != tiny()}) == sum(
         config != tiny() for config in configs.values()
     )
+    assert all(override(tiny(), **values).loss.ctc > 0 for name, values in ablation.VARIANTS.items() if "temp" in name)
+
+
+def test_fields_that_a_later_record_lacks_are_kept(common, tmp_path):
+    known = override(tiny(), seed=4).short_hash()
+    run = result(4, 50.0) | {"run": known, "token_similarity": [0.1, 0.9]}
+    common.add_result(tmp_path / "a.json", "?", "x", {}, run)
+    common.add_result(tmp_path / "b.json", "?", "y", {}, result(4, 50.0) | {"run": known})
+    [run] = common.runs_of({}, common.known_runs(tmp_path))
+    assert run["token_similarity"] == [0.1, 0.9] and run["seed"] == 4
+
+
+def test_the_layer_ablation_has_six_blocks_that_the_backbone_has(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    layers = importlib.import_module("layer_ablation")
+    configs = [override(tiny(), **overrides) for overrides in layers.VARIANTS.values()]
+    assert [config.model.layer for config in configs] == list(layers.LAYERS) == [7, 8, 9, 10, 11, 12]
+    assert tiny() in configs
+
+
+def test_variants_of_ctc_differ_in_what_they_name(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    variants = importlib.import_module("ctc_variants").VARIANTS
+    configs = [override(tiny(), **overrides) for overrides in variants.values()]
+    assert len({config.short_hash() for config in configs}) == len(variants) and "PTC alone" in variants
+    later = [(c.crops.local_resized, c.loss.ctc_cosine, c.loss.ctc_batch_negatives) for c in configs]
+    assert later[1] == (False, False, False) and later[-1] == (True, True, True)

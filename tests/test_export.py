@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 
 import toco_core.predict.export as exporting
+from toco_core.analysis.label_quality import cams_of_split, crf_of
 from toco_core.analysis.second_stage import crop_with_mask, train_segmentation
 from toco_core.config import override
 from toco_core.conventions import voc_palette
@@ -20,7 +21,7 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo
-from toco_core.predict.export import METHODS, cam_crf_label, export, palette_png, voc_archive, weights_hash
+from toco_core.predict.export import METHODS, export, palette_png, voc_archive, weights_hash
 
 K = 3
 SMALL = {
@@ -77,10 +78,10 @@ def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source,
         shares += np.bincount(mask.ravel(), minlength=256)
         if not method.startswith("seg"):
             present = {k + 1 for k in range(K) if LABELS[source.names[i]][k]}
-            assert set(np.unique(mask)) <= {0, *present} | ({255} if method == "par" else set())
+            assert set(np.unique(mask)) <= {0, *present} | ({255} if method in ("par", "crf") else set())
     assert len(np.unique(np.concatenate([back.mask(i).ravel() for i in range(5)]))) > 1
     assert_close(found.pixels["ignored"], shares[255] / shares.sum())
-    assert (shares[255] > 0) == (method == "par")
+    assert (shares[255] > 0) == (method in ("par", "crf"))
 
 
 def test_labels_are_those_that_look_shows_and_evaluate_scores(model, source, config, tmp_path):
@@ -108,17 +109,15 @@ def slow_miou(source, folder):
     return sum(ious) / len(ious)
 
 
-def test_a_crf_without_iterations_is_the_threshold(source):
-    cam = torch.rand(1, K, 10, 15, generator=torch.Generator().manual_seed(0))
-    native = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(1))
-    label = cam_crf_label(cam, torch.tensor([[1, 0, 1]]), native, beta=0.45, crf={"iterations": 0})
-    large = F.interpolate(cam, size=(20, 30), mode="bilinear", align_corners=False)[0]
-    for y, x in np.ndindex(20, 30):
-        a, c = large[0, y, x], large[2, y, x]
-        assert label[y, x] == (0 if max(a, c) <= 0.45 else 1 if a >= c else 3)
-    smooth = cam_crf_label(cam, torch.tensor([[1, 0, 1]]), native, beta=0.45, crf={"iterations": 5})
-    assert 0 < (smooth != label).mean() and set(np.unique(smooth)) <= {0, 1, 3}
-    assert not cam_crf_label(cam, torch.zeros(1, K), native, beta=0.1, crf={}).any()
+def test_cam_and_crf_is_one_label(model, source, config, tmp_path):
+    """What is judged as "dense CRF" is what is written as "crf"."""
+    settings = {"iterations": 4, "appearance_sigma_rgb": 30.0}
+    export(model, source, tmp_path / "out", config, method="crf", crf=settings, progress=False)
+    written = VOCFolder(tmp_path / "out", "train")
+    judged = [crf_of(item, config.labels, **settings) for item in cams_of_split(model, source, config)]
+    for i in range(5):
+        np.testing.assert_array_equal(written.mask(i), judged[i])
+    assert {0, 255} < set(np.unique(np.concatenate([label.ravel() for label in judged])))
 
 
 def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypatch):
@@ -149,13 +148,13 @@ def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypa
 def test_the_manifest_says_what_made_the_labels(model, source, config, tmp_path):
     import hashlib
 
-    export(model, source, tmp_path / "out", config, method="crf", beta=0.3, split="mine", progress=False)
+    export(model, source, tmp_path / "out", config, method="crf", split="mine", progress=False)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["finished"] and manifest["split"] == "mine"
     settings = manifest["settings"]
-    assert (settings["method"], settings["beta"], settings["size"], settings["cam_scales"]) == (
+    assert (settings["method"], settings["beta_h"], settings["size"], settings["cam_scales"]) == (
         "crf",
-        0.3,
+        0.6,
         32,
         [1, 0.5],
     )

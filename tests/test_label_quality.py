@@ -16,7 +16,7 @@ from toco_core.config import override
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import look
-from toco_core.predict.crf import crf_labels
+from toco_core.labels import refined_labels
 
 K = 3
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
@@ -101,6 +101,18 @@ def test_composition_equals_loops():
 # ---- labels of an image
 
 
+def test_groups_take_every_image_once(items, config):
+    def label_of(item):
+        return lq.seed_of(item, config.labels)
+
+    found = lq.quality_by_group(items, label_of, K, groups=3)
+    parts = ([items[0], items[3]], [items[1], items[4]], [items[2]])
+    for quality, part in zip(found, parts, strict=True):
+        assert_close(torch.tensor(quality), torch.tensor(lq.count_labels(part, label_of, K).quality()), equal_nan=True)
+    with pytest.raises(ToCoError, match="groups = 6 is not allowed: 1 to 5"):
+        lq.quality_by_group(items, label_of, K, groups=6)
+
+
 def test_labels_equal_those_of_look(model, source, config, items):
     """img_3 has no labelled class; the others are not square and keep only some of the classes."""
     for index, item in enumerate(items):
@@ -114,12 +126,12 @@ def test_labels_equal_those_of_look(model, source, config, items):
     assert any((lq.seed_of(i, config.labels) != lq.pseudo_of(i, config.labels)).any() for i in items)
 
 
-def test_crf_of_is_crf_labels_between_two_thresholds(config, items):
-    item = items[0]
-    found = lq.crf_of(item, config.labels, iterations=2, sigma_rgb=30.0)
+def test_crf_of_is_the_crf_between_two_thresholds(config, items):
+    item, settings = items[0], {"iterations": 2, "appearance_sigma_rgb": 30.0}
+    found = lq.crf_of(item, config.labels, **settings)
     betas = {name: getattr(config.labels, name) for name in ("beta_l", "beta_h")}
     one = {
-        name: crf_labels(item.unit, item.cam, item.present, betas=[beta], iterations=2, sigma_rgb=30.0)[0, 0]
+        name: refined_labels(item.unit, item.cam, item.present, betas=[beta], refiner="crf", **settings)[0, 0]
         for name, beta in betas.items()
     }
     height, width = item.mask.shape

@@ -170,6 +170,34 @@ def test_ctc_equals_the_loops(kind, negatives_only_term, temperature):
     agree(ctc_loss(student, teacher, flags, **options), slow.ctc_loss(student, teacher, flags, **options), student)
 
 
+CLASSES = ({0, 3}, {1}, {3}, set())
+UNRELATED = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 0]]) == 1
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("cosine", (False, True))
+@pytest.mark.parametrize("classes", (None, CLASSES))
+def test_variants_of_ctc_equal_the_loops(kind, cosine, classes):
+    torch.manual_seed(14)
+    student, teacher, flags = random(4, V, P), random(4, 3, P), make_flags(kind, (4, V))
+    unrelated = None if classes is None else UNRELATED
+    ours = ctc_loss(student, teacher, flags, temperature=0.7, cosine=cosine, unrelated=unrelated)
+    agree(ours, slow.ctc_loss(student, teacher, flags, 0.7, True, cosine, classes), student)
+    assert teacher.grad is None
+    plain = ctc_loss(student, teacher, flags, temperature=0.7)
+    assert (cosine or classes is not None) == (not torch.equal(ours, plain))
+
+
+def test_cosine_ctc_forgets_lengths_and_survives_a_zero_vector():
+    torch.manual_seed(15)
+    student, teacher, flags = random(2, V, P), random(2, 2, P), make_flags("random", (2, V))
+    longer = ctc_loss(5 * student, 0.2 * teacher, flags, cosine=True)
+    assert_close(longer, ctc_loss(student, teacher, flags, cosine=True))
+    zero = torch.zeros(2, V, P, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ctc_loss(zero, teacher.float(), flags, cosine=True), zero)
+    assert gradient.isfinite().all()
+
+
 def test_ctc_teacher_gets_no_gradient():
     torch.manual_seed(5)
     teacher = unit(B, 2, P)

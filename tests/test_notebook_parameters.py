@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from toco_core.config import override, photographs, tiny, voc
+from toco_core.config import override, photographs, shortened, tiny, voc
 from toco_core.config.parameters import Parameters, as_list, questions
 from toco_core.errors import ToCoError
 
@@ -18,7 +18,7 @@ def notebook(own=(), before=None, **given):
 
 def test_parameters_change_the_recipe():
     found = notebook(layer=7, steps=20, warmup_steps=2, beta_l=0.2, cam_scales=[1.0, 0.5]).config()
-    assert found == override(tiny(), layer=7, steps=20, warmup_steps=2, beta_l=0.2, cam_scales=(1.0, 0.5))
+    assert found == override(shortened(tiny(), 20), layer=7, warmup_steps=2, beta_l=0.2, cam_scales=(1.0, 0.5))
 
 
 def test_no_parameter_at_all_is_the_recipe():

@@ -4,6 +4,7 @@ import functools
 
 import matplotlib.pyplot as plt
 import pytest
+import reference_losses as slow
 import torch
 import torch.nn.functional as F
 from small_config import small_recipe, stir
@@ -13,6 +14,7 @@ from voc_folder import write_voc_folder
 from toco_core import losses, viz
 from toco_core import objective as objectives
 from toco_core.config import ReleaseBehaviour, override
+from toco_core.crops import CropBoxes
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.objective import (
@@ -126,6 +128,53 @@ def test_labels_asked_for_first_leave_the_graph_whole(model, batch):
         objective(step).total.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+# ---- variants of class token contrast
+
+
+@pytest.mark.parametrize("fields", [{}, {"local_resized": True}, {"ctc_cosine": True}, {"ctc_batch_negatives": True}])
+def test_ctc_equals_view_by_view(model, batch, fields):
+    """Every view cut, resized and encoded by itself, and the loss from loops; values and gradients."""
+    config = override(small_recipe(), **SMALL, **fields)
+    is_positive = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 0, 1], [1, 1, 0, 0, 0]]) == 1
+    boxes = CropBoxes(
+        torch.tensor([[0, 16, 3], [7, 1, 9], [2, 5, 11], [13, 8, 4]]),
+        torch.tensor([[32, 0, 5], [20, 11, 2], [31, 9, 14], [1, 25, 17]]),
+    )
+    step = Step(model, batch, config, boxes=boxes)
+    step.is_positive = is_positive
+    student, teacher = [], []
+    for b in range(B):
+        views = [batch.images[b], batch.global_view[b]]
+        for top, left in zip(boxes.top[b].tolist(), boxes.left[b].tolist(), strict=True):
+            crop = batch.local_image[b, :, top : top + 16, left : left + 16]
+            views.append(slow.reduced_bilinearly(crop, 32, 48) if "local_resized" in fields else crop)
+        tokens = [model.encode(view[None]).class_token[0] for view in views]
+        student.append(torch.stack([model.proj_head(token) for token in tokens]))
+        teacher.append(torch.stack([model.proj_head_ema(token) for token in tokens[:2]]).detach())
+    classes = [{0, 2}, {0, 1}, {1}, {0, 1, 2}] if "ctc_batch_negatives" in fields else None
+    options = {"cosine": "ctc_cosine" in fields, "classes": classes}
+    theirs = slow.ctc_loss(
+        torch.stack(student), torch.stack(teacher), is_positive, config.loss.temperature, True, **options
+    )
+    ours = TERMS["ctc"].loss(step)
+    assert_close(ours, theirs.to(ours), rtol=1e-5, atol=1e-6)
+    parts = [
+        model.proj_head.mlp[0].weight,
+        model.encoder.blocks[1].attn.qkv.weight,
+        model.encoder.patch_embed.proj.bias,
+    ]
+    for mine, other in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(theirs, parts), strict=True):
+        assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def test_batch_negatives_want_the_batch_in_one_piece(model, batch):
+    config = override(small_recipe(), **SMALL, ctc_batch_negatives=True)
+    with pytest.raises(ToCoError, match="ctc_batch_negatives with a batch in 2 parts is not allowed"):
+        objective(Step(model, batch, config, parts=2, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ToCoError, match="accumulate = 2 with ctc_batch_negatives is not allowed"):
+        override(config, accumulate=2, batch_size=B)
 
 
 # ---- weights, names, digests

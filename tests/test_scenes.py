@@ -12,6 +12,9 @@ import toco_core.data.scenes as scenes
 from toco_core.conventions import voc_palette
 from toco_core.data import VOCFolder, open_train_val
 from toco_core.data.scenes import CLASS_NAMES, ScenesConfig, cache_folder, draw_scene, scenes_folder
+from toco_core.data.world import painting
+from toco_core.data.world.shapes import Part, ellipse
+from toco_core.data.world.species import COATS, SPECIES
 from toco_core.errors import ToCoError
 
 SMALL = ScenesConfig(seed=3, n_train=6, n_val=3, n_test=2)
@@ -48,7 +51,7 @@ def test_a_scene_follows_from_the_state_of_its_generator():
     first, again, other = (draw_scene(np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.mask, again.mask)
-    assert first.coats == again.coats
+    assert first.animals == again.animals and first.habitat == again.habitat
     assert (first.image != other.image).any() and (first.mask != other.mask).any()
 
 
@@ -60,24 +63,36 @@ def test_a_scene_has_the_wanted_size_and_values(size):
     assert set(np.unique(scene.mask)) <= {*range(len(CLASS_NAMES)), 255}
 
 
-@pytest.mark.parametrize("label", range(1, len(CLASS_NAMES)))
-def test_one_species_can_be_asked_for(label):
-    scene = draw_scene(np.random.default_rng(label), 64, 64, label=label, n_animals=2)
-    assert set(np.unique(scene.mask)) == {0, label, 255}
-    assert len(scene.coats) == 2
+@pytest.mark.parametrize("number", range(len(SPECIES)))
+def test_one_species_can_be_asked_for(number):
+    scene = draw_scene(np.random.default_rng(number), 64, 72, among=[number], n_animals=2)
+    assert set(np.unique(scene.mask)) == {0, 1 + number, 255}
+    assert [animal.species for animal in scene.animals] == [number] * 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_the_number_of_animals_can_be_asked_for(n):
     scene = draw_scene(np.random.default_rng(5), 64, 96, n_animals=n)
-    assert len(scene.coats) == n
+    assert len(scene.animals) == n
     assert ((scene.mask > 0).any()) == (n > 0)
 
 
 def test_by_default_one_to_four_animals_of_at_most_three_species():
-    drawn = [draw_scene(np.random.default_rng(seed), 32, 48) for seed in range(40)]
-    assert {len(scene.coats) for scene in drawn} == {1, 2, 3, 4}
-    assert max(len(set(np.unique(scene.mask)) - {0, 255}) for scene in drawn) == 3
+    drawn = [draw_scene(np.random.default_rng(seed), 32, 48) for seed in range(60)]
+    assert {len(scene.animals) for scene in drawn} == {1, 2, 3, 4}
+    n_species = np.array([len({animal.species for animal in scene.animals}) for scene in drawn])
+    assert set(n_species) == {1, 2, 3}
+    assert 1 / 3 <= (n_species > 1).mean() <= 1 / 2
+
+
+def test_looks_and_habitats_are_usual_and_not_certain():
+    """Colours, coats and habitats are hints: right far more often than by chance, and wrong often enough."""
+    drawn = [draw_scene(np.random.default_rng(seed), 24, 24) for seed in range(250)]
+    animals = [(animal, scene.habitat) for scene in drawn for animal in scene.animals]
+    own_colours = np.mean([animal.colours == animal.species for animal, _ in animals])
+    own_coat = np.mean([COATS[animal.coat] == SPECIES[animal.species].coat for animal, _ in animals])
+    at_home = np.mean([habitat == SPECIES[animal.species].habitat for animal, habitat in animals])
+    assert 0.65 < own_colours < 0.85 and 0.7 < own_coat < 0.9 and 0.4 < at_home < 0.75
 
 
 def test_different_labels_never_touch():
@@ -90,29 +105,37 @@ def test_different_labels_never_touch():
 @pytest.mark.parametrize("centre", [(-40, -30), (200, 20), (90, 400), (-5, 200), (60, 50)])
 def test_the_head_is_inside_the_picture(monkeypatch, centre):
     """Wherever the body is asked for: of the animal only a spot at the place of its head is drawn."""
-    plain = scenes._animal
+    plain = painting.animal
 
     def spot_only(species, rng):
         _, (x, y) = plain(species, rng)
-        return [scenes._Part(scenes._ellipse(x, y, 0.1, 0.1), (1, 2, 3))], (x, y)
+        return [Part(ellipse(x, y, 0.1, 0.1), (1, 2, 3))], (x, y)
 
-    monkeypatch.setattr(scenes, "_animal", spot_only)
+    monkeypatch.setattr(painting, "animal", spot_only)
     H, W, unit = 120, 160, 30.0
-    for label in range(1, len(CLASS_NAMES)):
-        image, mask = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.uint8)
-        scenes._paint_animal(image, mask, label, 0, centre, unit, np.random.default_rng(label))
+    grey = (np.full(3, 90.0, np.float32), np.full(3, 60.0, np.float32))
+    for number, species in enumerate(SPECIES):
+        image, mask, rng = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.uint8), np.random.default_rng(number)
+        painting.paint_animal(image, mask, 1 + number, species, "plain", grey, centre, unit, rng)
         y, x = np.nonzero(mask)
-        assert set(mask[y, x]) == {label} and len(y) > 20
+        assert set(mask[y, x]) == {1 + number} and len(y) > 20
         assert 0.5 * unit < x.mean() < W - 0.5 * unit and 0.5 * unit < y.mean() < H - 0.5 * unit
+
+
+@pytest.mark.parametrize("kind", COATS)
+def test_a_coat_has_both_colours(kind):
+    field = painting.coat_field(kind, np.random.default_rng(3), 60, 84, 30.0)
+    assert field.shape == (60, 84) and field.min() >= 0 and field.max() <= 1
+    assert field.max() - field.min() > 0.25
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"label": 0}, r"label is 0; allowed: 1\.\.8"),
-        ({"label": 9}, r"label is 9; allowed: 1\.\.8"),
-        ({"height": 12}, "12 x 128 pixels is too small; allowed: 16 x 16"),
-        ({"width": 15}, "96 x 15 pixels is too small"),
+        ({"among": []}, r"among is \[\]; allowed: at least one of 0\.\.23"),
+        ({"among": [3, 24]}, r"among is \[3, 24\]; allowed: at least one of 0\.\.23"),
+        ({"height": 12}, "12 x 160 pixels is too small; allowed: 16 x 16"),
+        ({"width": 15}, "128 x 15 pixels is too small"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(wrong, words):
@@ -175,13 +198,13 @@ def test_the_reader_of_voc_folders_reads_every_part(folder):
         assert part.image_labels.shape == (n, 8) and part.image_labels.any(axis=1).all()
         for i in range(n):
             assert part.image(i).shape[:2] == part.mask(i).shape
-            assert part.image(i).shape[:2] in [(96, 128), (128, 96)]
+            assert part.image(i).shape[:2] in [(128, 160), (160, 128)]
     assert not open_train_val(folder).held_out
 
 
 def test_both_orientations_and_all_species_occur():
     drawn = [scenes.scene_of(ScenesConfig(), "train", i) for i in range(24)]
-    assert {scene.mask.shape for scene in drawn} == {(96, 128), (128, 96)}
+    assert {scene.mask.shape for scene in drawn} == {(128, 160), (160, 128)}
     assert set(np.concatenate([np.unique(scene.mask) for scene in drawn])) == {*range(9), 255}
 
 

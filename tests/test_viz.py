@@ -182,6 +182,42 @@ def test_token_similarity(ax):
     assert len(viz.token_similarity(fresh, {"one": [0.5]}).lines) == 1 and not fresh.texts
 
 
+def test_a_method_has_one_colour_in_every_figure_and_shares_it_with_nothing_else():
+    ptc, plain = viz.METHOD_COLOURS["PTC"], viz.METHOD_COLOURS["classification only"]
+    found = viz.name_colours(["mine", "full", "classification only", "+ PTC", "yours"])
+    assert found["full"] == found["+ PTC"] == viz.name_colours(["with PTC"])["with PTC"] == ptc
+    assert found["classification only"] == viz.name_colours(["classification"])["classification"] == plain
+    assert len(set(found.values())) == 4  # others take what is left
+    assert set(viz.METHODS.values()) <= set(viz.METHOD_COLOURS)
+    assert not set(viz.METHOD_COLOURS.values()) & set(viz.KIND_COLOURS.values())
+    many = [f"run {i}" for i in range(20)]
+    assert list(viz.name_colours(many)) == many and set(viz.name_colours(many).values()) == set(viz.RUN_COLOURS)
+
+    curves = {"pretrained": [0.1, 0.2], "full": [0.2, 0.1]}
+    drawn = (
+        viz.token_similarity(plt.figure().add_subplot(), curves),
+        viz.by_block(plt.figure().add_subplot(), curves, title="", ylabel=""),
+    )
+    for ax in drawn:
+        assert [line.get_color() for line in ax.lines] == [viz.METHOD_COLOURS["backbone"], ptc]
+    thresholds = viz.threshold_curves(
+        plt.figure().add_subplot(), {"auxiliary CAM": ([0, 1], [0.1, 0.2]), "full": ([0, 1], [0.1, 0.3])}, chosen={}
+    )
+    assert [line.get_color() for line in thresholds.lines] == [viz.KIND_COLOURS["aux_cam"], ptc]
+
+
+def test_method_bars(ax):
+    miou = {"classification only": {"cam": 50.0, "seg": 20.0}, "PTC": {"cam": 70.0, "aux_cam": 60.0, "seg": 65.4}}
+    assert viz.method_bars(ax, miou) is ax
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["final CAM", "segmentation", "auxiliary CAM"]
+    found = [(round(bar.get_x() + bar.get_width() / 2, 3), bar.get_height()) for bar in ax.patches]
+    assert found == [(-0.2, 50.0), (0.8, 20.0), (0.2, 70.0), (2.2, 60.0), (1.2, 65.4)]
+    assert [plt.matplotlib.colors.to_hex(bar.get_facecolor()) for bar in ax.patches] == (
+        [viz.METHOD_COLOURS["classification only"]] * 2 + [viz.METHOD_COLOURS["PTC"]] * 3
+    )
+    assert [text.get_text() for text in ax.texts] == ["50", "20", "70", "60", "65"]
+
+
 def test_the_theme_is_light():
     viz.use_theme()
     assert plt.figure().get_facecolor() == (1, 1, 1, 1)
@@ -256,12 +292,6 @@ def test_a_live_run_draws_now_and_then(monkeypatch):
 # ---- runs side by side
 
 
-def scores(cam, aux_cam, pseudo, similarity):
-    return SimpleNamespace(
-        miou={"cam": cam, "aux_cam": aux_cam, "pseudo_label": pseudo, "seg": 1.0}, token_similarity=similarity
-    )
-
-
 def test_points_with_error_bars(ax):
     assert viz.error_points(ax, {7: [1.0, 4.0], 9: [5.0]}, colour="#123456", label="x", shift=0.1) is ax
     line, caps, (bars,) = ax.containers[0]
@@ -278,20 +308,20 @@ def test_one_seed_has_no_error_bar(ax):
 
 
 def test_layer_figure():
-    runs = {
-        2: [scores(10, 20, 30, [0.1, 0.2, 0.3]), scores(14, 20, 30, [0.1, 0.4, 0.5])],
-        3: [scores(1, 2, 3, [0, 0, 0.9])],
-    }
-    figure = viz.layer_figure(runs, chosen=2)
+    kinds = {"cam": {2: [10.0, 14.0], 3: [1.0]}, "seg": {2: [20.0, 30.0], 3: [3.0]}}
+    alike = {"its own block": {2: [0.2, 0.4], 3: [0.9]}, "last block": {2: [0.3, 0.5], 3: [0.8]}}
+    figure = viz.layer_figure(kinds, alike, chosen=3, frozen=2)
     left, right = figure.axes
     lines = {container.get_label(): points(container[0]) for container in left.containers}
-    assert lines["final CAM"] == [(1.94, 12), (2.94, 1)] and lines["auxiliary CAM"] == [(2, 20), (3, 2)]
-    assert lines["pseudo label (after PAR)"] == [(2.06, 30), (3.06, 3)]
+    assert lines == {"final CAM": [(1.96, 12), (2.96, 1)], "segmentation": [(2.04, 25), (3.04, 3)]}
     own, last = right.containers
-    np.testing.assert_allclose(points(own[0]), [(2, 0.3), (3, 0.9)])  # of block 2 and of block 3
-    np.testing.assert_allclose(points(last[0]), [(2, 0.4), (3, 0.9)])
-    assert "2 seeds" in left.get_title() and len(left.patches) == 1
-    assert "1 seed)" in viz.layer_figure({3: runs[3]}).axes[0].get_title()
+    np.testing.assert_allclose(points(own[0]), [(2, 0.3), (3, 0.9)])
+    np.testing.assert_allclose(points(last[0]), [(2, 0.4), (3, 0.8)])
+    spans = {patch.get_label(): (patch.get_x(), patch.get_x() + patch.get_width()) for patch in left.patches}
+    assert spans == {"frozen blocks": pytest.approx((1.6, 2.4)), "chosen on val": pytest.approx((2.8, 3.2))}
+    assert "2 seeds" in left.get_title()
+    alone = viz.layer_figure({"cam": {3: [1.0]}}, {}, frozen=2)
+    assert "1 seed)" in alone.axes[0].get_title() and not alone.axes[0].patches
 
 
 def test_compared_curves():

@@ -63,7 +63,7 @@ class PlainViT(NamedTuple):
         return spec
 
 
-SHIPPED = {"scenes_vit_nano": PlainViT(image=64, patch=8, width=128, depth=12, heads=4, mlp=512)}
+SHIPPED = {"scenes_vit_nano": PlainViT(image=128, patch=8, width=128, depth=12, heads=4, mlp=512)}
 
 
 def build_encoder(config: ModelConfig) -> nn.Module:

@@ -8,6 +8,7 @@ tokens are pushed from, or pulled to, the whole image's.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -101,6 +102,21 @@ def cut_crops(
 ) -> Float[Tensor, "B V 3 s s"]:
     """The crops, pixel for pixel. Raises ToCoError for a crop that leaves the image."""
     return _windows(images, top, left, crop_size)
+
+
+def local_views(
+    images: Float[Tensor, "B 3 H W"], boxes: CropBoxes, crop_size: int, *, resized: bool = False
+) -> Float[Tensor, "B V 3 s t"]:
+    """The crops as the encoder sees them: pixel for pixel, or `resized` (bilinearly) to the images' height and width.
+
+    The latter is not the paper's: it takes from the encoder the size, by which a crop is told from a whole image
+    whatever it shows. Raises ToCoError for a crop that leaves the image.
+    """
+    views = cut_crops(images, *boxes, crop_size)
+    if not resized:
+        return views
+    large = F.interpolate(views.flatten(0, 1), size=images.shape[-2:], mode="bilinear", align_corners=False)
+    return large.unflatten(0, views.shape[:2])
 
 
 def _windows(maps: Shaped[Tensor, "B *C H W"], top: Tensor, left: Tensor, size: int) -> Shaped[Tensor, "B V *C s s"]:

@@ -7,7 +7,7 @@ With m the largest value of `valid_cam` at a pixel and 0 <= beta_l < beta_h <= 1
     region_mask  0               1 (uncertain)           2
 
 `token_label` is the seed label at the resolution of the patch tokens, `affinity_mask` the pairs of tokens that PTC
-pulls together and pushes apart, `pseudo_label` the label after PAR that the decoder learns from, `eval_label` the one
+pulls together and pushes apart, `pseudo_label` the refined label that the decoder learns from, `eval_label` the one
 with which a CAM is scored.
 
 Where classes tie, the lower one wins. A value exactly at beta_h counts as foreground in all functions (the release's
@@ -23,6 +23,7 @@ waits for another device.
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from toco_core.conventions import BACKGROUND, IGNORE
 
 from . import par
 from .errors import ToCoError
+from .refiners import build_refiner
 
 
 def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:
@@ -128,11 +130,10 @@ def pseudo_label(
     beta_l: float,
     beta_h: float,
     valid_box: Int[Tensor, "B 4"] | None = None,
-    iterations: int = par.ITERATIONS,
-    dilations: tuple[int, ...] = par.DILATIONS,
-    scale: float = 0.5,
+    refiner: str = "par",
+    **settings: Any,
 ) -> Int[Tensor, "B H W"]:
-    """The label after PAR: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1].
+    """The label after refinement: 0 background, 1..K, 255 uncertain or outside `valid_box`. `images` in [0, 1].
 
     Refined against the background score beta_h (see `refined_labels`), what is not background is foreground; against
     beta_l, what is background also against beta_h is background; the rest is uncertain.
@@ -141,9 +142,7 @@ def pseudo_label(
     Raises ToCoError unless 0 <= beta_l < beta_h <= 1 and 0 < scale <= 1.
     """
     _check_thresholds(beta_l, beta_h)
-    high, low = refined_labels(
-        images, cam, image_labels, betas=(beta_h, beta_l), iterations=iterations, dilations=dilations, scale=scale
-    )
+    high, low = refined_labels(images, cam, image_labels, betas=(beta_h, beta_l), refiner=refiner, **settings)
     label = with_uncertain(low=low, high=high)
     if valid_box is not None:
         label[~inside_box(valid_box, label.shape[1:])] = IGNORE
@@ -156,21 +155,20 @@ def refined_labels(
     image_labels: Shaped[Tensor, "B K"],
     *,
     betas: Sequence[float],
-    iterations: int = par.ITERATIONS,
-    dilations: tuple[int, ...] = par.DILATIONS,
-    scale: float = 0.5,
+    refiner: str = "par",
+    **settings: Any,
 ) -> Int[Tensor, "T B H W"]:
-    """For each of T background scores the label after PAR, 0 background or 1..K; nothing is uncertain yet.
+    """For each of T background scores the label after refinement, 0 background or 1..K; nothing is uncertain yet.
 
     The labelled classes' CAMs and a constant background score become probabilities (softmax) and are refined at `scale`
-    times the image's size. Probabilities sum to 1 and PAR is linear, so the background is what the classes leave: it is
-    not refined itself. All background scores share one affinity. Raises ToCoError unless 0 < scale <= 1.
+    times the image's size. `refiner` is a name in `refiners.REFINERS`, `settings` are fields of its record (for "par":
+    `iterations`, `dilations`, `scale`). Raises ToCoError for an unknown refiner and unless 0 < scale <= 1.
     """
-    if not 0 < scale <= 1:
-        raise ToCoError(f"scale = {scale} of PAR: above 0 and at most 1 is allowed")
+    refine = build_refiner(refiner, **settings)
+    if not 0 < refine.scale <= 1:
+        raise ToCoError(f"scale = {refine.scale} of {refiner}: above 0 and at most 1 is allowed")
     size = tuple(images.shape[2:])
-    small = tuple(max(1, math.floor(length * scale)) for length in size)
-    total = (1 + par.POSITION_WEIGHT) ** iterations
+    small = tuple(max(1, math.floor(length * refine.scale)) for length in size)
     label = torch.zeros(len(betas), len(images), *size, dtype=torch.long, device=cam.device)
 
     # One image at a time keeps a CPU's caches warm and refines no class that only another image has.
@@ -181,14 +179,12 @@ def refined_labels(
         if not classes.shape[1] or not len(betas):
             continue
         classes, present = _on(cam.device, classes, present)
-        weights = par.affinity(_resize(images[part], small), dilations=dilations)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
         against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
-        refined = par.apply(weights, torch.cat(against, dim=1), iterations=iterations)
-        for t, classes_only in enumerate(refined.chunk(len(betas), dim=1)):
-            background = total - classes_only.sum(1, keepdim=True)
-            winner = upsampled_argmax(torch.cat([background, classes_only], dim=1), size)
-            label[t, part] = _slot_to_class(winner, classes)
+        with torch.no_grad():
+            refined = refine(_resize(images[part], small), against)
+        for t, scores in enumerate(refined):
+            label[t, part] = _slot_to_class(upsampled_argmax(scores, size), classes)
     return label
 
 

@@ -89,6 +89,8 @@ def ctc_loss(
     *,
     temperature: float = 0.5,
     negatives_only_term: bool = True,
+    cosine: bool = False,
+    unrelated: Bool[Tensor, "B B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Class token contrast (CTC): views of foreground approach the global view, views of background leave it.
 
@@ -105,17 +107,31 @@ def ctc_loss(
     The second term is no part of InfoNCE: the release adds it once per image, and an image without positive local views
     learns from it too. The published weight of CTC was chosen with it; `negatives_only_term=False` leaves it out. An
     image without any positive view, which the release never meets and would multiply by 1e4, costs 0.
+
+    Two variants, neither of them the paper's, in the same equation:
+
+    - `cosine`: p = exp(cos(student, teacher) / temperature), with a vector shorter than 1e-8 at cosine 0.
+    - `unrelated`, true at [i, j] where image j shares nothing with image i (never at [i, i]): n of image i and a
+      teacher view is the sum of p over its own negative views and over **all** views of its unrelated images,
+      n = sum over v of image i, negative, of p(i, v)  +  sum over j unrelated to i, all v, of p(j, v).
     """
     if temperature <= 0:
         raise ToCoError(f"temperature = {temperature}: allowed are numbers above 0")
     with _full_precision(student):
         student = at_least_float32(student)
-        logits = student @ teacher.detach().to(student.dtype).transpose(1, 2) / temperature  # B V G
+        teacher = teacher.detach().to(student.dtype)
+        if cosine:
+            student, teacher = (F.normalize(views, dim=2, eps=COSINE_EPSILON) for views in (student, teacher))
+        logits = student @ teacher.transpose(1, 2) / temperature  # B V G
         positive = is_positive[..., None]
 
         # log(n + epsilon), per teacher view, without leaving the range of float32
         epsilon = torch.full_like(logits[:, :1], math.log(EXP_EPSILON))
-        negatives = torch.cat([logits.masked_fill(positive, -torch.inf), epsilon], dim=1).logsumexp(dim=1, keepdim=True)
+        against = [logits.masked_fill(positive, -torch.inf), epsilon]
+        if unrelated is not None:
+            others = torch.einsum("jvp,igp->ijvg", student, teacher) / temperature
+            against.append(others.masked_fill(~unrelated[:, :, None, None], -torch.inf).flatten(1, 2))
+        negatives = torch.cat(against, dim=1).logsumexp(dim=1, keepdim=True)
 
         cost = (F.softplus(negatives - logits) * positive).sum(dim=1)  # B G
         if negatives_only_term:

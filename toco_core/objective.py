@@ -277,8 +277,9 @@ def ptc(step: Step) -> Float[Tensor, ""]:
 def ctc(step: Step) -> Float[Tensor, ""]:
     """Class token contrast of main image, second global view and local views; the teacher sees the first two."""
     model, batch, boxes, is_positive = step.model, step.batch, step.boxes, step.is_positive
+    size, resized = step.config.crops.local_size, step.config.crops.local_resized
     with step.autocast():
-        views = crops.cut_crops(batch.local_image, *boxes, step.config.crops.local_size)
+        views = crops.local_views(batch.local_image, boxes, size, resized=resized)
         second = model.encode(batch.global_view).class_token
         local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (len(views), -1))
         both = torch.stack([step.tokens.class_token, second], dim=1)
@@ -290,7 +291,21 @@ def ctc(step: Step) -> Float[Tensor, ""]:
         is_positive,
         temperature=step.config.loss.temperature,
         negatives_only_term=step.config.release.ctc_negatives_only_term,
+        cosine=step.config.loss.ctc_cosine,
+        unrelated=unrelated_images(step) if step.config.loss.ctc_batch_negatives else None,
     )
+
+
+def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
+    """Whether two images of the batch share no class; an image is related to itself.
+
+    Raises ToCoError where the step holds a part of its batch only.
+    """
+    if step.parts > 1:
+        raise ToCoError(f"ctc_batch_negatives with a batch in {step.parts} parts is not allowed: one process, one part")
+    image_labels = step.batch.image_labels
+    apart = (image_labels @ image_labels.T == 0).fill_diagonal_(False)
+    return apart.to(step.batch.images.device, non_blocking=True)
 
 
 def seg(step: Step) -> Float[Tensor, ""]:

@@ -9,7 +9,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -30,7 +30,40 @@ TERM_COLOURS = {
     "seg": "#009e73",
     "energy": "#b8860b",
 }
-SCORE_COLOURS = {"cam_miou": "#d55e00", "aux_cam_miou": "#56b4e9", "seg_miou": "#009e73"}
+METHOD_COLOURS = {  # a method has the colour of the term that it adds
+    "backbone": "#666666",
+    "classification only": TERM_COLOURS["cls"],
+    "PTC": TERM_COLOURS["ptc"],
+    "CTC": TERM_COLOURS["ctc"],
+    "PTC + CTC": "#88264d",
+}
+METHODS = {  # other names of the methods: of shipped runs, and as figures put them
+    "pretrained": "backbone",
+    "before training": "backbone",
+    "classification": "classification only",
+    "without PTC": "classification only",
+    "with PTC": "PTC",
+    "full": "PTC",
+    "ctc": "PTC + CTC",
+}
+KIND_NAMES = {
+    "cam": "final CAM",
+    "aux_cam": "auxiliary CAM",
+    "pseudo_label": "pseudo label (PAR)",
+    "seg": "segmentation",
+    "seg_ms": "segmentation, scales + flip",
+    "seg_crf": "segmentation, scales + flip + CRF",
+}
+KIND_COLOURS = {
+    "cam": "#e69f00",
+    "aux_cam": "#56b4e9",
+    "pseudo_label": "#6a3d9a",
+    "seg": "#009e73",
+    "seg_ms": "#7fce9b",
+    "seg_crf": "#b8860b",
+}
+RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6a3d9a", "#666666")
+SCORE_COLOURS = {f"{kind}_miou": KIND_COLOURS[kind] for kind in ("cam", "aux_cam", "seg")}
 NAMES = {
     "cam_miou": "final CAM",
     "aux_cam_miou": "auxiliary CAM",
@@ -39,8 +72,20 @@ NAMES = {
 }
 
 
+def name_colours(names: Iterable[str]) -> dict[str, str]:
+    """Name -> colour: a method or a kind of label keeps its own in every figure; others take those of `RUN_COLOURS`
+    that are left, in turn."""
+    names = list(names)
+    own = METHOD_COLOURS | {name: METHOD_COLOURS[method] for name, method in METHODS.items()}
+    own |= {KIND_NAMES[kind]: colour for kind, colour in KIND_COLOURS.items()}
+    known = {name: own[name.removeprefix("+ ")] for name in names if name.removeprefix("+ ") in own}
+    free = [colour for colour in RUN_COLOURS if colour not in known.values()] or list(RUN_COLOURS)
+    others = [name for name in dict.fromkeys(names) if name not in known]
+    return known | {name: free[i % len(free)] for i, name in enumerate(others)}
+
+
 def use_theme() -> None:
-    """One look for all figures: white ground, dark text, a light grid."""
+    """One look for all figures: white ground, dark text, a light grid below what is drawn."""
     plt.rcParams.update(
         {
             "text.parse_math": False,  # names of files and classes are no formulas
@@ -53,6 +98,7 @@ def use_theme() -> None:
             "ytick.color": "#222222",
             "axes.edgecolor": "#999999",
             "axes.grid": True,
+            "axes.axisbelow": True,
             "grid.color": "#e4e4e4",
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -261,8 +307,9 @@ class LiveCurves:
 @_with_plain_text
 def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
     """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+    colours = name_colours(curves)
     for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
     if layer is not None:
         ax.axvline(layer, color="#999999", ls="--", lw=1)
         place = {"transform": ax.get_xaxis_transform(), "color": "#666666", "fontsize": 8}
@@ -285,15 +332,6 @@ def score_table(evaluation, beta: float, aux_beta: float, class_names: Sequence[
 
 # ---- runs side by side
 
-RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6a3d9a", "#666666")
-SCORED_COLOURS = {"cam": "#d55e00", "aux_cam": "#56b4e9", "pseudo_label": "#6a3d9a", "seg": "#009e73"}
-SCORED_NAMES = {
-    "cam": "final CAM",
-    "aux_cam": "auxiliary CAM",
-    "pseudo_label": "pseudo label (after PAR)",
-    "seg": "segmentation",
-}
-
 
 def error_points(ax: plt.Axes, groups: dict[float, Sequence[float]], *, colour: str, label: str, shift: float = 0.0):
     """Mean and sample standard deviation of each group's values over its place on the x axis, and the single values
@@ -310,29 +348,37 @@ def error_points(ax: plt.Axes, groups: dict[float, Sequence[float]], *, colour: 
 
 
 @_with_plain_text
-def layer_figure(scores: dict[int, Sequence], *, chosen: int | None = None) -> plt.Figure:
-    """mIoU against the auxiliary block, and how alike that block's patch tokens are.
+def layer_figure(
+    scores: dict[str, dict[int, Sequence[float]]],
+    similarity: dict[str, dict[int, Sequence[float]]],
+    *,
+    chosen: int | None = None,
+    frozen: int = 0,
+) -> plt.Figure:
+    """mIoU against the auxiliary block, and beside it how alike patch tokens are.
 
-    `scores`: block -> the `RunScores` of its runs, one per seed. `chosen` is marked.
+    `scores`: kind of label (see `KIND_NAMES`) -> block -> percent, one value per seed. `similarity`: name -> block ->
+    mean cosine, one value per seed. `chosen` is marked, and the blocks up to `frozen` are shaded.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for i, name in enumerate(("cam", "aux_cam", "pseudo_label")):
-        groups = {layer: [run.miou[name] for run in runs] for layer, runs in scores.items()}
-        error_points(left, groups, colour=SCORED_COLOURS[name], label=SCORED_NAMES[name], shift=0.06 * (i - 1))
-    own = {layer: [run.token_similarity[layer - 1] for run in runs] for layer, runs in scores.items()}
-    last = {layer: [run.token_similarity[-1] for run in runs] for layer, runs in scores.items()}
-    error_points(right, own, colour="#222222", label="this block")
-    error_points(right, last, colour="#999999", label="last block of the same run")
-    seeds = max(len(runs) for runs in scores.values())
-    left.set(title=f"Scores ({seeds} seed{'s' * (seeds > 1)})", ylabel="mIoU (%)", ylim=(0, None))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for i, (kind, groups) in enumerate(scores.items()):
+        shift = 0.08 * (i - (len(scores) - 1) / 2)
+        error_points(left, groups, colour=KIND_COLOURS[kind], label=KIND_NAMES[kind], shift=shift)
+    for (name, groups), colour in zip(similarity.items(), ("#222222", "#999999"), strict=False):
+        error_points(right, groups, colour=colour, label=name)
+    seeds = max((len(values) for groups in scores.values() for values in groups.values()), default=0)
+    left.set(title=f"Scores ({seeds} seed{'s' * (seeds != 1)})", ylabel="mIoU (%)")
     right.set(title="Over-smoothing after training", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
+    blocks = sorted({block for groups in [*scores.values(), *similarity.values()] for block in groups})
     for ax in (left, right):
-        ax.set(xlabel="auxiliary block", xticks=list(scores))
+        ax.set(xlabel="auxiliary block", xticks=blocks)
+        if frozen >= min(blocks, default=frozen + 1):
+            ax.axvspan(min(blocks) - 0.4, frozen + 0.4, color="#eeeeee", zorder=0, label="frozen blocks")
         if chosen is not None:
             ax.axvspan(chosen - 0.2, chosen + 0.2, color="#f2e9c9", zorder=0, label="chosen on val")
-    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.07, 0.02), ncol=2)
-    figure.legend(*right.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.57, 0.02), ncol=2)
     figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.07, 0.02), ncol=3)
+    figure.legend(*right.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.57, 0.02), ncol=2)
     return figure
 
 
@@ -344,8 +390,9 @@ def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: S
     which the last ends the schedule, the x axis is the share of the schedule, so that other lengths can be compared.
     """
     figure, axes = plt.subplots(1, 4, figsize=(12, 3))
-    for i, (name, (records, steps)) in enumerate(runs.items()):
-        colour, unit = RUN_COLOURS[i % len(RUN_COLOURS)], 100 / steps if published else 1
+    colours = name_colours(runs)
+    for name, (records, steps) in runs.items():
+        colour, unit = colours[name], 100 / steps if published else 1
         losses = [(r["step"] * unit, r["total"]) for r in records if r.get("total") is not None]
         if losses:
             axes[0].plot(*zip(*losses, strict=True), color=colour, lw=1.2, label=name)
@@ -372,10 +419,10 @@ def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: S
 @_with_plain_text
 def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, Sequence[float]], *, title: str):
     """Differences per class in points, one bar per run and class; the first class is on top."""
-    height = 0.8 / max(len(differences), 1)
+    height, colours = 0.8 / max(len(differences), 1), name_colours(["reference", *differences])
     for i, (name, values) in enumerate(differences.items()):
         places = np.arange(len(class_names)) + (i - (len(differences) - 1) / 2) * height
-        ax.barh(places, values, height=0.9 * height, color=RUN_COLOURS[(i + 1) % len(RUN_COLOURS)], label=name)
+        ax.barh(places, values, height=0.9 * height, color=colours[name], label=name)
     ax.set_yticks(range(len(class_names)), class_names)
     ax.set_axisbelow(True)
     ax.axvline(0, color="#222222", lw=0.8)
@@ -410,8 +457,9 @@ def by_block(
     ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
 ) -> plt.Axes:
     """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
+    colours = name_colours(curves)
     for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
     if layer is not None:
         ax.axvline(layer, color="#999999", ls="--", lw=1)
     ax.set(title=title, xlabel="block", ylabel=ylabel)
@@ -667,23 +715,6 @@ def crop_curves(
 
 # ---- one checkpoint under every protocol (see `assess`)
 
-KIND_NAMES = {
-    "cam": "final CAM",
-    "aux_cam": "auxiliary CAM",
-    "pseudo_label": "pseudo label (PAR)",
-    "seg": "segmentation",
-    "seg_ms": "segmentation, scales + flip",
-    "seg_crf": "segmentation, scales + flip + CRF",
-}
-KIND_COLOURS = {
-    "cam": "#d55e00",
-    "aux_cam": "#56b4e9",
-    "pseudo_label": "#6a3d9a",
-    "seg": "#009e73",
-    "seg_ms": "#7fce9b",
-    "seg_crf": "#b8860b",
-}
-
 
 def protocol_table(summary: dict[str, dict], class_names: Sequence[str]) -> str:
     """IoU per class and the means of every kind in `Assessment.summary`, in percent, one column per kind."""
@@ -737,11 +768,32 @@ def confusion_matrix(ax: plt.Axes, counts: np.ndarray, class_names: Sequence[str
 
 
 @_with_plain_text
+def method_bars(ax: plt.Axes, miou: dict[str, dict[str, float]]) -> plt.Axes:
+    """mIoU in percent of several methods: a group for each kind of label, in it a bar for each method.
+
+    `miou`: method -> kind (see `KIND_NAMES`) -> percent; a kind that a method lacks has no bar there.
+    """
+    kinds = list(dict.fromkeys(kind for values in miou.values() for kind in values))
+    width, colours = 0.8 / max(len(miou), 1), name_colours(miou)
+    for i, (name, values) in enumerate(miou.items()):
+        places = [kinds.index(kind) + (i - (len(miou) - 1) / 2) * width for kind in values]
+        bars = ax.bar(places, list(values.values()), 0.94 * width, color=colours[name], label=name)
+        ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    ax.set_xticks(range(len(kinds)), [KIND_NAMES.get(kind, kind) for kind in kinds])
+    ax.set(ylabel="mIoU (%)", ylim=(0, 100))
+    ax.grid(axis="x", visible=False)
+    ax.set_axisbelow(True)
+    ax.legend(ncol=max(len(miou), 1), loc="upper right")
+    return ax
+
+
+@_with_plain_text
 def threshold_curves(ax: plt.Axes, curves: dict[str, tuple], *, chosen: dict[str, float]) -> plt.Axes:
     """mIoU in percent against the CAM's threshold. `curves`: name -> (betas, mIoU in [0, 1]); `chosen`: threshold that
     is marked by a line, under its name."""
-    for i, (name, (betas, miou)) in enumerate(curves.items()):
-        ax.plot(betas, 100 * np.asarray(miou), "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=name)
+    colours = name_colours(curves)
+    for name, (betas, miou) in curves.items():
+        ax.plot(betas, 100 * np.asarray(miou), "o-", ms=3, color=colours[name], label=name)
     for style, (name, beta) in zip((":", "--", "-."), chosen.items(), strict=False):
         ax.axvline(beta, color="#888888", ls=style, lw=1.2, label=f"{name}: {beta:g}")
     ax.set(title="Threshold of the CAM", xlabel="threshold: CAM at most this is background", ylabel="mIoU (%)")

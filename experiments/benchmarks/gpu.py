@@ -47,7 +47,7 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.lattice import energy_lattices
 from toco_core.losses import dense_energy_loss
 from toco_core.objective import Step, objective
-from toco_core.predict.crf import crf_lattices, dense_crf
+from toco_core.refiners.crf import crf_lattices, dense_crf
 from toco_core.train.loop import (
     attention_of,
     autocast_of,

@@ -18,7 +18,7 @@ FLOORS = [  # a room imports from its own floor and from those above in this lis
     {"widgets"},
     {"shipped_notebooks", "__main__"},
 ]
-METHOD = ("backbone", "affinity", "model", "cam", "par", "labels", "crops", "lattice", "losses", "objective")
+METHOD = "backbone affinity model cam par refiners labels crops lattice losses objective".split()
 MOST_IN_ROOT = 15
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from toco_core.analysis.label_quality import ImageCAMs
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.crops import CropBoxes, cut_crops, foreground_ratio, sample_crops
+from toco_core.crops import CropBoxes, cut_crops, foreground_ratio, local_views, sample_crops
 from toco_core.data import training_views
 from toco_core.errors import ToCoError
 from toco_core.labels import region_mask
@@ -142,7 +142,9 @@ def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: in
     varied = training_views(item.image, crop_size=(height, width), rng=rng, **view_options(config, model))
     second = torch.from_numpy(varied.global_view)[None].to(item.unit) / 255
     crops = cut_crops(item.unit, *boxes, size)[0]
-    logits = contrast_logits(model, torch.cat([item.unit, second]), crops, temperature=config.loss.temperature)
+    encoded = local_views(item.unit, boxes, size, resized=config.crops.local_resized)[0]
+    options = {"temperature": config.loss.temperature, "cosine": config.loss.ctc_cosine}
+    logits = contrast_logits(model, torch.cat([item.unit, second]), encoded, **options)
     strongest = item.aux_cam[0].amax(0) if len(item.classes) else torch.zeros(height, width)
     return CropLook(
         name=item.name,
@@ -162,16 +164,23 @@ def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: in
 
 @torch.no_grad()
 def contrast_logits(
-    model: ToCo, global_views: Float[Tensor, "2 3 H W"], local_views: Float[Tensor, "V 3 s s"], *, temperature: float
+    model: ToCo,
+    global_views: Float[Tensor, "2 3 H W"],
+    crops: Float[Tensor, "V 3 s t"],
+    *,
+    temperature: float,
+    cosine: bool = False,
 ) -> Float[Tensor, "V2 2"]:
     """student . teacher / temperature: what CTC ("Class Token Contrast", InfoNCE) puts into its exponentials.
 
     Rows: the two global views, then the V local ones, their class tokens through the student's head. Columns: the
-    global views through the teacher's head. Views in [0, 1].
+    global views through the teacher's head; `cosine`: of length 1 (`ctc_cosine`). Views in [0, 1].
     """
     tokens = model.encode(model.normalise(global_views)).class_token
-    local = model.encode(model.normalise(local_views)).class_token
+    local = model.encode(model.normalise(crops)).class_token
     student, teacher = model.project(torch.cat([tokens, local])), model.project_ema(tokens)
+    if cosine:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     return (student @ teacher.T / temperature).float().cpu()
 
 

@@ -26,9 +26,8 @@ from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import eval_size
 from toco_core.evaluation.metrics import OpenCounts
-from toco_core.labels import eval_label, pseudo_label, refined_labels, seed_label, with_uncertain
+from toco_core.labels import eval_label, pseudo_label, refined_labels, seed_label
 from toco_core.model import ToCo
-from toco_core.predict.crf import crf_labels
 
 
 class ImageCAMs(NamedTuple):
@@ -84,15 +83,15 @@ def seed_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
 
 
 def pseudo_of(item: ImageCAMs, labels: LabelConfig) -> UInt8[np.ndarray, "nh nw"]:
-    """The same after PAR, as `labels` describes it."""
+    """The same refined as `labels` describes it: by PAR, as published."""
     return item.native(pseudo_label(item.unit, item.cam, item.present, **labels.pseudo_label_options()))[0]
 
 
-def crf_of(item: ImageCAMs, labels: LabelConfig, **options) -> UInt8[np.ndarray, "nh nw"]:
-    """The same with a dense CRF in PAR's place; `options` are keywords of `crf.crf_labels`."""
-    betas = (labels.beta_h, labels.beta_l)
-    high, low = crf_labels(item.unit, item.cam, item.present, betas=betas, **options)
-    return item.native(with_uncertain(low=low, high=high))[0]
+def crf_of(item: ImageCAMs, labels: LabelConfig, **settings) -> UInt8[np.ndarray, "nh nw"]:
+    """The same after the dense CRF in PAR's place; `settings` are fields of `refiners.crf.DenseCRF`. At the size that
+    the model saw (`scale` 1) it is the label that `export` writes with method "crf"."""
+    options = labels.thresholds() | {"refiner": "crf"} | settings
+    return item.native(pseudo_label(item.unit, item.cam, item.present, **options))[0]
 
 
 # ---- quality
@@ -154,13 +153,24 @@ def count_labels(
     return counts
 
 
+def quality_by_group(
+    items: Sequence[ImageCAMs], label_of: Callable[[ImageCAMs], np.ndarray], n_classes: int, *, groups: int = 4
+) -> list[LabelQuality]:
+    """The quality of a label on disjoint groups of images, image i in group i mod `groups`: how much a score moves from
+    one handful of images to the next. Raises ToCoError where a group would be empty."""
+    if not 1 <= groups <= len(items):
+        raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(items)}, the number of images")
+    return [count_labels(items[g::groups], label_of, n_classes).quality() for g in range(groups)]
+
+
 # ---- pairs of thresholds
 
 
 def threshold_grid(
     items: Iterable[ImageCAMs], betas: Sequence[float], labels: LabelConfig, n_classes: int, *, refined: bool
 ) -> dict[tuple[float, float], LabelQuality]:
-    """(beta_l, beta_h) -> quality, for all pairs beta_l <= beta_h out of `betas`; `refined` says whether by PAR.
+    """(beta_l, beta_h) -> quality, for all pairs beta_l <= beta_h out of `betas`; `refined` says whether by the
+    configured refiner.
 
     Equal thresholds leave nothing uncertain: coverage 1. An image is refined once per threshold, not once per pair.
     Raises ToCoError unless the thresholds ascend within [0, 1].
@@ -171,7 +181,7 @@ def threshold_grid(
     counts = {(l, h): LabelCounts(n_classes) for i, l in enumerate(betas) for h in betas[i:]}
     for item in items:
         if refined:
-            one = refined_labels(item.unit, item.cam, item.present, betas=betas, **labels.par_options())
+            one = refined_labels(item.unit, item.cam, item.present, betas=betas, **labels.refiner_options())
         else:
             one = torch.stack([eval_label(item.cam, item.present, beta=beta) for beta in betas])
         label = dict(zip(betas, item.native(one[:, 0]), strict=True))

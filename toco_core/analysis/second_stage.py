@@ -34,6 +34,7 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
     schedule, steps, device = config.schedule, steps or config.schedule.steps, resolve_device(config.device)
     torch.manual_seed(config.seed)
     model = ToCo(config.model, source.n_classes, dropped_border=config.release.dropped_border).to(device).train()
+    model.freeze_blocks(schedule.frozen_blocks)
     groups = model.parameter_groups(
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,

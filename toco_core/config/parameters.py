@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from toco_core.config.sections import RECIPES, TrainConfig, changed_batch, did_you_mean, field_sections, override
+from toco_core.config.sections import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections
 from toco_core.errors import ToCoError
 
 
@@ -48,7 +48,8 @@ class Parameters:
     def config(self) -> TrainConfig:
         """The recipe with the parameters that are not None.
 
-        `recipe` "auto" is `tiny` for the embedded data set and `photographs` for a folder. Says so where the images per
+        Where `steps` is named, the stages that are not keep their share of the schedule (`configured`). `recipe` "auto"
+        is `tiny` for the embedded data set and `photographs` for a folder. Says so where the images per
         step are not the recipe's.
         """
         values = {k: v for k, v in self.values().items() if v is not None and (k == "recipe" or k not in self.own)}
@@ -57,7 +58,7 @@ class Parameters:
             recipe = "tiny" if values.get("dataset", "scenes") == "scenes" else "photographs"
         if recipe not in RECIPES:
             raise ToCoError(f"recipe = {recipe!r} is not allowed: one of auto, {', '.join(RECIPES)}")
-        config = override(RECIPES[recipe](), **values)
+        config = configured(RECIPES[recipe](), **values)
         if changed := changed_batch(config, RECIPES[recipe]()):
             print(changed)
         return config

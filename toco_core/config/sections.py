@@ -191,7 +191,7 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig(Config):
-    """From CAM to labels ("Patch Token Contrast" in the paper) and their refinement by PAR."""
+    """From CAM to labels ("Patch Token Contrast" in the paper) and their refinement."""
 
     beta_l: float = option(
         0.25, "A pixel whose largest CAM value is at most this is background.", at_least=0, at_most=1
@@ -235,6 +235,12 @@ class LabelConfig(Config):
         (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1, at_most=10000
     )
     par_scale: float = option(0.5, "PAR refines at this fraction of the image's size.", above=0, at_most=1)
+    refiner: str = option(
+        "par",
+        """What refines pseudo labels along the image's edges: `par`, as published; `crf`, the dense CRF; `none`; or
+        another row of `refiners.REFINERS`.""",
+        added_later=True,
+    )
 
     def check(self):
         if self.beta_l >= self.beta_h:
@@ -253,13 +259,17 @@ class LabelConfig(Config):
         """The keywords `beta_l` and `beta_h`."""
         return {"beta_l": self.beta_l, "beta_h": self.beta_h}
 
-    def par_options(self) -> dict:
-        """The keywords of PAR, as `labels.refined_labels` takes them."""
-        return {"iterations": self.par_iterations, "dilations": self.par_dilations, "scale": self.par_scale}
+    def refiner_options(self, refiner: str | None = None) -> dict:
+        """The keywords of `labels.refined_labels`: the refiner's name and the fields that begin with it, by the rest of
+        their names (`par_iterations` as `iterations`). None: the configured one."""
+        refiner = refiner or self.refiner
+        start = f"{refiner}_"
+        fields = [f.name for f in dataclasses.fields(self) if f.name.startswith(start)]
+        return {"refiner": refiner, **{name.removeprefix(start): getattr(self, name) for name in fields}}
 
-    def pseudo_label_options(self) -> dict:
-        """The keywords of `labels.pseudo_label`: both thresholds and those of PAR."""
-        return {**self.thresholds(), **self.par_options()}
+    def pseudo_label_options(self, refiner: str | None = None) -> dict:
+        """The keywords of `labels.pseudo_label`: both thresholds and those of the refiner."""
+        return {**self.thresholds(), **self.refiner_options(refiner)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +283,18 @@ class LossConfig(Config):
     seg: float = option(0.1, "Weight of the segmentation loss.", at_least=0)
     energy: float = option(0.05, "Weight of the dense energy loss.", at_least=0)
     temperature: float = option(0.5, "Tau of class token contrast.", above=0)
+    ctc_cosine: bool = option(
+        False,
+        """Bring both projections to length 1 before they are compared, so that the logits of class token contrast are
+        cosines over tau. Off: of any length, as in the release; then the loss can also shrink or grow them all.""",
+        added_later=True,
+    )
+    ctc_batch_negatives: bool = option(
+        False,
+        """Count all views of those images of the batch that share no class with an image among its negatives. Off: its
+        own views alone, as published. The batch must be in one piece: no `accumulate`, one process.""",
+        added_later=True,
+    )
     ptc_start: int = option(0, "First step with patch token contrast.", at_least=0)
     ctc_start: int = option(0, "First step with class token contrast.", at_least=0)
     seg_start: int = option(
@@ -299,6 +321,12 @@ class CropConfig(Config):
 
     n_local: int = option(8, "Local views per image, besides the two global ones.", at_least=0, at_most=1000)
     local_size: int = option(96, "Height and width of a local view in pixels.", at_least=8, at_most=16384)
+    local_resized: bool = option(
+        False,
+        """Resize local views to the image's size before they are encoded, so that their size does not tell them from
+        global views. Off: they are encoded as they are cut, as published.""",
+        added_later=True,
+    )
     positive_threshold: float = option(
         0.2, "A crop is positive when the mean of its region values is above this.", at_least=0, at_most=2
     )
@@ -537,6 +565,8 @@ class TrainConfig(Config):
             raise ToCoError(f"device = {self.device!r} is not allowed: one of {', '.join(DEVICES)}, cuda:<number>")
         if self.crops.local_size > self.data.crop_size:
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
+        if self.loss.ctc_batch_negatives and self.schedule.accumulate > 1:
+            raise ToCoError(f"accumulate = {self.schedule.accumulate} with ctc_batch_negatives is not allowed: 1")
 
     def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`
@@ -592,17 +622,35 @@ def coco(dataset: str = "MSCOCO") -> TrainConfig:
 
 def tiny() -> TrainConfig:
     """The embedded data set and backbone: the whole method on a laptop, in minutes. Also the variant that notebooks and
-    tests use."""
+    tests use.
+
+    The classifiers are fitted to the frozen tokens first and the lower eight blocks stay as they are, so that nothing
+    that the backbone knows is bent by random heads. CTC is off: here it does not help (see `docs/results.md`).
+    """
     return TrainConfig(
         model=ModelConfig(
-            backbone="scenes_vit_nano", proj_hidden=256, proj_bottleneck=64, proj_dim=128, decoder_width=64
+            backbone="scenes_vit_nano",
+            proj_hidden=256,
+            proj_bottleneck=64,
+            proj_dim=128,
+            decoder_width=64,
+            decoder_dilation=2,
         ),
-        labels=LabelConfig(beta_l=0.05, beta_h=0.3, cam_scales=(1.0,), par_dilations=(1, 2, 4, 8)),
-        loss=LossConfig(ptc=0.5, ctc=0.2, ptc_start=100, ctc_start=100, seg_start=160, energy_start=160),
-        crops=CropConfig(n_local=4, local_size=32, positive_threshold=1.0),
-        data=DataConfig(crop_size=96, scale_range=(0.75, 1.5), blur_sigma=(0.1, 0.5), cache=True),
-        schedule=ScheduleConfig(steps=320, batch_size=8, lr=5e-4, warmup_steps=15),
-        eval_interval=80,
+        labels=LabelConfig(beta_l=0.2, beta_h=0.45, beta=0.4, cam_scales=(1.0,), par_dilations=(1, 2, 4, 8)),
+        loss=LossConfig(ptc=2.0, ctc=0.0, seg=0.05, energy=0.0, ctc_start=60, seg_start=60, energy_start=60),
+        crops=CropConfig(n_local=4, local_size=48, positive_threshold=1.0),
+        data=DataConfig(crop_size=128, scale_range=(0.85, 1.25), blur_sigma=(0.1, 0.4), cache=True),
+        schedule=ScheduleConfig(
+            steps=200,
+            batch_size=8,
+            lr=1e-3,
+            head_lr_scale=8.0,
+            classifier_lr_scale=3.0,
+            warm_start_steps=400,
+            frozen_blocks=8,
+            warmup_steps=10,
+        ),
+        eval_interval=100,
     )
 
 
@@ -688,6 +736,18 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
         eval_interval=math.ceil(share * config.eval_interval),
         **{name: round(share * getattr(config.loss, name)) for name in starts},
     )
+
+
+def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
+    """Change fields of a recipe as a user names them.
+
+    Like `override`; but where `steps` is among them, the first steps of the terms, the warm-up and the interval of
+    validations that are not named keep their share of the schedule (`shortened`).
+    """
+    steps = values.get("steps")
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+        recipe = shortened(recipe, steps)
+    return override(recipe, **values)
 
 
 def changed_batch(config: TrainConfig, recipe: TrainConfig) -> str:

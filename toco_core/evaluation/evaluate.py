@@ -38,8 +38,8 @@ from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.model import ToCo
-from toco_core.predict.crf import dense_crf
 from toco_core.predict.crf_workers import CRFWorkers
+from toco_core.refiners.crf import dense_crf
 from toco_core.runs.folder import weights_hash
 
 N_THRESHOLDS = 20

@@ -39,7 +39,7 @@ from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
 from toco_core.labels import merged_logits, pseudo_label
 from toco_core.model import ToCo
-from toco_core.predict.crf import crf_label
+from toco_core.refiners.crf import crf_label
 from toco_core.runs.release import from_release
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run, resolve_device, trained_run
 
@@ -181,6 +181,14 @@ class Assessment:
     def image_iou(self, kind: str) -> np.ndarray:
         """Per image the mean IoU over the classes that its mask shows, in [0, 1]; NaN for a mask that is all void."""
         return np.array([self._counted(one).scores().miou for one in self.counts[kind]])
+
+    def group_miou(self, kind: str, groups: int = 4) -> np.ndarray:
+        """mIoU in [0, 1] on disjoint groups of images, image i in group i mod `groups`: how much a score moves from one
+        handful of images to the next. Raises ToCoError where a group would be empty."""
+        counts = self.counts[kind]
+        if not 1 <= groups <= len(counts):
+            raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(counts)}, the number of images")
+        return np.array([self._counted(counts[g::groups].sum(0)).scores().miou for g in range(groups)])
 
     def worst(self, kind: str, n: int) -> list[int]:
         """Places of the `n` images with the lowest `image_iou`, worst first."""

@@ -26,6 +26,7 @@ from toco_core.evaluation.metrics import OpenCounts
 from toco_core.labels import pseudo_label
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import shipped_run
 from toco_core.train.loop import Opened, evaluate_as, open_data, train, weights_file
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
@@ -65,7 +66,7 @@ def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: b
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
-    data, run = data or open_data(config.data), Run.of(config)
+    data, run = data or open_data(config.data), shipped_run(config) or Run.of(config)
     if run.finished:
         run.refuse_other_data(data, weights_file(config))
     found = _scores_of(run, data)

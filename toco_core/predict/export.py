@@ -41,19 +41,19 @@ from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size, merged_label, segmentation_maps, strongest
-from toco_core.labels import merged_logits, pseudo_label, valid_cam
+from toco_core.labels import merged_logits, pseudo_label
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo
-from toco_core.predict.crf import crf_label, dense_crf
+from toco_core.refiners.crf import crf_label
 from toco_core.runs.folder import claim_folder, weights_hash
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
     "par": "two thresholds and pixel-adaptive refinement, 255 between them: what training teaches the decoder",
-    "crf": "the CAM against a constant background score beta, refined by a dense CRF",
+    "crf": "two thresholds and a dense CRF in the place of PAR, 255 between them",
     "seg": "the decoder's segmentation; needs no image-level labels",
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
@@ -90,7 +90,7 @@ def export(
     Args:
         method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
             them.
-        beta: the threshold of "cam" and "crf"; None: `config.labels.beta`.
+        beta: the threshold of "cam"; None: `config.labels.beta`.
         crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
         images: "link" (hard links where the disk allows it, else copies), "copy", or "none", which leaves a folder of
@@ -162,27 +162,11 @@ def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: st
         value, label = strongest(cam, image_labels, size)
         return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
     if method == "crf":
-        return cam_crf_label(cam, image_labels, native, beta=beta, crf=crf)
-    refined = pseudo_label(unit, cam, image_labels, **config.labels.pseudo_label_options())
+        options = config.labels.thresholds() | {"refiner": "crf"} | dict(crf)
+    else:
+        options = config.labels.pseudo_label_options("par")
+    refined = pseudo_label(unit, cam, image_labels, **options)
     return F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
-
-
-def cam_crf_label(
-    cam: Tensor, image_labels: Tensor, native: Tensor, *, beta: float, crf: Mapping
-) -> UInt8[np.ndarray, "H W"]:
-    """One image's CAM (1 K h w), against the constant background score beta, after a dense CRF.
-
-    The scores, divided by their sum, are the probabilities that the CRF starts from; without iterations the label is
-    that of the threshold beta.
-    """
-    present, size = torch.nonzero(image_labels[0])[:, 0], tuple(native.shape[-2:])
-    if not len(present):
-        return np.zeros(size, np.uint8)
-    maps = valid_cam(cam, image_labels)[:, present].float()
-    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
-    scores = torch.cat([torch.full_like(maps[:1], max(beta, 1e-6)), maps])
-    slot = dense_crf(scores / scores.sum(0), native[0], **crf).argmax(0)
-    return F.pad(present + 1, (1, 0))[slot].to(torch.uint8).cpu().numpy()
 
 
 def _from_decoder(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, crf: Mapping):
@@ -218,8 +202,10 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
     """All that the label maps depend on, as JSON holds it."""
     o = config.labels
     settings = {"method": method, "size": eval_size(config), "classes": list(source.class_names)}
-    if method in ("cam", "crf"):
+    if method == "cam":
         settings["beta"] = beta
+    if method == "crf":
+        settings |= o.thresholds()
     if method == "par":
         settings |= {
             name: getattr(o, name) for name in ("beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale")
@@ -370,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
     )
-    parser.add_argument("--beta", type=float, help="threshold of cam and crf (default: the config's)")
+    parser.add_argument("--beta", type=float, help="threshold of cam (default: the config's)")
     parser.add_argument("--images", default="link", choices=IMAGES, help="the images beside the labels (default link)")
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ step-00000500.pt  a state that was asked for (`keep_every` of `train.train`)
 failure.pt        a step whose loss was not finite (see `failures`)
 metrics.json      the final numbers; only a finished run has it
 scores.json       what `scores.score_run` found for the finished run
+model.safetensors the weights of a run that comes with the package (see `shipped`), which has no checkpoints
 """
 
 import contextlib
@@ -32,6 +33,8 @@ from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import flush_folder, new_part, place_file, remove_parts, write_whole, writing
+
+from .packed import MODEL, packed_state
 
 
 class Run:
@@ -192,6 +195,8 @@ class Run:
         if which not in names and not which.isdecimal():
             raise ToCoError(f"checkpoint {which!r}: last, best or the number of a kept step is allowed")
         path = self.folder / (names.get(which) or f"step-{int(which):08d}.pt")
+        if which == "last" and not path.is_file() and (self.folder / MODEL).is_file():
+            return packed_state(self.folder, self.config())
         if not path.is_file():
             return None
         state = read_state(path, ("model", "optimizer", "step"))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
-from toco_core.config import RECIPES, TrainConfig, changed_batch, override
+from toco_core.config import RECIPES, TrainConfig, changed_batch
 from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
@@ -66,7 +66,7 @@ def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, process
 
 
 def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
-    """`override` by texts such as "layer=9". Raises ToCoError for what is no NAME=VALUE, no field, or not allowed."""
+    """`configured` by texts such as "layer=9". Raises ToCoError for what is no NAME=VALUE, no field, or not allowed."""
     values = {}
     for field in fields:
         name, sign, value = field.partition("=")
@@ -76,7 +76,7 @@ def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             values[name] = value
-    return override(config, **values)
+    return configured(config, **values)
 
 
 def train_on(

@@ -38,6 +38,7 @@ from toco_core.objective import (
     variant,
 )
 from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.runs.shipped import shipped_run
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
@@ -372,11 +373,13 @@ def trained_run(
     progress: bool = True,
     terms: Mapping[str, Term] = TERMS,
 ) -> Opened:
-    """The run of a config, trained first where it is not finished: what notebooks that look into a model begin with.
+    """The run of a config: what notebooks that look into a model begin with. One that comes with the package is opened
+    there, the same on every machine; another is trained first where it is not finished.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
-    data, run = data or open_data(config.data), Run.of(config, variant(terms))
+    data = data or open_data(config.data)
+    run = (shipped_run(config) if not variant(terms) else None) or Run.of(config, variant(terms))
     if not run.finished:
         train(config, data=data, progress=progress, terms=terms)
     run.refuse_other_data(data, weights_file(config))

@@ -21,8 +21,8 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import eval_size
 from toco_core.labels import pseudo_label, region_mask, seed_label, upsampled_argmax
 from toco_core.model import Inside
-from toco_core.predict.crf import dense_crf
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
+from toco_core.refiners.crf import dense_crf
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION, Subject
 

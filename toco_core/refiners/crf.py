@@ -1,18 +1,46 @@
 """The dense CRF (Krähenbühl and Koltun, 2011): mean field over the Potts model, on the permutohedral lattice."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 from toco_core.errors import ToCoError
-from toco_core.labels import upsampled_argmax
-from toco_core.lattice import Lattice, _positions, at_least_float32, image_lattice, scaled_size
+from toco_core.lattice import Lattice, _positions, at_least_float32, image_lattice
 
 PROBABILITY_EPSILON = 1e-20  # least probability whose logarithm the dense CRF takes; keeps a certain 0 finite
 NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square root, as in the common implementation
+
+
+@dataclass(frozen=True)
+class DenseCRF:
+    """The dense CRF as a refiner; settings as in `dense_crf`, `appearance_sigma_xy` in pixels of the whole image."""
+
+    iterations: int = 10
+    position_sigma: float = 1.0
+    position_weight: float = 1.0
+    appearance_sigma_xy: float = 121.0
+    appearance_sigma_rgb: float = 5.0
+    appearance_weight: float = 4.0
+    scale: float = 1.0
+
+    def __call__(
+        self, images: Float[Tensor, "B 3 h w"], classes: Sequence[Float[Tensor, "B k h w"]]
+    ) -> list[Float[Tensor, "B k1 h w"]]:
+        """Mean field from each set of probabilities; the lattices of an image serve all of them."""
+        settings = dataclasses.asdict(self)
+        sigma_xy = settings.pop("scale") * settings.pop("appearance_sigma_xy")
+        sigmas = {"appearance_sigma_xy": sigma_xy} | {k: v for k, v in settings.items() if k.endswith(("sigma", "rgb"))}
+        refined: list[list[Tensor]] = [[] for _ in classes]
+        for b, image in enumerate(images):
+            lattices = crf_lattices(image, **sigmas)
+            for found, part in zip(refined, classes, strict=True):
+                probs = torch.cat([1 - part[b].sum(0, keepdim=True), part[b]])
+                found.append(dense_crf(probs, image, lattices=lattices, **settings | sigmas))
+        return [torch.stack(found) for found in refined]
 
 
 def crf_lattices(
@@ -74,43 +102,6 @@ def dense_crf(
 def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
     """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
     return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
-
-
-def crf_labels(
-    images: Float[Tensor, "B 3 H W"],
-    cam: Float[Tensor, "B K H W"],
-    image_labels: Float[Tensor, "B K"],
-    *,
-    betas: Sequence[float],
-    iterations: int = 10,
-    scale: float = 1.0,
-    sigma_xy: float = 121.0,
-    sigma_rgb: float = 5.0,
-) -> Integer[Tensor, "T B H W"]:
-    """`labels.refined_labels` with the dense CRF in the place of PAR: the label of each of T background scores, 0..K.
-
-    The probabilities are the same: softmax of the labelled classes' CAMs and a constant background score. `images` in
-    [0, 1]. Image and CAM are reduced by `scale` first, `sigma_xy` (in pixels of the whole image) with them. Raises
-    ToCoError unless 0 < scale <= 1.
-    """
-    size = scaled_size(images, scale)
-    sigmas = {"appearance_sigma_xy": sigma_xy * scale, "appearance_sigma_rgb": sigma_rgb}
-    label = torch.zeros(len(betas), len(images), *images.shape[2:], dtype=torch.long, device=cam.device)
-    for b in range(len(images)):
-        classes = torch.nonzero(image_labels[b])[:, 0].to(cam.device)
-        if not len(classes):
-            continue
-        image, maps = (
-            F.interpolate(at_least_float32(x)[None], size=size, mode="bilinear", align_corners=False)[0]
-            for x in (images[b], cam[b, classes])
-        )
-        lattices = crf_lattices(image, **sigmas)
-        table = F.pad(classes + 1, (1, 0))
-        for t, beta in enumerate(betas):
-            probs = torch.cat([torch.full_like(maps[:1], beta), maps]).softmax(dim=0)
-            belief = dense_crf(probs, image, iterations=iterations, lattices=lattices, **sigmas)
-            label[t, b] = table[upsampled_argmax(belief[None], tuple(images.shape[2:]))[0]]
-    return label
 
 
 def mean_field(

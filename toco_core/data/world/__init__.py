@@ -1,0 +1,1 @@
+"""What the embedded world is made of: shapes, species and paint."""
