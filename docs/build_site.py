@@ -4,7 +4,8 @@
     python docs/build_site.py FOLDER            # then open FOLDER/html/index.html
 
 No notebook is executed and no module is imported: figures are those that are committed, the API pages are read from the
-sources. Any warning is an error. FOLDER/source holds what Sphinx reads; it is made anew each time.
+sources. Equations are drawn by MathJax, which the browser fetches. Any warning is an error. FOLDER/source holds what
+Sphinx reads; it is made anew each time.
 """
 
 import argparse
@@ -29,6 +30,7 @@ project = "toco_core"
 author = "The toco_core maintainers"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_dmath_double_inline = True
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}

@@ -211,5 +211,8 @@ def test_the_website_builds_without_a_warning(tmp_path):
     figures = re.findall(r'<img alt="([^"]*)"', train)
     assert figures and all(len(html.unescape(words)) > 20 for words in figures)
     assert "counted from 1" in train
+    for path in (tmp_path / "html").glob("**/*.html"):  # equations that were not read as such
+        prose = re.sub(r"<(pre|code|script|svg)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert "$" not in prose, path.name
     assert 'id="toco_core.labels.seed_label"' in (tmp_path / "html" / "api" / "toco_core.labels.html").read_text()
     assert "Change things" in (tmp_path / "html" / "index.html").read_text()
