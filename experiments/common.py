@@ -15,11 +15,12 @@ from pathlib import Path
 import cv2
 import torch
 
-from toco_core.config import configured, tiny
+from toco_core.config import TrainConfig, configured, tiny
 from toco_core.errors import ToCoError
-from toco_core.evaluation.scores import scored_run
+from toco_core.evaluation.scores import RunScores, read_scores, scored_run
 from toco_core.machine.writing import write_whole
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import shipped_runs
 
 METRICS = {"cam": "cam_miou", "aux_cam": "aux_cam_miou", "pseudo_label": "pseudo_miou", "seg": "seg_miou"}
 """Kind of score (see `scores`) -> its name in a record."""
@@ -35,10 +36,13 @@ def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, p
     config = configured(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
     began, known = time.monotonic(), Run.of(config).finished
     scored = scored_run(config, progress=progress)
-    scores = scored.scores
+    minutes = {} if known else {"minutes": round((time.monotonic() - began) / 60, 2)}
+    return {"variant": name, "seed": seed, **result_of(config, scored.scores), **minutes}
+
+
+def result_of(config: TrainConfig, scores: RunScores) -> dict:
+    """What a record tells of a run, in percent; the CAMs at the thresholds `beta` and `aux_beta`."""
     return {
-        "variant": name,
-        "seed": seed,
         **{metric: round(scores.miou[kind], 2) for kind, metric in METRICS.items()},
         "worst_class": {kind: round(min(scores.iou[kind][1:]), 2) for kind in METRICS},
         "beta": scores.beta,
@@ -46,7 +50,6 @@ def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, p
         "val_cam_miou": round(scores.val["cam"], 2),
         "token_similarity": scores.token_similarity,
         "run": config.short_hash(),
-        **({} if known else {"minutes": round((time.monotonic() - began) / 60, 2)}),
     }
 
 
@@ -133,6 +136,16 @@ def known_runs(records: Path = RECORDS) -> dict[str, dict]:
             for run in variant["runs"]:
                 known[run["run"]] = known.get(run["run"], {}) | run
     return known
+
+
+def shipped_results() -> dict[str, dict]:
+    """The same of the runs that come with the package."""
+    configs = {run.config().short_hash(): (run.config(), read_scores(run)) for run in shipped_runs().values()}
+    return {
+        name: {"seed": config.seed, **result_of(config, scores)}
+        for name, (config, scores) in configs.items()
+        if scores is not None
+    }
 
 
 def runs_of(overrides: dict, known: dict[str, dict]) -> list[dict]:

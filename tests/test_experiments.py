@@ -134,3 +134,14 @@ def test_variants_of_ctc_differ_in_what_they_name(common, monkeypatch):
     assert len({config.short_hash() for config in configs}) == len(variants) and "PTC alone" in variants
     later = [(c.crops.local_resized, c.loss.ctc_cosine, c.loss.ctc_batch_negatives) for c in configs]
     assert later[1] == (False, False, False) and later[-1] == (True, True, True)
+
+
+def test_shipped_runs_are_results_too(common):
+    shipped = common.shipped_runs()
+    found = common.shipped_results()
+    assert set(found) == {run.config().short_hash() for run in shipped.values()}
+    for run in shipped.values():
+        result, scores = found[run.config().short_hash()], run.scores()
+        assert result["seg_miou"] == round(scores["miou"]["seg"], 2) and result["seed"] == run.config().seed
+        weights = {"ptc": run.config().loss.ptc, "ctc": run.config().loss.ctc}
+        assert common.runs_of(weights, found) == [result]

@@ -122,7 +122,7 @@ def test_cam_and_crf_is_one_label(model, source, config, tmp_path):
 
 def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypatch):
     whole = export(model, source, tmp_path / "whole", config, progress=False)
-    write = exporting._write_label
+    write = exporting.write_label
     made = []
 
     def failing(path, label):
@@ -131,12 +131,12 @@ def test_an_interrupted_export_goes_on(model, source, config, tmp_path, monkeypa
         made.append(path.name)
         return write(path, label)
 
-    monkeypatch.setattr(exporting, "_write_label", failing)
+    monkeypatch.setattr(exporting, "write_label", failing)
     with pytest.raises(KeyboardInterrupt):
         export(model, source, tmp_path / "cut", config, progress=False)
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
     assert not manifest["finished"] and not (tmp_path / "cut" / "classes.txt").exists()
-    monkeypatch.setattr(exporting, "_write_label", write)
+    monkeypatch.setattr(exporting, "write_label", write)
     rest = export(model, source, tmp_path / "cut", config, progress=False)
     assert rest.n_new == 3 and rest.pixels == whole.pixels
     for path in sorted(p for p in (tmp_path / "whole").rglob("*") if p.is_file()):

@@ -210,9 +210,9 @@ def test_wheel_holds_every_module_the_weights_the_licence_and_the_notebooks(buil
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
     (data,) = {name.partition("/")[0] for name in names if ".data/" in name}
     assert {name for name in names if ".dist-info/" not in name and ".data/" not in name} == wanted
-    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    shared = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/records/*.json")]
     assert {name for name in names if ".data/" in name} == {
-        f"{data}/data/share/toco_core/notebooks/{name}" for name in notebooks
+        f"{data}/data/share/toco_core/{path.relative_to(ROOT).as_posix()}" for path in shared
     }
     assert {"Requires-Dist: torch<3,>=2.6", "Provides-Extra: notebooks"} <= set(metadata.splitlines())
     assert "License-Expression: Apache-2.0" in metadata.splitlines()

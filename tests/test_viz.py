@@ -3,6 +3,7 @@ import sys
 import types
 from types import SimpleNamespace
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -305,6 +306,16 @@ def test_points_with_error_bars(ax):
 def test_one_seed_has_no_error_bar(ax):
     viz.error_points(ax, {7: [1.0], 9: [5.0]}, colour="#123456", label="x")
     assert not ax.containers[0].has_yerr and len(ax.lines) == 1
+
+
+def test_a_backend_that_is_loaded_by_the_first_figure_stays_interactive(ax):
+    def first_figure():
+        plt.ion()  # as the notebooks' backend does
+        return ax
+
+    with mpl.rc_context({"interactive": False, "text.parse_math": True}):
+        viz._with_plain_text(first_figure)()
+        assert plt.isinteractive() and mpl.rcParams["text.parse_math"]
 
 
 def test_layer_figure():

@@ -9,13 +9,14 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from PIL import Image, ImageDraw, ImageFont
 
 from .conventions import IGNORE, voc_palette
 
@@ -126,8 +127,12 @@ def _with_plain_text(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def draws(*args, **options):
-        with mpl.rc_context({"text.parse_math": False}):
+        parse_math = mpl.rcParams["text.parse_math"]
+        mpl.rcParams["text.parse_math"] = False  # not rc_context, which also undoes what a backend sets as it is loaded
+        try:
             drawn = function(*args, **options)
+        finally:
+            mpl.rcParams["text.parse_math"] = parse_math
         plain_text(drawn)
         return drawn
 
@@ -150,6 +155,48 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.65) -> np
     grey = image.astype(np.float32).mean(-1, keepdims=True) / 255
     alpha = strength * np.ones_like(cam)[..., None]
     return (1 - alpha) * (0.35 * image / 255 + 0.65 * grey) + alpha * colours
+
+
+def label_over_image(
+    image: np.ndarray, label: np.ndarray, names: Mapping[int, str], *, strength: float = 0.55, side: int = 900
+) -> np.ndarray:
+    """A label map over its image, uint8 RGB: background stays the image, uncertain pixels (255) are hatched, each class
+    has its outline, and a strip below names the colours.
+
+    image: uint8 H W 3. label: uint8 H W. names: what is written below, by class. The longer side is at most `side`.
+    """
+    scale = min(1.0, side / max(label.shape))
+    width, height = (max(1, round(n * scale)) for n in label.shape[::-1])
+    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX)).astype(np.float32)
+    label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+    alpha = np.where(label == 0, 0, np.where(label == IGNORE, 0.6 * strength, strength))[..., None]
+    edge = np.zeros(label.shape, bool)
+    edge[1:] |= label[1:] != label[:-1]
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    picture = (1 - alpha) * small + alpha * label_colours(label)
+    picture[edge] = 255
+    return np.vstack([picture.round().astype(np.uint8), _named_colours(names, width)])
+
+
+def _named_colours(names: Mapping[int, str], width: int) -> np.ndarray:
+    """A white strip of that width: a square in the colour of each class and its name, in as many lines as needed."""
+    font, line = ImageFont.load_default(14), 22
+    entries = [(k, str(name).encode(errors="replace").decode()) for k, name in sorted(names.items())] or [
+        (0, "no class")
+    ]
+    places, x, y = [], 6, 0
+    for k, name in entries:
+        needed = 20 + font.getlength(name) + 12
+        if x > 6 and x + needed > width:
+            x, y = 6, y + line
+        places.append((x, y, k, name))
+        x += needed
+    strip = Image.new("RGB", (width, y + line), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, y, k, name in places:
+        draw.rectangle((x, y + 4, x + 14, y + 18), fill=tuple(voc_palette()[k].tolist()))
+        draw.text((x + 20, y + 3), name, fill=(30, 30, 30), font=font)
+    return np.asarray(strip)
 
 
 @_with_plain_text

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from toco_core.cam import multi_scale_cam
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask, to_unit
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask, to_unit
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
@@ -45,7 +45,7 @@ from toco_core.labels import merged_logits, pseudo_label
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
-from toco_core.model import ToCo
+from toco_core.model import ToCo, Tokens
 from toco_core.refiners.crf import crf_label
 from toco_core.runs.folder import claim_folder, weights_hash
 from toco_core.train.loop import attention_of, autocast_of, open_data, open_run
@@ -114,17 +114,17 @@ def export(
         claim_folder(folder, settings, "export")
         remove_parts(folder, "**/*")
         (folder / "SegmentationClass").mkdir(exist_ok=True)
-        missing = [i for i, name in enumerate(source.names) if not _label_path(folder, name).is_file()]
+        missing = [i for i, name in enumerate(source.names) if not label_path(folder, name).is_file()]
         if missing:
             made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
             with ThreadPoolExecutor(2) as pool:
                 bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
-                for done in pool.map(lambda item: _write_label(_label_path(folder, item[0]), item[1]), bar):
+                for done in pool.map(lambda item: write_label(label_path(folder, item[0]), item[1]), bar):
                     assert done is None
         if images != "none":
             for i, name in enumerate(source.names):
-                _place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
-        return _finish(folder, source, split, settings, len(missing))
+                place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
+        return write_lists(folder, source, split, settings, len(missing))
 
 
 def label_maps(
@@ -132,9 +132,9 @@ def label_maps(
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
     """(name, label map at native size) of every image, in order; one image in memory at a time."""
     device, autocast = model.classifier.weight.device, autocast_of(config, model.classifier.weight.device)
-    was_training, needs_labels = model.training, not method.startswith("seg")
+    was_training = model.training
     items = evaluation_items(
-        source if needs_labels else _Unlabelled(source),
+        source if needs_labels(method) else _Unlabelled(source),
         size=eval_size(config),
         workers=config.data.workers,
         native=True,
@@ -143,21 +143,50 @@ def label_maps(
     try:
         with torch.no_grad(), attention_of(model, config, device):
             for item in items:
-                native = to_unit(item.native)
                 with autocast():
-                    if needs_labels:
-                        label = _from_cam(model, item, native.to(device), config, method, beta, crf)
-                    else:
-                        label = _from_decoder(model, item, native.to(device), config, method, crf)
-                yield item.name, label
+                    yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf)
     finally:
         model.train(was_training)
 
 
-def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, beta: float, crf: Mapping):
+def needs_labels(method: str) -> bool:
+    """Whether image-level labels choose the classes of a method's label maps."""
+    return not method.startswith("seg")
+
+
+def image_label(
+    model: ToCo,
+    item: EvalItem,
+    config: TrainConfig,
+    *,
+    method: str,
+    beta: float,
+    crf: Mapping,
+    tokens: Tokens | None = None,
+) -> UInt8[np.ndarray, "H W"]:
+    """The label map at native size of one image, which has its `native` pixels; no gradient.
+
+    `tokens`: those of the image at scale 1, where they are at hand, with the attention that `config.labels` asks for.
+    """
+    native = to_unit(item.native).to(model.classifier.weight.device)
+    if needs_labels(method):
+        return _from_cam(model, item, native, config, method, beta, crf, tokens)
+    return _from_decoder(model, item, native, config, method, crf, tokens)
+
+
+def _from_cam(
+    model: ToCo,
+    item: EvalItem,
+    native: Tensor,
+    config: TrainConfig,
+    method: str,
+    beta: float,
+    crf: Mapping,
+    tokens: Tokens | None,
+):
     unit, image_labels = to_unit(item.image).to(native.device), item.image_labels.to(native.device)
-    size = tuple(native.shape[-2:])
-    cam = multi_scale_cam(model, model.normalise(unit), **config.labels.cam_options(), image_labels=image_labels).cam
+    size, options = tuple(native.shape[-2:]), config.labels.cam_options() | {"tokens": tokens}
+    cam = multi_scale_cam(model, model.normalise(unit), **options, image_labels=image_labels).cam
     if method == "cam":
         value, label = strongest(cam, image_labels, size)
         return np.where(value <= np.float32(beta), 0, label).astype(np.uint8)
@@ -169,11 +198,15 @@ def _from_cam(model: ToCo, item, native: Tensor, config: TrainConfig, method: st
     return F.interpolate(refined[None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
 
 
-def _from_decoder(model: ToCo, item, native: Tensor, config: TrainConfig, method: str, crf: Mapping):
+def _from_decoder(
+    model: ToCo, item: EvalItem, native: Tensor, config: TrainConfig, method: str, crf: Mapping, tokens: Tokens | None
+):
     size, use_max = tuple(native.shape[-2:]), config.release.max_over_scales
     images = model.normalise(to_unit(item.image).to(native.device))
-    once = config.seg_scales == (1.0,)
-    maps = [model(images).seg_logits] if once else segmentation_maps(model, images, config.seg_scales)
+    if config.seg_scales == (1.0,):
+        maps = [model.heads(tokens or model.encode(images)).seg_logits]
+    else:
+        maps = segmentation_maps(model, images, config.seg_scales)
     if method == "seg":
         label = merged_label(maps, size, max_over_scales=use_max)
     else:
@@ -221,16 +254,16 @@ def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta
     return json.loads(json.dumps(settings))
 
 
-def _label_path(folder: Path, name: str) -> Path:
+def label_path(folder: Path, name: str) -> Path:
     return folder / "SegmentationClass" / f"{name}.png"
 
 
-def _write_label(path: Path, label: np.ndarray) -> None:
+def write_label(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, palette_png(label))
 
 
-def _place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
+def place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
     """The image beside its label: the same file, or upright where the file only says how to turn it."""
     with Image.open(original) as header:
         upright = header.getexif().get(ORIENTATION, 1) == 1
@@ -245,13 +278,13 @@ def _place_image(original: Path, source: Split, index: int, folder: Path, name: 
     place_file(original, target, link=link)
 
 
-def _finish(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
+def write_lists(folder: Path, source: Split, split: str, settings: dict, n_new: int) -> Exported:
     """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now."""
     counts, files = np.zeros(256, np.int64), {}
     entries, annotations = [], []
     pictures = {p.relative_to(folder / "JPEGImages").with_suffix("").as_posix(): p for p in _pictures(folder)}
     for number, name in enumerate(source.names, start=1):
-        path = _label_path(folder, name)
+        path = label_path(folder, name)
         label = read_mask(path)
         counts += np.bincount(label.ravel(), minlength=256)
         files[name] = _sha256(path.read_bytes())
@@ -335,10 +368,8 @@ def voc_archive(
         with tarfile.open(fileobj=packed, mode="w") as tar:
             for index, name in enumerate(source.names):
                 if (source.mask(index) == IGNORE).any():
-                    raise ToCoError(
-                        f"{_label_path(folder, name)} holds 255: the server takes 0..20 only, as method seg"
-                    )
-                data = _label_path(folder, name).read_bytes()
+                    raise ToCoError(f"{label_path(folder, name)} holds 255: the server takes 0..20 only, as method seg")
+                data = label_path(folder, name).read_bytes()
                 entry = tarfile.TarInfo(f"{below}/{name}.png")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))

@@ -335,18 +335,19 @@ def claim_folder(folder: Path, settings: dict, what: str) -> None:
 
     Raises ToCoError where the folder holds something else, or one with other settings, or cannot be written.
     """
+    what = f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
     path, settings = folder / "manifest.json", json.loads(json.dumps(settings))
     if path.is_file():
         try:
             known = read_json(path)["settings"]
             different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ToCoError(f"{path} is not the manifest of an {what}: choose a new folder") from None
+            raise ToCoError(f"{path} is not the manifest of {what}: choose a new folder") from None
         if different:
-            raise ToCoError(f"{folder} holds an {what} with another {', '.join(different)}: choose a new folder")
+            raise ToCoError(f"{folder} holds {what} with another {', '.join(different)}: choose a new folder")
     with writing(folder):
         if not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ToCoError(f"{folder} is not empty and holds no {what}: choose a new folder")
+            raise ToCoError(f"{folder} is not empty and holds no {what.partition(' ')[2]}: choose a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
 

@@ -97,7 +97,7 @@ class ClassFolders(_TaggedImages):
 
     def __init__(self, root: Path | str, split: str = "train"):
         self.root = Path(root)
-        self._fill(self.root, _by_folder(self.root), split, "the folders")
+        self._fill(self.root, folder_entries(self.root), split, "the folders")
 
 
 class TagList(_TaggedImages):
@@ -117,7 +117,7 @@ def split_names(root: Path | str) -> tuple[str, ...]:
     """The splits of a folder per class (a folder) or of a list of tags (a file)."""
     root = Path(root)
     if root.is_dir():
-        return _split_names(_by_folder(root))
+        return _split_names(folder_entries(root))
     return _split_names(_from_json(root) if root.suffix.lower() == ".json" else _from_table(root))
 
 
@@ -159,7 +159,8 @@ def _has_images(folder: Path) -> bool:
     return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
 
 
-def _by_folder(root: Path) -> list[Tagged]:
+def folder_entries(root: Path) -> list[Tagged]:
+    """The images of a folder per class, each with the one tag that its folder names."""
     found = index_files(refuse_outside(root / "masks", root), MASK_SUFFIXES)
     masks = {one_spelling(name): path for name, path in found.items()}
     entries = []

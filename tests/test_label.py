@@ -1,0 +1,233 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_config import small_recipe, stir
+from voc_folder import CLASSES, SIZES, smooth_image, write_list, write_voc_folder
+
+import toco_core.predict.label as labelling
+from toco_core.__main__ import main
+from toco_core.config import override
+from toco_core.conventions import voc_palette
+from toco_core.data import COCOFolder, VOCFolder, open_source, read_image
+from toco_core.errors import ToCoError
+from toco_core.model import ToCo
+from toco_core.predict.export import export
+from toco_core.predict.label import find_photographs, label_photographs
+from toco_core.predict.models import NamedModel, open_model
+from toco_core.train.loop import train
+from toco_core.viz import label_over_image
+
+SMALL = {
+    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
+    "proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7, "crop_size": 32, "local_size": 16,
+    "cam_scales": (1.0, 0.5), "par_iterations": 3, "par_dilations": (1, 2), "beta_l": 0.35, "beta_h": 0.6, "beta": 0.4,
+    "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+TAGS = {"a": "cat;sheep", "sub/b": "dog", "c d": "cat;dog;sheep", "e": ""}
+
+
+@pytest.fixture(scope="module")
+def opened():
+    config = override(small_recipe(), **SMALL)
+    torch.manual_seed(1)
+    model = ToCo(config.model, 3)
+    stir(model, 0.3)
+    return NamedModel("mine", model.eval(), config, CLASSES)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for i, name in enumerate(TAGS):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth_image(*SIZES[i], i)).save(folder / f"{name}.jpg", quality=95)
+    return folder
+
+
+def with_tags(folder, tags=TAGS):
+    lines = [f"{name}.jpg,{tags[name]}" for name in tags]
+    (folder / "tags.csv").write_text("\n".join(["file,tags", *lines]) + "\n")
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    return folder
+
+
+def rows(folder):
+    with open(folder / "photographs.csv", encoding="utf-8", newline="") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("method", ["par", "cam", "crf", "seg"])
+def test_tagged_photographs_get_the_labels_of_an_export(opened, photos, tmp_path, method):
+    with_tags(photos)
+    source = open_source(photos)
+    wanted = export(opened.model, source, tmp_path / "export", opened.config, method=method, progress=False).folder
+    made = label_photographs(opened, photos, tmp_path / "out", method=method, threshold=1.0, progress=False)
+    assert (made.n_photographs, made.n_new, made.skipped) == (4, 4, {})
+    assert made.images_per_class == {"cat": 2, "dog": 2, "sheep": 2}
+    back, exported = VOCFolder(made.folder, "train"), VOCFolder(wanted, "train")
+    coco = COCOFolder(made.folder / "annotations" / "instances_train.json", unlabelled=True)
+    assert sorted(back.names) == sorted(exported.names)
+    for i, name in enumerate(back.names):
+        np.testing.assert_array_equal(back.mask(i), exported.mask(exported.names.index(name)))
+        np.testing.assert_array_equal(coco.mask(coco.names.index(name)), back.mask(i))
+        np.testing.assert_array_equal(back.image(i), source.image(source.names.index(name)))
+        assert (made.folder / "overlays" / f"{name}.jpg").is_file()
+    assert max(len(np.unique(back.mask(i))) for i in range(4)) > 2
+    assert back.check().n_masks == 4
+
+
+def test_without_tags_the_classifier_chooses(opened, photos, tmp_path):
+    """Of one photograph at a time, at the size at which CAMs are made."""
+    scores = {}
+    for name in TAGS:
+        image = torch.from_numpy(labelling.resize(read_image(photos / f"{name}.jpg"), 32, 32)).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            logits = opened.model(opened.model.normalise(image.float() / 255)).class_logits
+        scores[name] = logits[0].sigmoid().numpy()
+    values = np.sort(np.concatenate(list(scores.values())))
+    threshold = float(values[5:7].mean())
+    assert values[5] < threshold < values[6]
+    made = label_photographs(opened, photos, tmp_path / "out", method="cam", threshold=threshold, progress=False)
+    table, back = rows(made.folder), VOCFolder(made.folder, "train")
+    for i, name in enumerate(back.names):
+        wanted = [CLASSES[k + 1] for k in np.flatnonzero(scores[name] > threshold)]
+        row = table[f"{name}.jpg"]
+        assert row["tags"] == ";".join(wanted) and row["chosen by"] == "classifier"
+        np.testing.assert_allclose([float(row[c]) for c in CLASSES[1:]], scores[name], atol=1e-4)
+        assert {CLASSES[k] for k in np.unique(back.mask(i)) if k} <= set(wanted)
+    assert sum(made.images_per_class.values()) == 6
+    with_tags(photos, {"a": "dog"})  # the others have no tags
+    made = label_photographs(opened, photos, tmp_path / "mixed", method="cam", threshold=threshold, progress=False)
+    assert (rows(made.folder)["a.jpg"]["tags"], rows(made.folder)["a.jpg"]["chosen by"]) == ("dog", "tags")
+    assert rows(made.folder)["e.jpg"] == table["e.jpg"]
+    made = label_photographs(opened, photos, tmp_path / "n", tags="none", threshold=threshold, progress=False)
+    assert rows(made.folder) == table
+
+
+def test_what_cannot_be_used_is_listed_and_skipped(opened, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes((photos / "a.jpg").read_bytes()[:-30])
+    (photos / "phone.HEIC").write_bytes(b"x")
+    (photos / "._a.jpg").write_bytes(b"x")
+    shutil.copy(photos / "a.jpg", photos / "a.jpeg")
+    (photos / "masks").mkdir()
+    shutil.copy(photos / "a.jpg", photos / "masks" / "m.jpg")
+    made = label_photographs(opened, photos, photos / "out", method="cam", progress=False)
+    again = label_photographs(opened, photos, photos / "out", method="cam", progress=False)
+    assert (made.n_photographs, made.n_new, again.n_photographs, again.n_new) == (4, 4, 4, 0)
+    reasons = {file.rpartition("/")[2]: reason for file, reason in made.skipped.items()}
+    assert set(reasons) == {"broken.jpg", "phone.HEIC", "a.jpeg"} and again.skipped == made.skipped
+    assert "is truncated" in reasons["broken.jpg"] and ".heic is not read" in reasons["phone.HEIC"]
+    assert reasons["a.jpeg"] == "a.jpg has the same name"
+    listed = (photos / "out" / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 3 and all(str(photos) in line for line in listed)
+    for path in photos.glob("*.jpg"):
+        path.write_bytes(b"")
+    shutil.rmtree(photos / "sub")
+    with pytest.raises(ToCoError, match="none of the photographs .* can be used: .*a.jpg is empty"):
+        label_photographs(opened, photos, tmp_path / "none", method="cam", progress=False)
+
+
+def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, photos, tmp_path, monkeypatch):
+    with_tags(photos)
+    whole = label_photographs(opened, photos, tmp_path / "whole", progress=False)
+    write, written = labelling.write_label, []
+
+    def failing(path, label):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(path, label)
+
+    monkeypatch.setattr(labelling, "write_label", failing)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped: 2 of 4 photographs are in .*cut, and the same call goes on"):
+        label_photographs(opened, photos, tmp_path / "cut", progress=False)
+    monkeypatch.setattr(labelling, "write_label", write)
+    with open(tmp_path / "cut" / "photographs.jsonl", "a") as log:
+        log.write('{"name": "e", "file"')  # the power failed here
+    rest = label_photographs(opened, photos, tmp_path / "cut", progress=False)
+    assert rest.n_new == 2 and rest.images_per_class == whole.images_per_class
+    for path in sorted(p for p in whole.folder.rglob("*") if p.is_file() and p.suffix != ".jsonl"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(whole.folder)).read_bytes(), path
+    with_tags(photos, TAGS | {"sub/b": "cat"})
+    Image.fromarray(smooth_image(12, 18, 9)).save(photos / "new.png")
+    later = label_photographs(opened, photos, whole.folder, progress=False)
+    assert (later.n_photographs, later.n_new) == (5, 2)
+    assert rows(whole.folder)["sub/b.jpg"]["tags"] == "cat"
+    with pytest.raises(ToCoError, match="holds a set of labels with another beta_l: choose a new folder"):
+        label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
+
+
+def test_a_folder_per_class_is_tags_where_it_has_the_names_of_classes(photos):
+    for name, folder in (("x", "cat"), ("y", "background"), ("z", "dog/deep")):
+        (photos / folder).mkdir(parents=True)
+        Image.fromarray(smooth_image(12, 18, 9)).save(photos / folder / f"{name}.jpg")
+    shutil.rmtree(photos / "sub")
+    found = {p.name: p.classes for p in find_photographs(photos, CLASSES).photographs}
+    assert found == {"a": None, "c d": None, "e": None, "cat/x": (1,), "background/y": (), "dog/deep/z": (2,)}
+    (photos / "horse").mkdir()
+    shutil.copy(photos / "a.jpg", photos / "horse" / "h.jpg")
+    with pytest.raises(ToCoError, match="the folder 'horse' is no class of the model, which has cat, dog, sheep"):
+        find_photographs(photos, CLASSES)
+    assert all(p.classes is None for p in find_photographs(photos, CLASSES, tags="none").photographs)
+    one = find_photographs(photos / "a.jpg", CLASSES).photographs
+    assert [(p.name, p.classes) for p in one] == [("a", None)]
+
+
+def test_folders_with_other_names_are_folders(photos):
+    found = find_photographs(photos, CLASSES)
+    assert [p.name for p in found.photographs] == ["a", "c d", "e", "sub/b"]
+    assert all(p.classes is None for p in found.photographs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par"),
+        ({"tags": "all"}, "tags = 'all' is not allowed: one of auto, none"),
+        ({"threshold": 2}, "threshold = 2 is not allowed: 0 to 1"),
+        ({"beta_l": 0.7}, "beta_l"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tmp_path, options, message):
+    with pytest.raises(ToCoError, match=message):
+        label_photographs(opened, photos, tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_needs_no_data_set(photos, tmp_path, capsys):
+    root = write_voc_folder(tmp_path / "voc", n=4)
+    write_list(root, "val", ["img_3"])
+    config = override(small_recipe(), **SMALL, dataset=str(root), steps=1, warmup_steps=0, batch_size=2)
+    run = train(override(config, out_dir=str(tmp_path)), progress=False).run
+    shutil.rmtree(root)
+    assert open_model(run.folder).class_names == CLASSES and open_model(run.folder).step == 1
+    arguments = ["label", str(run.folder), str(photos), str(tmp_path / "out"), "--method", "par", "--beta-h", "0.65"]
+    assert main([*arguments, "--threshold", "0.1"]) == 0
+    told = capsys.readouterr().out
+    assert "4 photographs with labels, 4 of them new" in told and "cat " in told
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert (settings["beta_l"], settings["beta_h"], settings["threshold"]) == (0.35, 0.65, 0.1)
+    for wrong in (["label", "nowhere", str(photos), "x"], ["label", str(run.folder), "nowhere", str(tmp_path / "x")]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert "'nowhere'" in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_an_overlay_leaves_the_background_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    label = np.zeros((20, 30), np.uint8)
+    label[5:12, 6:19], label[15:, 20:] = 3, 255
+    picture = label_over_image(image, label, {3: "sheep 0.98"}, strength=0.5)
+    assert picture.shape[1] == 30 and picture.shape[0] > 20
+    np.testing.assert_array_equal(picture[:5], image[:5])
+    inside = (slice(7, 11), slice(8, 17))
+    wanted = (image[inside] + voc_palette()[3].astype(float)) / 2
+    np.testing.assert_allclose(picture[inside], wanted, atol=1)
+    assert (picture[20:] == voc_palette()[3]).all(-1).sum() > 100  # the square of its colour below
+    large = label_over_image(np.zeros((300, 200, 3), np.uint8), np.zeros((300, 200), np.uint8), {}, side=150)
+    assert large.shape[1] == 100

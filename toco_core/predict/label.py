@@ -1,0 +1,488 @@
+"""Label new photographs with a trained model.
+
+    toco label runs/<run> my_photographs my_labels
+    toco label full holiday labels --threshold 0.3 --method crf
+
+    my_labels/SegmentationClass/<name>.png       label maps, and what else makes a data set in VOC layout of the folder,
+                                                 with COCO's RLE: see `export`
+    my_labels/overlays/<name>.jpg                each label map over its photograph, the classes named below it
+    my_labels/photographs.csv                    file, classes, who chose them, the classifier's probabilities
+    my_labels/skipped.txt                        photographs that cannot be used, and why
+
+Which classes a photograph shows is known from its tags, in a list of tags or a folder per class (see
+`data.layouts.tags`). Of a photograph without tags the classifier chooses: the classes with a probability above
+`threshold`. A label map has no other classes than these, but for the methods "seg" and "seg_crf", which need none.
+
+Any folder will do, with folders in it. An interrupted call goes on where it stopped; a later one labels what is new or
+has changed.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from toco_core.config import TrainConfig, override
+from toco_core.conventions import IGNORE
+from toco_core.data import EvalItem, Split, read_image, to_unit
+from toco_core.data.augment import resize
+from toco_core.data.files import IMAGE_SUFFIXES, index_files
+from toco_core.data.layouts import tags as tagged
+from toco_core.data.split import BACKGROUND_NAMES, utf8
+from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import checked_crf, eval_size
+from toco_core.machine.locks import alone
+from toco_core.machine.memory import memory_errors
+from toco_core.machine.writing import remove_parts, write_whole, writing
+from toco_core.model import ToCo
+from toco_core.predict.export import IMAGES, METHODS, image_label, label_path, place_image, write_label, write_lists
+from toco_core.predict.models import NamedModel, open_model
+from toco_core.runs.folder import claim_folder, weights_hash
+from toco_core.train.loop import attention_of, autocast_of
+from toco_core.viz import label_over_image
+
+TAGS = {
+    "auto": "those in a list of tags or of a folder per class, where there are some",
+    "none": "none: the classifier chooses the classes of every photograph",
+}
+LOG = "photographs.jsonl"
+AHEAD = 4  # photographs that are read before their turn
+UNREAD = (".heic", ".heif", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".dng", ".cr2", ".nef", ".arw")
+
+
+class Photograph(NamedTuple):
+    """A photograph to be labelled. `classes` are the model's, 1..K, where tags name them; None: nothing is known."""
+
+    name: str
+    path: Path
+    classes: tuple[int, ...] | None
+
+
+class Found(NamedTuple):
+    """The photographs of a folder, and what is wrong with those that cannot be used."""
+
+    photographs: tuple[Photograph, ...]
+    skipped: dict[str, str]
+    """File -> reason."""
+
+
+class Labelled(NamedTuple):
+    """What `label_photographs` wrote."""
+
+    folder: Path
+    n_photographs: int
+    n_new: int  # labelled by this call; the others were there
+    skipped: dict[str, str]
+    """File -> why it has no label."""
+    images_per_class: dict[str, int]
+    """Photographs in which each class was chosen, by tags or by the classifier."""
+
+
+@memory_errors("a smaller crop_size or fewer cam_scales")
+def label_photographs(
+    model: NamedModel | str | Path,
+    photographs: Path | str,
+    folder: Path | str,
+    *,
+    method: str = "par",
+    threshold: float = 0.5,
+    tags: str = "auto",
+    beta: float | None = None,
+    beta_l: float | None = None,
+    beta_h: float | None = None,
+    crf: Mapping | bool = True,
+    images: str = "copy",
+    overlays: bool = True,
+    split: str = "train",
+    progress: bool = True,
+) -> Labelled:
+    """Write label maps of all photographs in a folder, into `folder`.
+
+    Args:
+        model: what `open_model` takes, or gives.
+        photographs: a folder, with folders in it; a list of tags; or one photograph.
+        method: one of `export.METHODS`.
+        threshold: of the classifier's probability, above which a photograph without tags has a class.
+        tags: "auto" or "none", see `TAGS`.
+        beta, beta_l, beta_h: thresholds of the methods "cam" (beta) and "par" and "crf"; None: the config's.
+        images: "copy", "link" or "none", see `export`.
+        split: name of the list that is written.
+
+    Raises ToCoError for a tag that is no class of the model, where no photograph can be used, for a folder that holds
+    something else or labels of other settings, and as `export` does.
+    """
+    _check(method=(method, METHODS), tags=(tags, TAGS), images=(images, IMAGES))
+    if not 0 <= threshold <= 1:
+        raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
+    opened = model if isinstance(model, NamedModel) else open_model(model)
+    config = with_thresholds(opened.config, beta=beta, beta_l=beta_l, beta_h=beta_h)
+    options = checked_crf(crf) if method.endswith("crf") else None
+    folder = Path(folder)
+    found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
+    if not found.photographs:
+        reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
+        raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
+    settings = _settings(opened, config, method, threshold, options)
+    with alone(folder, "labels into"), writing(folder):
+        claim_folder(folder, settings, "set of labels")
+        remove_parts(folder, "**/*")
+        (folder / "SegmentationClass").mkdir(exist_ok=True)
+        log = _Log(folder / LOG)
+        todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
+        skipped = dict(found.skipped)
+        bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
+        labels = _labels(opened, config, todo, method=method, threshold=threshold, crf=options or {})
+        try:
+            with bar, log:
+                for photograph, image, outcome in labels:
+                    bar.update()
+                    if isinstance(outcome, ToCoError):
+                        skipped[str(photograph.path)] = str(outcome)
+                        continue
+                    label, classes, scores = outcome
+                    write_label(label_path(folder, photograph.name), label)
+                    if overlays:
+                        names = {k: f"{opened.class_names[k]} {scores[k - 1]:.2f}" for k in classes}
+                        _write_overlay(folder / "overlays" / f"{photograph.name}.jpg", image, label, names, opened)
+                    log.add(photograph, classes, scores)
+        except KeyboardInterrupt:
+            done = len(found.photographs) - len(todo) + log.n_new
+            raise KeyboardInterrupt(
+                f"labelling was stopped: {done} of {len(found.photographs)} photographs are in {folder}, and the same "
+                "call goes on from there"
+            ) from None
+        done = [p for p in found.photographs if log.has(p)]
+        if not done:
+            reason = list(skipped.values())[len(found.skipped)]
+            raise ToCoError(f"none of the photographs of {photographs} can be used: {reason}")
+        source = _Labelled(Path(photographs), split, opened.class_names, done, [log.classes(p) for p in done])
+        if images != "none":
+            for i, photograph in enumerate(done):
+                place_image(photograph.path, source, i, folder / "JPEGImages", photograph.name, link=images == "link")
+        _write_tables(folder, done, log, opened.class_names, skipped)
+        write_lists(folder, source, split, settings, log.n_new)
+    counts = source.image_labels.sum(0).tolist()
+    return Labelled(folder, len(done), log.n_new, skipped, dict(zip(opened.class_names[1:], counts, strict=True)))
+
+
+def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
+    """The config with those thresholds that are not None."""
+    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
+
+
+# ---- which photographs there are, and what is known of them
+
+
+def find_photographs(
+    place: Path | str, class_names: Sequence[str], *, tags: str = "auto", apart_from: Path | None = None
+) -> Found:
+    """The photographs at a place by name, with the classes that tags name; nothing is decoded.
+
+    The pictures in `apart_from`, and in folders that this module wrote, are none. Raises ToCoError where `place` is not
+    there, and for a tag that is no class.
+    """
+    place = Path(place)
+    if place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
+        return Found((Photograph(place.stem, place, None),), {})
+    if not place.exists():
+        raise ToCoError(f"photographs = {str(place)!r} is not there: a folder of photographs is wanted")
+    root = place.parent if place.is_file() else place
+    root = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
+    ours = [path.parent for path in index_files(root, (Path(LOG).suffix,)).values() if path.name == LOG]
+    apart = [path.resolve() for path in (*ours, apart_from) if path is not None]
+    known = _known_classes(place, root, class_names, apart) if tags == "auto" else {}
+    photographs, skipped = {}, {}
+    for suffix in (*IMAGE_SUFFIXES, *UNREAD):
+        for name, path in sorted(index_files(root, (suffix,)).items()):
+            parts = Path(name).parts
+            if _is_below(path, apart) or parts[0] == "masks" or any(part.startswith(".") for part in parts):
+                continue
+            reason = _unusable(name, suffix, photographs)
+            if reason:
+                skipped[str(path)] = reason
+            else:
+                photographs[name] = Photograph(name, path, known.get(path.resolve()))
+    return Found(tuple(photographs[name] for name in sorted(photographs)), skipped)
+
+
+def _unusable(name: str, suffix: str, before: Mapping[str, Photograph]) -> str:
+    """Why a file has no label, as far as its name tells."""
+    if suffix in UNREAD:
+        return f"{suffix} is not read: {', '.join(IMAGE_SUFFIXES)} are"
+    if name in before:
+        return f"{before[name].path.name} has the same name"
+    if not name.isprintable() or name != name.strip():
+        return "its name has characters that a list of names cannot hold: rename it"
+    try:
+        utf8(name, "its name")
+    except ToCoError as error:
+        return str(error)
+    return ""
+
+
+def _known_classes(place: Path, root: Path, class_names: Sequence[str], apart: list[Path]) -> dict[Path, tuple]:
+    """Photograph -> its classes, of those that have tags.
+
+    Folders of which none has the name of a class are folders, not tags.
+    """
+    listed = place if place.is_file() else tagged.tag_file(root)
+    if listed is not None:
+        found = _listed_tags(listed)
+    elif tagged.is_class_folders(root):
+        entries = [(root / entry.file, entry.tags) for entry in tagged.folder_entries(root)]
+        found = {path.resolve(): tags for path, tags in entries if not _is_below(path, apart)}
+    else:
+        return {}
+    number = {name: k for k, name in enumerate(class_names)} | dict.fromkeys(BACKGROUND_NAMES, 0)
+    used = sorted({tag for tags in found.values() for tag in tags})
+    unknown = [tag for tag in used if tag not in number]
+    if listed is None and unknown == used:
+        return {}
+    if unknown:
+        raise ToCoError(
+            f"{listed or root}: the {'tag' if listed else 'folder'} {unknown[0]!r} is no class of the model, which has "
+            f'{", ".join(class_names[1:])}; tags = "none" lets its classifier choose'
+        )
+    return {path: tuple(sorted({number[tag] for tag in tags} - {0})) for path, tags in found.items()}
+
+
+def _listed_tags(path: Path) -> dict[Path, tuple[str, ...]]:
+    """Photograph -> its tags, in all splits of a list of tags."""
+    found = {}
+    for split in tagged.split_names(path):
+        source = tagged.TagList(path, split)
+        for i, row in enumerate(source.image_labels):
+            tags = tuple(source.class_names[k + 1] for k in np.flatnonzero(row))
+            found[source.image_path(i).resolve()] = tags
+    return found
+
+
+def _is_below(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
+
+
+# ---- labels
+
+
+def _labels(
+    opened: NamedModel,
+    config: TrainConfig,
+    photographs: Sequence[Photograph],
+    *,
+    method: str,
+    threshold: float,
+    crf: Mapping,
+) -> Iterator[tuple]:
+    """(photograph, image, ToCoError) or (photograph, image, (label map, classes, probabilities)), in order."""
+    model, device = opened.model, opened.model.classifier.weight.device
+    autocast = autocast_of(config, device)
+    with torch.no_grad(), attention_of(model, config, device):
+        for photograph, image in _read_ahead(photographs):
+            if isinstance(image, ToCoError):
+                yield photograph, None, image
+                continue
+            try:
+                with autocast():
+                    outcome = _label(model, image, photograph, config, method, threshold, crf)
+            except ToCoError as error:
+                outcome = error
+            yield photograph, image, outcome
+
+
+def _label(
+    model: ToCo,
+    image: UInt8[np.ndarray, "H W 3"],
+    photograph: Photograph,
+    config: TrainConfig,
+    method: str,
+    threshold: float,
+    crf: Mapping,
+) -> tuple[UInt8[np.ndarray, "H W"], tuple[int, ...], Float[np.ndarray, " K"]]:
+    """Label map, the classes that it may have, and the classifier's probability of each of the K."""
+    size = eval_size(config)
+    native = torch.from_numpy(image).permute(2, 0, 1)[None]
+    seen = native if size is None else torch.from_numpy(resize(image, size, size)).permute(2, 0, 1)[None]
+    unit = to_unit(seen.to(model.classifier.weight.device))
+    tokens = model.encode(model.normalise(unit), attend=config.labels.attended())
+    scores = model.heads(tokens, segmentation=False).class_logits[0].float().sigmoid().cpu().numpy()
+    classes = photograph.classes
+    if classes is None:
+        classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
+    labels = torch.zeros(1, model.n_classes)
+    labels[0, [k - 1 for k in classes]] = 1
+    item = EvalItem(photograph.name, seen, None, labels, native)
+    label = image_label(model, item, config, method=method, beta=config.labels.beta, crf=crf, tokens=tokens)
+    return label, classes, scores
+
+
+def _read_ahead(photographs: Sequence[Photograph]) -> Iterator[tuple]:
+    """(photograph, image or ToCoError); the next few are decoded meanwhile."""
+
+    def read(photograph: Photograph):
+        try:
+            return read_image(photograph.path)
+        except ToCoError as error:
+            return error
+
+    waiting: deque[tuple[Photograph, Future]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for photograph in photographs:
+                waiting.append((photograph, pool.submit(read, photograph)))
+                if len(waiting) > AHEAD:
+                    first, image = waiting.popleft()
+                    yield first, image.result()
+            while waiting:
+                first, image = waiting.popleft()
+                yield first, image.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- the folder
+
+
+class _Log:
+    """A line of JSON for each photograph that is labelled: what a later call need not do again."""
+
+    def __init__(self, path: Path):
+        self._path, self.n_new = path, 0
+        self._entries: dict[str, dict] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                self._entries[entry["name"]] = {key: entry[key] for key in ("file", "tags", "classes", "scores")}
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that was cut: its photograph is labelled again
+
+    def __enter__(self) -> "_Log":
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._file.write("\n" if self._entries else "")  # ends a line that was cut
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def has(self, photograph: Photograph) -> bool:
+        """Whether the same file with the same tags is labelled."""
+        entry = self._entries.get(photograph.name)
+        return entry is not None and (entry["file"], entry["tags"]) == _state(photograph)
+
+    def add(self, photograph: Photograph, classes: Sequence[int], scores: Float[np.ndarray, " K"]) -> None:
+        file, known = _state(photograph)
+        rounded = [round(float(score), 4) for score in scores]
+        entry = {"file": file, "tags": known, "classes": list(classes), "scores": rounded}
+        self._file.write(json.dumps({"name": photograph.name} | entry) + "\n")
+        self._file.flush()
+        self._entries[photograph.name] = entry
+        self.n_new += 1
+
+    def classes(self, photograph: Photograph) -> tuple[int, ...]:
+        return tuple(self._entries[photograph.name]["classes"])
+
+    def scores(self, photograph: Photograph) -> list[float]:
+        return self._entries[photograph.name]["scores"]
+
+
+def _state(photograph: Photograph) -> tuple[list, list | None]:
+    """What tells whether a photograph or its tags have changed, as JSON holds it."""
+    facts = photograph.path.stat()
+    known = None if photograph.classes is None else list(photograph.classes)
+    return [photograph.path.name, facts.st_size, facts.st_mtime_ns], known
+
+
+class _Labelled(Split):
+    """The photographs that have labels, as a split."""
+
+    def __init__(self, root: Path, split: str, class_names: tuple[str, ...], done: Sequence[Photograph], classes):
+        self.root, self.split, self.class_names = root, split, class_names
+        self.class_source, self.label_source = "the model", "tags, or the classifier"
+        self.names = tuple(photograph.name for photograph in done)
+        self._images, self._masks = [photograph.path for photograph in done], [None] * len(done)
+        self._image_labels = np.zeros((len(done), len(class_names) - 1), np.uint8)
+        for row, present in zip(self._image_labels, classes, strict=True):
+            row[[k - 1 for k in present]] = 1
+
+    def mask(self, index: int) -> None:
+        return None
+
+
+def _settings(opened: NamedModel, config: TrainConfig, method: str, threshold: float, crf: dict | None) -> dict:
+    """All that a label map depends on besides its photograph."""
+    thresholds = {"cam": ("beta",), "crf": ("beta_l", "beta_h"), "par": ("beta_l", "beta_h")}.get(method, ())
+    settings = {"method": method, "threshold": threshold, "size": eval_size(config), "crf": crf}
+    settings |= {name: getattr(config.labels, name) for name in thresholds}
+    settings |= {"classes": list(opened.class_names), "weights": weights_hash(opened.model)}
+    return settings
+
+
+def _write_overlay(path: Path, image: np.ndarray, label: np.ndarray, names: dict[int, str], opened: NamedModel) -> None:
+    """The label map over its photograph; `names` are those of its classes with their probabilities."""
+    shown = [k for k in np.unique(label).tolist() if k not in (0, IGNORE)]
+    picture = label_over_image(image, label, {k: names.get(k, opened.class_names[k]) for k in {*names, *shown}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with io.BytesIO() as file:
+        Image.fromarray(picture).save(file, "JPEG", quality=90)
+        write_whole(path, file.getvalue())
+
+
+def _write_tables(
+    folder: Path, done: Sequence[Photograph], log: _Log, class_names: Sequence[str], skipped: Mapping[str, str]
+) -> None:
+    """photographs.csv and skipped.txt."""
+    with io.StringIO() as text:
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["file", "tags", "chosen by", *class_names[1:]])
+        for photograph in done:
+            names = ";".join(class_names[k] for k in log.classes(photograph))
+            chosen = "classifier" if photograph.classes is None else "tags"
+            file = f"{photograph.name}{photograph.path.suffix}"
+            rows.writerow([file, names, chosen, *log.scores(photograph)])
+        write_whole(folder / "photographs.csv", text.getvalue())
+    write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))
+
+
+def _check(**chosen: tuple[str, Mapping | Sequence[str]]) -> None:
+    for name, (value, allowed) in chosen.items():
+        if value not in allowed:
+            raise ToCoError(f"{name} = {value!r} is not allowed: one of {', '.join(allowed)}")
+
+
+def label_command(arguments: list[str]) -> int:
+    """Run `toco label`."""
+    parser = argparse.ArgumentParser(
+        prog="toco label", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
+    parser.add_argument("photographs", help="a folder of photographs, a list of tags (tags.csv), or one photograph")
+    parser.add_argument("folder", help="new folder, or one of an earlier call")
+    methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
+    parser.add_argument("--method", default="par", choices=METHODS, help=f"{methods} (default par)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability above which the classifier names a class (0.5)"
+    )
+    parser.add_argument("--tags", default="auto", choices=TAGS, help="; ".join(f"{k}: {v}" for k, v in TAGS.items()))
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf"), ("beta-h", "par and crf")):
+        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the run's)")
+    parser.add_argument("--images", default="copy", choices=IMAGES, help="the photographs beside the labels (copy)")
+    parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write no overlays")
+    chosen = vars(parser.parse_args(arguments))
+    made = label_photographs(chosen.pop("run"), chosen.pop("photographs"), chosen.pop("folder"), **chosen)
+    print(f"{made.folder}: {made.n_photographs} photographs with labels, {made.n_new} of them new")
+    print(", ".join(f"{name} {n}" for name, n in made.images_per_class.items()))
+    if made.skipped:
+        print(f"{len(made.skipped)} skipped, see {made.folder / 'skipped.txt'}:")
+        for file, reason in list(made.skipped.items())[:5]:
+            print(f"  {ToCoError(reason if reason.startswith(file) else f'{file}: {reason}')}")
+    return 0
