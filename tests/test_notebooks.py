@@ -17,7 +17,7 @@ from toco_core.widgets.settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
-MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_500_000
+MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_800_000
 MAX_PARAMETERS = 35  # lines: one for each
 
 sys.path.insert(0, str(FOLDER))
