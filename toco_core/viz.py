@@ -429,8 +429,9 @@ def layer_figure(
         error_points(left, groups, colour=KIND_COLOURS[kind], label=KIND_NAMES[kind], shift=shift)
     for (name, groups), colour in zip(similarity.items(), ("#222222", "#999999"), strict=False):
         error_points(right, groups, colour=colour, label=name)
-    seeds = max((len(values) for groups in scores.values() for values in groups.values()), default=0)
-    left.set(title=f"Scores ({seeds} seed{'s' * (seeds != 1)})", ylabel="mIoU (%)")
+    seeds = sorted({len(values) for groups in scores.values() for values in groups.values()}) or [0]
+    said = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    left.set(title=f"Scores ({said} seed{'s' * (seeds[-1] != 1)})", ylabel="mIoU (%)")
     right.set(title="Over-smoothing after training", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
     blocks = sorted({block for groups in [*scores.values(), *similarity.values()] for block in groups})
     for ax in (left, right):
