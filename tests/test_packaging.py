@@ -242,6 +242,7 @@ def test_the_installed_wheel_trains_and_hands_out_its_notebooks(built, tmp_path)
     """Away from the checkout, beside what this environment has of the requirements."""
     prefix = tmp_path / "prefix"
     options = ["-q", "--no-deps", "--no-index", "--no-compile", "--prefix", prefix]
+    options += ["--ignore-installed"]  # or pip takes away the one that runs these tests
     subprocess.run([sys.executable, "-m", "pip", "install", *options, built[0]], check=True, capture_output=True)
     (site,) = prefix.glob("**/site-packages")
     (script,) = (path for name in ("bin", "Scripts") for path in prefix.glob(f"{name}/toco*"))
