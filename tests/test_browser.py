@@ -35,7 +35,7 @@ def page(tmp_path_factory):
 
 
 def write_notebook(path, **parameters):
-    """The committed notebook without outputs, with other parameters."""
+    """The committed notebook without outputs, with other parameters, and with every source shown."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
@@ -43,6 +43,7 @@ def write_notebook(path, **parameters):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            cell.metadata.pop("jupyter", None)
     nbformat.write(notebook, path)
 
 
