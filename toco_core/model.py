@@ -12,8 +12,8 @@ twice.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,9 @@ from torch import Tensor, nn
 
 from toco_core.backbone import build_encoder, resize_positions
 
-from .affinity import mean_attention
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-
-if TYPE_CHECKING:
-    from .train.kept_tokens import KeptTokens
+from .refiners.attention import mean_attention
 
 DILATION = 5  # of the LargeFOV decoder
 TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
@@ -54,6 +51,18 @@ class Tokens(NamedTuple):
     @property
     def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
         return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+class Kept(Protocol):
+    """What has the tokens of the first blocks at hand (see `train.kept_tokens`)."""
+
+    blocks: int
+
+    def serves(self, wanted: Iterable[int]) -> bool:
+        """Whether all of these blocks lie behind the kept ones."""
+
+    def tokens(self, model: "ToCo", images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """All tokens after the kept blocks, B T D, and the grid."""
 
 
 class Inside(NamedTuple):
@@ -119,7 +128,7 @@ class ToCo(nn.Module):
         if self.encoder.pos_embed is not None and config.freeze_pos_embed:
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
-        self.kept: KeptTokens | None = None  # see `kept_tokens`
+        self.kept: Kept | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -186,7 +195,7 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
-    def _run_blocks(self, images: Tensor, kept: "KeptTokens | None" = None):
+    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
         behind the kept ones on."""
         encoder, done = self.encoder, 0
