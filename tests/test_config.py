@@ -354,7 +354,7 @@ def test_values_beyond_all_reason(name, value):
 
 
 def test_the_largest_seed_seeds_every_step():
-    from toco_core.train.loop import crop_generator
+    from toco_core.objective import crop_generator
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9

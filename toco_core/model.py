@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from toco_core.backbone import build_encoder, resize_positions
 
-from .affinity import mean_attention
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
+from .refiners.attention import mean_attention
 
 DILATION = 5  # of the LargeFOV decoder
 TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"

@@ -185,6 +185,11 @@ class ModelConfig(Config):
         None, "Standard deviation that belongs to `mean`. None: the backbone's.", length=3, above=0, at_most=1
     )
 
+    @property
+    def weights_file(self) -> str | None:
+        """The file that the encoder begins with; None where it begins with others or at random."""
+        return self.weights if self.pretrained else None
+
     def check(self):
         if not self.backbone:
             raise ToCoError("backbone = '' is empty: name a plain vision transformer of timm, or 'scenes_vit_nano'")
@@ -213,7 +218,7 @@ class LabelConfig(Config):
     attention_steps: int = option(
         0,
         """How often CAMs are carried along the encoder's own attention before anything is made of them (see
-        `affinity`). 0: never, as published.""",
+        `refiners.attention`). 0: never, as published.""",
         at_least=0,
         at_most=16,
         added_later=True,
