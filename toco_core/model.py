@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Tokens(NamedTuple):
         return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
 
 
+@runtime_checkable
 class Kept(Protocol):
     """What has the tokens of the first blocks at hand (see `train.kept_tokens`)."""
 
