@@ -30,11 +30,11 @@ RECORDS = Path(__file__).parent / "records"
 
 
 def run_variant(
-    name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True, kept=None
+    name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True, kept: KeptTokens | None = None
 ) -> dict:
     """One run of `tiny()` with `overrides`: mIoU in percent on the part "test", and what was run.
 
-    It is scored as every run is (`scores.scored_run`); a finished run is answered from its folder; `kept` as for `train`.
+    It is scored as every run is (`scores.scored_run`); a finished run is answered from its folder. `kept`: see `train`.
     """
     config = configured(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
     began, known = time.monotonic(), Run.of(config).finished
