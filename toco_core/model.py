@@ -12,8 +12,8 @@ twice.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,19 @@ class Tokens(NamedTuple):
     @property
     def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
         return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """What has the tokens of the first blocks at hand (see `train.kept_tokens`)."""
+
+    blocks: int
+
+    def serves(self, wanted: Iterable[int]) -> bool:
+        """Whether all of these blocks lie behind the kept ones."""
+
+    def tokens(self, model: "ToCo", images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """All tokens after the kept blocks, B T D, and the grid."""
 
 
 class Inside(NamedTuple):
@@ -116,6 +129,7 @@ class ToCo(nn.Module):
         if self.encoder.pos_embed is not None and config.freeze_pos_embed:
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
+        self.kept: Kept | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -160,14 +174,16 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> Tokens:
+    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True) -> Tokens:
         """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
 
         `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
         matrix products. Raises ToCoError for a block that is not there.
+        `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
+        serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
         with self._attention_of(attend) as maps:
-            for number, x, grid in self._run_blocks(images):
+            for number, x, grid in self._run_blocks(images, self.kept if serves else None):
                 if number == self.layer:
                     aux = x
         tokens = self._tokens(self.final_norm(x), aux, grid)
@@ -180,15 +196,20 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
-    def _run_blocks(self, images: Tensor):
-        """Yield (block number from 1, all tokens after it, grid), block by block."""
-        encoder = self.encoder
-        x = encoder.patch_embed(self._fitted(images))  # B h w D
-        grid = (x.shape[1], x.shape[2])
+    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
+        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
+        behind the kept ones on."""
+        encoder, done = self.encoder, 0
+        if kept is not None:
+            done = kept.blocks
+            x, grid = kept.tokens(self, images)
+        else:
+            x = encoder.patch_embed(self._fitted(images))  # B h w D
+            grid = (x.shape[1], x.shape[2])
+            x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rope.get_embed(shape=grid)
-        x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
-        for number, block in enumerate(encoder.blocks, 1):
+        for number, block in enumerate(encoder.blocks[done:], done + 1):
             if rope is None:
                 x = block(x)
             else:
