@@ -68,9 +68,9 @@ def test_the_encoder_sees_every_picture_once(model, batch, monkeypatch, accumula
     once more, for the labels of all. The order of the terms changes nothing."""
     seen, plain = [], ToCo._run_blocks
 
-    def run_blocks(model, images):
+    def run_blocks(model, images, kept=None):
         seen.append(tuple(images.shape))
-        yield from plain(model, images)
+        yield from plain(model, images, kept)
 
     monkeypatch.setattr(ToCo, "_run_blocks", run_blocks)
     config = override(small_recipe(), **SMALL, batch_size=B, accumulate=accumulate)

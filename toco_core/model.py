@@ -12,7 +12,6 @@ twice.
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,59 +24,7 @@ from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 from .heads import LargeFOV, ProjectionHead, pooled
 from .refiners.attention import mean_attention
-
-
-class Tokens(NamedTuple):
-    """What the encoder says about a batch. `h w` is the patch grid, N = h * w, row by row."""
-
-    class_token: Float[Tensor, "B D"]
-    """After the final norm."""
-    patch_tokens: Float[Tensor, "B N D"]
-    """After the final norm."""
-    aux_patch_tokens: Float[Tensor, "B N D"]
-    """Of block `layer`, through `ToCo.aux_norm`."""
-    grid: tuple[int, int]
-    """(h, w)."""
-    attention: Float[Tensor, "B N N"] | None = None
-    """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
-
-    @property
-    def patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-    @property
-    def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-class Inside(NamedTuple):
-    """The patch tokens after every block, to look at."""
-
-    blocks: list[Float[Tensor, "B N D"]]
-    """As each block leaves them."""
-    normed: list[Float[Tensor, "B N D"]]
-    """The same through the final norm, as the classifier would see them were the block the last one."""
-    tokens: Tokens
-    """What `encode` gives."""
-
-    def images(self) -> "list[Inside]":
-        """Each image of the batch by itself."""
-        found = []
-        for b in range(len(self.tokens.class_token)):
-            one = slice(b, b + 1)
-            *parts, grid, attention = self.tokens
-            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
-            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
-        return found
-
-
-class Output(NamedTuple):
-    """Heads applied to the tokens of a batch. C = K + 1, background first."""
-
-    class_logits: Float[Tensor, "B K"]
-    aux_class_logits: Float[Tensor, "B K"]
-    seg_logits: Float[Tensor, "B C h w"] | None
-    tokens: Tokens
+from .tokens import Inside, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):
@@ -113,6 +60,7 @@ class ToCo(nn.Module):
         if self.encoder.pos_embed is not None and config.freeze_pos_embed:
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
+        self.kept: Kept | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -157,14 +105,16 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> Tokens:
+    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True) -> Tokens:
         """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
 
         `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
         matrix products. Raises ToCoError for a block that is not there.
+        `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
+        serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
         with self._attention_of(attend) as maps:
-            for number, x, grid in self._run_blocks(images):
+            for number, x, grid in self._run_blocks(images, self.kept if serves else None):
                 if number == self.layer:
                     aux = x
         tokens = self._tokens(self.final_norm(x), aux, grid)
@@ -177,15 +127,20 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
-    def _run_blocks(self, images: Tensor):
-        """Yield (block number from 1, all tokens after it, grid), block by block."""
-        encoder = self.encoder
-        x = encoder.patch_embed(self._fitted(images))  # B h w D
-        grid = (x.shape[1], x.shape[2])
+    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
+        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
+        behind the kept ones on."""
+        encoder, done = self.encoder, 0
+        if kept is not None:
+            done = kept.blocks
+            x, grid = kept.tokens(self, images)
+        else:
+            x = encoder.patch_embed(self._fitted(images))  # B h w D
+            grid = (x.shape[1], x.shape[2])
+            x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rope.get_embed(shape=grid)
-        x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
-        for number, block in enumerate(encoder.blocks, 1):
+        for number, block in enumerate(encoder.blocks[done:], done + 1):
             if rope is None:
                 x = block(x)
             else:

@@ -23,6 +23,14 @@ class DataConfig(Config):
     scale_range: tuple[float, ...] = option(
         (0.5, 2.0), "Random rescaling of a training image before it is cropped.", length=2, above=0
     )
+    views_per_image: int = option(
+        0,
+        """In how many ways an image is varied: pass p over the images shows each as pass p modulo this did. 0: anew in
+        every pass, as published. With `frozen_blocks` the tokens of those blocks are then computed once for every
+        variation, image by image, and kept (see `train.kept_tokens`).""",
+        at_least=0,
+        added_later=True,
+    )
     blur_sigma: tuple[float, ...] = option(
         (0.1, 2.0), "Sigma in pixels of the Gaussian blur that views get, lowest and highest.", length=2, above=0
     )

@@ -29,9 +29,11 @@ from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
-from toco_core.objective import TERMS, Term, objective, stage_starts
+from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
 from toco_core.train.backward import backward
 from toco_core.train.batches import to_device, view_options
+from toco_core.train.kept_tokens import KeptTokens, kept_blocks
+from toco_core.train.warm_start import pooled_tokens
 
 MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
 MARGIN = 1.1  # the estimate may be this much too low
@@ -205,14 +207,26 @@ def _free_on_linux(meminfo: Path, group: Path) -> int | None:
 
 
 def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str, Term] = TERMS) -> float:
-    """About how long `train` will take here: three steps of each stage and a few validation images are measured."""
+    """About how long `train` will take here: three steps of each stage, a few images of the warm start and a few of the
+    validation are measured; where tokens are kept, steps whose pictures are new and steps whose pictures are known."""
     device = resolve_device(config.device)
     model = build_model(config, data.train.n_classes).to(device).train()
-    autocast, schedule = autocast_of(config, device), config.schedule
+    schedule, kept = config.schedule, kept_blocks(config)
+    model.freeze_blocks(schedule.frozen_blocks)
+    autocast = autocast_of(config, device)
     keep_freed_memory()
     starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
+    new_steps = config.data.views_per_image * -(-len(data.train) // schedule.batch_size) if kept else schedule.steps
     total = 0.0
-    with attention_of(model, config, device):
+
+    def seconds_of(batch: StepInput, number: int) -> float:
+        began = _when_done(device)
+        options = {"terms": terms, "generator": torch.Generator().manual_seed(0), "autocast": autocast}
+        backward(objective, model, batch, config, number, **options)
+        model.zero_grad(set_to_none=True)
+        return _when_done(device) - began
+
+    with attention_of(model, config, device), KeptTokens().of(model, blocks=kept):
         batches = training_batches(
             data.train,
             crop_size=config.data.crop_size,
@@ -222,16 +236,16 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
             **view_options(config, model),
         )
         for first, last in zip(starts, starts[1:], strict=False):
-            seconds = []
-            for _ in range(3):
-                began = _when_done(device)
-                batch = to_device(next(batches), model, device)
-                generator = torch.Generator().manual_seed(0)
-                options = {"terms": terms, "generator": generator, "autocast": autocast}
-                backward(objective, model, batch, config, first, **options)
-                model.zero_grad(set_to_none=True)
-                seconds.append(_when_done(device) - began)
-            total += min(seconds) * (last - first)
+            ready = [to_device(next(batches), model, device) for _ in range(3)]
+            new = min(seconds_of(batch, first) for batch in ready)
+            known = min(seconds_of(batch, first) for batch in ready) if kept else new
+            n_new = min(max(new_steps - first, 0), last - first)
+            total += new * n_new + known * (last - first - n_new)
+        if schedule.warm_start_steps:
+            few = data.train.subset(range(min(8, len(data.train))))
+            began = time.perf_counter()
+            pooled_tokens(model, few, config, autocast=autocast, progress=False)
+            total += (time.perf_counter() - began) * len(data.train) / len(few)
         few = data.val.subset(range(min(8, len(data.val))))
         began = time.perf_counter()
         evaluate_as(config, model, few, progress=False)

@@ -26,6 +26,7 @@ from toco_core.train.backward import backward, crop_generator
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
+from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.optimizer import build_training, load_optimizer_state, set_rates
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
@@ -69,6 +70,7 @@ def train(
     save_minutes: float = 10.0,
     keep_every: int = 0,
     skip_nonfinite: int = 0,
+    kept: KeptTokens | None = None,
 ) -> Trained:
     """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
 
@@ -84,6 +86,8 @@ def train(
         keep_every: steps whose checkpoints are kept for good, multiples of this number; 0: none. The last one and that
             of the best validation (final CAM; image labels where there are no masks) are always kept.
         skip_nonfinite: so many steps may be left out because their loss or its gradient is not finite.
+        kept: tokens of frozen blocks that earlier runs computed, where `config` keeps them (see `train.kept_tokens`).
+            It moves no bit.
 
     Everything random in a step follows from (seed, step): where a run is interrupted, and how often, moves no bit.
     Among several processes (see `distributed`) each computes its part of every batch, and the first one writes.
@@ -128,8 +132,9 @@ def train(
     if share.first:
         run.keep_records_before(start, validated=not unvalidated)
     progress = progress and share.first
+    kept = KeptTokens() if kept is None else kept
     if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
-        with attention_of(model, config, device):
+        with attention_of(model, config, device), kept.of(model, blocks=kept_blocks(config)):
             warm_start(model, data.train, config, autocast=autocast, progress=progress)
     compute = distributed.shared_step(objective, model, share)
 
@@ -171,6 +176,7 @@ def train(
     validation, guard = None, StepGuard(start, patient=share.n == 1)
     with (
         attention_of(model, config, device),
+        kept.of(model, blocks=kept_blocks(config)),
         with_resume_hint(run),
         contextlib.closing(tracker),
         guard,
@@ -189,6 +195,7 @@ def train(
             stop_step=schedule.steps,
             workers=config.data.workers,
             cache=config.data.cache,
+            views_per_image=config.data.views_per_image,
             pin_memory=device.type == "cuda",
             **view_options(config, model),
         )
