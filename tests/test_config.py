@@ -67,6 +67,12 @@ VOC = {
         "ctc_start": 0,
         "seg_start": 2001,
         "energy_start": 2001,
+        "exchange": 0.0,
+        "exchange_start": 0,
+        "consistency": 0.0,
+        "consistency_start": 0,
+        "prototypes": 0.0,
+        "prototypes_start": 0,
         "final_cam_start": 0,
     },
     "crops": {"n_local": 8, "local_size": 96, "local_resized": False, "positive_threshold": 0.2},
@@ -226,6 +232,8 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
         del values["labels"][name]
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
     del values["data"]["views_per_image"]
+    for name in ("exchange", "consistency", "prototypes"):
+        del values["loss"][name], values["loss"][f"{name}_start"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
