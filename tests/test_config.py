@@ -21,6 +21,7 @@ from toco_core.config import (
     voc,
 )
 from toco_core.errors import ToCoError
+from toco_core.train.launch import with_fields
 
 VOC = {
     "model": {
@@ -383,3 +384,23 @@ def test_any_number_of_steps_makes_a_schedule(recipe):
     for steps in (1, 2, 3, 4, 7):
         config = configured(recipe(), steps=steps)
         assert config.schedule.steps == steps and config.schedule.warmup_steps <= steps // 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["a[=1"], r"there is no parameter 'a\['"),
+        (["(=1", "steps=5"], r"there is no parameter '\('"),
+        ([f"steps={10**400}"], "steps = 1000.* is not allowed: at least 1"),
+        (["device=cuda:\u00b2"], "device = 'cuda:.' is not allowed"),
+        (["device=cuda:300"], "device = 'cuda:300' is not allowed"),
+    ],
+)
+def test_words_of_a_command_line_are_refused_by_name(fields, words):
+    """They ended in re.error, in OverflowError and, the last two, in torch's own words or on device 44."""
+    with pytest.raises(ToCoError, match=words):
+        with_fields(tiny(), fields)
+
+
+def test_a_device_by_its_number():
+    assert override(tiny(), device="cuda:12").device == "cuda:12"

@@ -561,8 +561,7 @@ class TrainConfig(Config):
     )
 
     def check(self):
-        name, _, number = self.device.partition(":")
-        if name not in DEVICES or (_ and not (name == "cuda" and number.isdigit())):
+        if self.device not in DEVICES and not re.fullmatch(r"cuda:[0-9]{1,2}", self.device):  # of cuda:300 torch makes 44
             raise ToCoError(f"device = {self.device!r} is not allowed: one of {', '.join(DEVICES)}, cuda:<number>")
         if self.crops.local_size > self.data.crop_size:
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
@@ -748,12 +747,12 @@ def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
     """
     steps = values.get("steps")
     try:
-        if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+        if isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= LARGEST:
             recipe = shortened(recipe, steps)
         return override(recipe, **values)
     except ToCoError as error:
         blamed = re.match(r"(\w+) = ", str(error))
-        mine = [name for name in values if re.search(rf"\b{name} = ", str(error))]
+        mine = [name for name in values if re.search(rf"\b{re.escape(name)} = ", str(error))]
         if blamed is None or blamed[1] in values or not mine:
             raise
         named = ", ".join(f"{name} = {values[name]!r}" for name in mine)
