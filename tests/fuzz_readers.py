@@ -48,7 +48,7 @@ from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure
 from toco_core.train.launch import with_fields
-from toco_core.train.loop import load_optimizer_state
+from toco_core.train.optimizer import load_optimizer_state
 from toco_core.widgets import Session, Subject, Subjects, open_pictures
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
 

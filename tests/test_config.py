@@ -77,6 +77,7 @@ VOC = {
         "val_split": "val",
         "crop_size": 448,
         "scale_range": [0.5, 2.0],
+        "views_per_image": 0,
         "blur_sigma": [0.1, 2.0],
         "cache": False,
         "workers": 10,
@@ -225,6 +226,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     for name in ("attention_steps", "attention_blocks", "attention_kind", "refiner"):
         del values["labels"][name]
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
+    del values["data"]["views_per_image"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -236,6 +238,7 @@ def test_names_of_runs_stay_the_same():
     """Folders of earlier versions are found by these digits: code may move, fields may come, they stay."""
     assert voc().short_hash() == "3fdb239269"
     assert coco().short_hash() == "a9a6c9a576"
+    assert tiny().short_hash() == "48db9ec1b7" and photographs().short_hash() == "2ccce9bc14"
     assert override(voc(), seed=3, layer=9, accumulate=2, pooling="topk").short_hash(every_field=True) == "bdacc70d92"
 
 
@@ -355,7 +358,7 @@ def test_values_beyond_all_reason(name, value):
 
 
 def test_the_largest_seed_seeds_every_step():
-    from toco_core.train.loop import crop_generator
+    from toco_core.train.backward import crop_generator
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9
