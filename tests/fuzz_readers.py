@@ -38,7 +38,7 @@ from toco_core.model import ToCo
 from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure
-from toco_core.train.loop import load_optimizer_state
+from toco_core.train.optimizer import load_optimizer_state
 
 SECONDS = 20  # for one input; a hang takes longer
 MEGABYTES = 2000  # by which a process may grow

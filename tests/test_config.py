@@ -77,6 +77,7 @@ VOC = {
         "crop_size": 448,
         "scale_range": [0.5, 2.0],
         "scale_relative": False,
+        "views_per_image": 0,
         "blur_sigma": [0.1, 2.0],
         "cache": False,
         "workers": 10,
@@ -226,6 +227,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
         del values["labels"][name]
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
     del values["data"]["scale_relative"]
+    del values["data"]["views_per_image"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -356,7 +358,7 @@ def test_values_beyond_all_reason(name, value):
 
 
 def test_the_largest_seed_seeds_every_step():
-    from toco_core.train.loop import crop_generator
+    from toco_core.objective import crop_generator
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9

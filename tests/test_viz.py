@@ -14,6 +14,8 @@ from toco_core import viz
 from toco_core.conventions import voc_palette
 from toco_core.evaluation.evaluate import CAMCounts
 from toco_core.evaluation.metrics import ConfusionMatrix
+from toco_core.viz import curves as curves_module
+from toco_core.viz import theme
 
 plt.switch_backend("Agg")
 
@@ -248,7 +250,7 @@ def test_a_headless_run_notes_and_draws_at_the_end(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     curves = viz.LiveCurves()
     assert not curves.live
-    monkeypatch.setattr(viz, "training_figure", None)
+    monkeypatch.setattr(curves_module, "training_figure", None)
     for record in RECORDS:
         curves.update(record)
     assert curves.records == RECORDS and curves.image is None
@@ -272,7 +274,7 @@ def test_a_live_run_draws_now_and_then(monkeypatch):
     display.display = shown.append
     monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.setattr(viz.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(curves_module.time, "monotonic", lambda: clock[0])
     monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")
     curves, drawn = viz.LiveCurves(every=2.0), []
     assert curves.live
@@ -314,7 +316,7 @@ def test_a_backend_that_is_loaded_by_the_first_figure_stays_interactive(ax):
         return ax
 
     with mpl.rc_context({"interactive": False, "text.parse_math": True}):
-        viz._with_plain_text(first_figure)()
+        theme.with_plain_text(first_figure)()
         assert plt.isinteractive() and mpl.rcParams["text.parse_math"]
 
 

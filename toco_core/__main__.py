@@ -15,8 +15,8 @@ import sys
 from .errors import ToCoError
 
 COMMANDS = {  # name -> "module:function", which takes the arguments after the name and returns the exit status
-    "notebooks": "toco_core.shipped_notebooks:copy_command",
-    "lab": "toco_core.shipped_notebooks:lab_command",
+    "notebooks": "toco_core.commands.notebooks:copy_command",
+    "lab": "toco_core.commands.notebooks:lab_command",
     "label": "toco_core.predict.label:label_command",
     "share": "toco_core.runs.hub:share_command",
     "onnx": "toco_core.predict.portable:onnx_command",

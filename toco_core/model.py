@@ -12,8 +12,8 @@ twice.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from toco_core.backbone import build_encoder, resize_positions
 
-from .affinity import mean_attention
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
+from .refiners.attention import mean_attention
 
 DILATION = 5  # of the LargeFOV decoder
-TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
+TOPK_SHARE = 0.2  # of the tokens, averaged by the poolings "topk" and "cam_topk"
 
 
 class Tokens(NamedTuple):
@@ -51,6 +51,19 @@ class Tokens(NamedTuple):
     @property
     def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
         return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """What has the tokens of the first blocks at hand (see `train.kept_tokens`)."""
+
+    blocks: int
+
+    def serves(self, wanted: Iterable[int]) -> bool:
+        """Whether all of these blocks lie behind the kept ones."""
+
+    def tokens(self, model: "ToCo", images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """All tokens after the kept blocks, B T D, and the grid."""
 
 
 class Inside(NamedTuple):
@@ -116,6 +129,7 @@ class ToCo(nn.Module):
         if self.encoder.pos_embed is not None and config.freeze_pos_embed:
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
+        self.kept: Kept | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -160,14 +174,16 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> Tokens:
+    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True) -> Tokens:
         """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
 
         `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
         matrix products. Raises ToCoError for a block that is not there.
+        `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
+        serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
         with self._attention_of(attend) as maps:
-            for number, x, grid in self._run_blocks(images):
+            for number, x, grid in self._run_blocks(images, self.kept if serves else None):
                 if number == self.layer:
                     aux = x
         tokens = self._tokens(self.final_norm(x), aux, grid)
@@ -180,15 +196,20 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
-    def _run_blocks(self, images: Tensor):
-        """Yield (block number from 1, all tokens after it, grid), block by block."""
-        encoder = self.encoder
-        x = encoder.patch_embed(self._fitted(images))  # B h w D
-        grid = (x.shape[1], x.shape[2])
+    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
+        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
+        behind the kept ones on."""
+        encoder, done = self.encoder, 0
+        if kept is not None:
+            done = kept.blocks
+            x, grid = kept.tokens(self, images)
+        else:
+            x = encoder.patch_embed(self._fitted(images))  # B h w D
+            grid = (x.shape[1], x.shape[2])
+            x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rope.get_embed(shape=grid)
-        x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
-        for number, block in enumerate(encoder.blocks, 1):
+        for number, block in enumerate(encoder.blocks[done:], done + 1):
             if rope is None:
                 x = block(x)
             else:
@@ -239,12 +260,11 @@ class ToCo(nn.Module):
     # ---- heads
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
-        """Class logits (patch tokens `pooled`, then a bias-free linear layer) and, unless left out, segmentation
-        logits."""
+        """Class logits (`class_scores` of the patch tokens) and, unless left out, segmentation logits."""
         pooling = self.config.pooling
         return Output(
-            class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
-            aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
+            class_logits=class_scores(tokens.patch_tokens, self.classifier, pooling),
+            aux_class_logits=class_scores(tokens.aux_patch_tokens, self.aux_classifier, pooling),
             # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
             seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,
@@ -477,8 +497,7 @@ def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, 
     With x_(1) >= ... >= x_(N) the values of a channel over the tokens, sorted, it is the mean of the k largest,
     (x_(1) + ... + x_(k)) / k: k = 1 for `max` (the published pooling), k = N for `mean`, and a fifth of the tokens for
     `topk`, k = ceil(N / 5). So all three differ in k only; the classifier comes afterwards and its weights make CAM in
-    the same way. (Taking the k best tokens of each class score instead, as multiple-instance pooling often does, would
-    also change what the maximum is taken of.) The mean commutes with the classifier: global average pooling of CAM.
+    the same way. The mean commutes with the classifier: global average pooling of CAM.
 
     Errors: `ToCoError` for another name.
     """
@@ -487,8 +506,28 @@ def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, 
     if pooling == "mean":
         return patch_tokens.mean(dim=1)
     if pooling == "topk":
-        return patch_tokens.topk(math.ceil(TOPK_SHARE * patch_tokens.shape[1]), dim=1).values.mean(dim=1)
+        return _top(patch_tokens)
     raise ToCoError(f"pooling = {pooling!r} is not allowed: one of max, mean, topk")
+
+
+def class_scores(
+    patch_tokens: Float[Tensor, "B N D"], classifier: Callable[[Tensor], Tensor], pooling: str
+) -> Float[Tensor, "B K"]:
+    """Class logits of patch tokens: a linear classifier of what is `pooled`, or for `cam_topk` the mean of the largest
+    fifth, ceil(N / 5), of the scores that it gives the tokens themselves.
+
+    The maximum per channel mixes tokens: the vector belongs to no place, and a class can be told by a sum of surroundings
+    that no token shows. With `cam_topk` a logit is a mean of values of the raw CAM, so that the places which speak
+    for a class are the places that are trained.
+    """
+    if pooling == "cam_topk":
+        return _top(classifier(patch_tokens))
+    return classifier(pooled(patch_tokens, pooling))
+
+
+def _top(values: Float[Tensor, "B N F"]) -> Float[Tensor, "B F"]:
+    """The mean of the largest fifth over the tokens."""
+    return values.topk(math.ceil(TOPK_SHARE * values.shape[1]), dim=1).values.mean(dim=1)
 
 
 # ---- backbones

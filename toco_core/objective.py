@@ -281,7 +281,7 @@ def ctc(step: Step) -> Float[Tensor, ""]:
     with step.autocast():
         views = crops.local_views(batch.local_image, boxes, size, resized=resized)
         second = model.encode(batch.global_view).class_token
-        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (len(views), -1))
+        local = model.encode(views.flatten(0, 1), keep=False).class_token.unflatten(0, (len(views), -1))
         both = torch.stack([step.tokens.class_token, second], dim=1)
         student = model.project(torch.cat([both, local], dim=1))
         teacher = model.project_ema(both.detach())

@@ -25,8 +25,8 @@ from toco_core import crops, labels, losses
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
-from toco_core.train.loop import attention_of, autocast_of
 
 CPU = torch.device("cpu")
 SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96

@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from toco_core.config import TrainConfig, lr_at
+from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import Split, to_unit
 from toco_core.data.augment import scaled_range
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, build_model
-from toco_core.train.loop import attention_of, autocast_of, resolve_device
+from toco_core.machine.device import resolve_device
+from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.model import ToCo
+from toco_core.train.optimizer import build_training, set_rates
 
 
 def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None = None, progress: bool = True) -> ToCo:
@@ -32,30 +34,13 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
     """
     if source.n_masks < len(source):
         raise ToCoError(f"{source!r} has masks of {source.n_masks} images only: supervised training needs all")
-    schedule, steps, device = config.schedule, steps or config.schedule.steps, resolve_device(config.device)
-    torch.manual_seed(config.seed)
-    model = build_model(config, source.n_classes).to(device).train()
-    model.freeze_blocks(schedule.frozen_blocks)
-    groups = model.parameter_groups(
-        lr=schedule.lr,
-        head_lr_scale=schedule.head_lr_scale,
-        classifier_lr_scale=schedule.classifier_lr_scale,
-        weight_decay=schedule.weight_decay,
-        decay_all=config.release.decay_all,
-    )
-    optimizer, autocast = torch.optim.AdamW(groups, betas=schedule.betas), autocast_of(config, device)
+    steps, device = steps or config.schedule.steps, resolve_device(config.device)
+    model, optimizer = build_training(config, source.n_classes, device)
+    model.train()
+    autocast = autocast_of(config, device)
     with attention_of(model, config, device):
         for step in tqdm(range(steps), desc="supervised", unit="step", disable=not progress, file=sys.stdout):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(
-                    step,
-                    base_lr=group["base_lr"],
-                    steps=steps,
-                    warmup_steps=min(schedule.warmup_steps, steps),
-                    warmup_ratio=schedule.warmup_ratio,
-                    power=schedule.power,
-                    rate_jump=config.release.rate_jump,
-                )
+            set_rates(optimizer, config, step, steps=steps)
             images, labels = (part.to(device) for part in _batch(source, config, step))
             with autocast():
                 logits = model(model.normalise(to_unit(images))).seg_logits

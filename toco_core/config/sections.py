@@ -146,9 +146,10 @@ class ModelConfig(Config):
     )
     pooling: str = option(
         "max",
-        """How patch tokens become the one vector that a classifier reads, channel by channel: their maximum (`max`, as
-        published), their mean (`mean`) or the mean of the largest fifth (`topk`).""",
-        one_of=("max", "mean", "topk"),
+        """How a classifier reads an image's patch tokens. Channel by channel, as one vector: their maximum (`max`, as
+        published), their mean (`mean`) or the mean of the largest fifth (`topk`). Or class by class: its scores at the
+        tokens, which are its CAM, and of these the mean of the largest fifth (`cam_topk`).""",
+        one_of=("max", "mean", "topk", "cam_topk"),
         added_later=True,
     )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1, at_most=65536)
@@ -185,6 +186,11 @@ class ModelConfig(Config):
         None, "Standard deviation that belongs to `mean`. None: the backbone's.", length=3, above=0, at_most=1
     )
 
+    @property
+    def weights_file(self) -> str | None:
+        """The file that the encoder begins with; None where it begins with others or at random."""
+        return self.weights if self.pretrained else None
+
     def check(self):
         if not self.backbone:
             raise ToCoError("backbone = '' is empty: name a plain vision transformer of timm, or 'scenes_vit_nano'")
@@ -213,7 +219,7 @@ class LabelConfig(Config):
     attention_steps: int = option(
         0,
         """How often CAMs are carried along the encoder's own attention before anything is made of them (see
-        `affinity`). 0: never, as published.""",
+        `refiners.attention`). 0: never, as published.""",
         at_least=0,
         at_most=16,
         added_later=True,
@@ -355,6 +361,14 @@ class DataConfig(Config):
         """Count `scale_range` from the size at which an image has the area of a crop, so that photographs of any size
         show as much of themselves in a crop. Off: from the image's own size, as published, which is meant for
         photographs a little larger than a crop.""",
+        added_later=True,
+    )
+    views_per_image: int = option(
+        0,
+        """In how many ways an image is varied: pass p over the images shows each as pass p modulo this did. 0: anew in
+        every pass, as published. With `frozen_blocks` the tokens of those blocks are then computed once for every
+        variation, image by image, and kept (see `train.kept_tokens`).""",
+        at_least=0,
         added_later=True,
     )
     blur_sigma: tuple[float, ...] = option(

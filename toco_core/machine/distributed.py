@@ -7,7 +7,7 @@ beyond its part: losses that are means over all pairs or pixels of the batch, th
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from toco_core.errors import ToCoError
+from toco_core.machine.device import in_float64
 
 
 class Share(NamedTuple):
@@ -39,6 +40,11 @@ class Share(NamedTuple):
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes, without gradient; all must call it."""
         return self.total(value) / self.n if self.n > 1 else value
+
+    def numbers(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the processes of scalars, by name, as plain numbers; all must call it."""
+        means = self.mean(in_float64(torch.stack([value.detach() for value in values.values()])))
+        return dict(zip(values, means.tolist(), strict=True))
 
     def gathered(self, value: Any) -> list:
         """What each process gives, by rank; all must call it."""

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_data, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
@@ -40,12 +40,13 @@ from toco_core.data.split import joined
 from toco_core.errors import ToCoError
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
+from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo, Tokens
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claim_folder, weights_hash
-from toco_core.train.loop import open_data, open_run, passes_of
+from toco_core.runs.opened import open_run
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
