@@ -239,6 +239,7 @@ def test_names_of_runs_stay_the_same():
     """Folders of earlier versions are found by these digits: code may move, fields may come, they stay."""
     assert voc().short_hash() == "3fdb239269"
     assert coco().short_hash() == "a9a6c9a576"
+    assert tiny().short_hash() == "48db9ec1b7" and photographs().short_hash() == "2ccce9bc14"
     assert override(voc(), seed=3, layer=9, accumulate=2, pooling="topk").short_hash(every_field=True) == "bdacc70d92"
 
 
@@ -358,7 +359,7 @@ def test_values_beyond_all_reason(name, value):
 
 
 def test_the_largest_seed_seeds_every_step():
-    from toco_core.objective import crop_generator
+    from toco_core.train.backward import crop_generator
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9

@@ -16,9 +16,10 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.machine import distributed
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, StepInput, Term, backward, crop_generator, objective
+from toco_core.objective import TERMS, StepInput, Term, objective
 from toco_core.runs.folder import Run
 from toco_core.train import launch
+from toco_core.train.backward import backward, crop_generator
 from toco_core.train.loop import train
 
 K, B = 3, 4

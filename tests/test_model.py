@@ -13,7 +13,9 @@ from toco_core.backbone import PlainViT, build_encoder, load_weights
 from toco_core.cam import class_activation
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, build_model, pooled
+from toco_core.heads import pooled
+from toco_core.model import ToCo, build_model
+from toco_core.train.optimizer import parameter_groups
 
 SPEC = PlainViT(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)
 K = 5
@@ -334,13 +336,13 @@ def test_fresh_projection_has_unit_rows_that_stay():
 def test_parameter_groups():
     model = small_model()
     settings = {"lr": 0.5, "head_lr_scale": 10.0, "weight_decay": 0.1}
-    encoder, heads = model.parameter_groups(**settings)
+    encoder, heads = parameter_groups(model, **settings)
     assert (encoder["name"], encoder["lr"], encoder["weight_decay"]) == ("encoder", 0.5, 0.1)
     assert (heads["name"], heads["lr"], heads["base_lr"]) == ("heads", 5.0, 5.0)
     assert len(encoder["params"]) + len(heads["params"]) == len(trained(model))
     assert sum(p is model.classifier.weight for p in heads["params"]) == 1
 
-    groups = model.parameter_groups(**settings, decay_all=False)
+    groups = parameter_groups(model, **settings, decay_all=False)
     free = [p for g in groups if g["weight_decay"] == 0 for p in g["params"]]
     assert len([p for g in groups for p in g["params"]]) == len(trained(model))
     assert all(p.ndim == 1 or p is model.encoder.cls_token for p in free)
@@ -350,7 +352,7 @@ def test_parameter_groups():
 
 def test_classifiers_may_have_a_rate_of_their_own():
     model = small_model()
-    groups = model.parameter_groups(lr=0.5, head_lr_scale=10.0, weight_decay=0.1, classifier_lr_scale=400.0)
+    groups = parameter_groups(model, lr=0.5, head_lr_scale=10.0, weight_decay=0.1, classifier_lr_scale=400.0)
     assert [(g["name"], g["base_lr"]) for g in groups] == [("encoder", 0.5), ("heads", 5.0), ("classifiers", 200.0)]
     assert [id(p) for p in groups[2]["params"]] == [id(model.classifier.weight), id(model.aux_classifier.weight)]
     assert sum(len(g["params"]) for g in groups) == len(trained(model))

@@ -18,19 +18,10 @@ from toco_core.crops import CropBoxes
 from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.objective import (
-    TERMS,
-    Step,
-    StepInput,
-    Term,
-    backward,
-    crop_generator,
-    objective,
-    own_terms,
-    stage_starts,
-    variant,
-)
+from toco_core.objective import TERMS, Step, StepInput, Term, objective, stage_starts
 from toco_core.runs.folder import Run
+from toco_core.runs.own_terms import own_terms, variant
+from toco_core.train.backward import backward, crop_generator
 from toco_core.train.budget import estimate_seconds, step_memory
 from toco_core.train.loop import train
 

@@ -17,7 +17,8 @@ from toco_core.errors import ToCoError
 from toco_core.lattice import energy_lattices
 from toco_core.machine import device as float64
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Step, backward, objective
+from toco_core.objective import TERMS, Step, objective
+from toco_core.train.backward import backward
 from toco_core.train.batches import to_device
 from toco_core.train.failures import gradient_length
 

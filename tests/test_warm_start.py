@@ -10,7 +10,8 @@ from toco_core.config import override
 from toco_core.data import evaluation_items, open_train_val, to_unit
 from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, class_scores, pooled
+from toco_core.heads import class_scores, pooled
+from toco_core.model import ToCo
 from toco_core.train.loop import train
 from toco_core.train.warm_start import fit_classifier, pooled_tokens, warm_start
 

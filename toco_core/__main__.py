@@ -4,6 +4,8 @@ toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
 toco label <run> <photographs> <folder>
                            labels new photographs: VOC, COCO RLE, overlays
+toco page <run> <photograph> <file>
+                           writes one image under all settings as an HTML page
 toco share <run> <folder>  writes a run's model with a model card, for the Hugging Face Hub
 toco onnx <run> <file>     writes the model of a run as ONNX
 toco <recipe> ...          trains: see `train.launch`
@@ -18,6 +20,7 @@ COMMANDS = {  # name -> "module:function", which takes the arguments after the n
     "notebooks": "toco_core.commands.notebooks:copy_command",
     "lab": "toco_core.commands.notebooks:lab_command",
     "label": "toco_core.predict.label:label_command",
+    "page": "toco_core.predict.page:page_command",
     "share": "toco_core.runs.hub:share_command",
     "onnx": "toco_core.predict.portable:onnx_command",
 }

@@ -11,9 +11,7 @@ twice.
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,76 +22,9 @@ from toco_core.backbone import build_encoder, resize_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
+from .heads import LargeFOV, ProjectionHead, class_scores
 from .refiners.attention import mean_attention
-
-DILATION = 5  # of the LargeFOV decoder
-TOPK_SHARE = 0.2  # of the tokens, averaged by the poolings "topk" and "cam_topk"
-
-
-class Tokens(NamedTuple):
-    """What the encoder says about a batch. `h w` is the patch grid, N = h * w, row by row."""
-
-    class_token: Float[Tensor, "B D"]
-    """After the final norm."""
-    patch_tokens: Float[Tensor, "B N D"]
-    """After the final norm."""
-    aux_patch_tokens: Float[Tensor, "B N D"]
-    """Of block `layer`, through `ToCo.aux_norm`."""
-    grid: tuple[int, int]
-    """(h, w)."""
-    attention: Float[Tensor, "B N N"] | None = None
-    """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
-
-    @property
-    def patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-    @property
-    def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-@runtime_checkable
-class Kept(Protocol):
-    """What has the tokens of the first blocks at hand (see `train.kept_tokens`)."""
-
-    blocks: int
-
-    def serves(self, wanted: Iterable[int]) -> bool:
-        """Whether all of these blocks lie behind the kept ones."""
-
-    def tokens(self, model: "ToCo", images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """All tokens after the kept blocks, B T D, and the grid."""
-
-
-class Inside(NamedTuple):
-    """The patch tokens after every block, to look at."""
-
-    blocks: list[Float[Tensor, "B N D"]]
-    """As each block leaves them."""
-    normed: list[Float[Tensor, "B N D"]]
-    """The same through the final norm, as the classifier would see them were the block the last one."""
-    tokens: Tokens
-    """What `encode` gives."""
-
-    def images(self) -> "list[Inside]":
-        """Each image of the batch by itself."""
-        found = []
-        for b in range(len(self.tokens.class_token)):
-            one = slice(b, b + 1)
-            *parts, grid, attention = self.tokens
-            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
-            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
-        return found
-
-
-class Output(NamedTuple):
-    """Heads applied to the tokens of a batch. C = K + 1, background first."""
-
-    class_logits: Float[Tensor, "B K"]
-    aux_class_logits: Float[Tensor, "B K"]
-    seg_logits: Float[Tensor, "B C h w"] | None
-    tokens: Tokens
+from .tokens import Inside, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):
@@ -310,44 +241,6 @@ class ToCo(nn.Module):
             if isinstance(getattr(self.encoder, name, None), nn.Parameter):
                 getattr(self.encoder, name).requires_grad_(False)
 
-    def parameter_groups(
-        self,
-        *,
-        lr: float,
-        head_lr_scale: float,
-        weight_decay: float,
-        decay_all: bool = True,
-        classifier_lr_scale: float | None = None,
-    ) -> list[dict]:
-        """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and
-        `weight_decay`.
-
-        `classifier_lr_scale`: the two classifiers are a group 'classifiers' with this many times the encoder's rate.
-        None: they belong to 'heads'.
-        `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and
-        the prefix tokens do not, and form groups of their own.
-        """
-        groups: dict = {}
-        for full_name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            name = "encoder" if full_name.startswith("encoder.") else "heads"
-            if classifier_lr_scale is not None and full_name.startswith(("classifier.", "aux_classifier.")):
-                name = "classifiers"
-            decays = decay_all or (parameter.ndim > 1 and not full_name.endswith(("_token", "pos_embed")))
-            groups.setdefault((name, decays), []).append(parameter)
-        rate = {"encoder": lr, "heads": lr * head_lr_scale, "classifiers": lr * (classifier_lr_scale or head_lr_scale)}
-        return [
-            {
-                "name": name,
-                "params": params,
-                "lr": rate[name],
-                "base_lr": rate[name],
-                "weight_decay": weight_decay if decays else 0.0,
-            }
-            for (name, decays), params in sorted(groups.items(), key=lambda item: list(rate).index(item[0][0]))
-        ]
-
     # ---- looking inside
 
     def block_tokens(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B N D"]]:
@@ -424,8 +317,6 @@ class ToCo(nn.Module):
                 hook.remove()
                 attention.fused_attn = fused
 
-    # ---- checkpoints of the release
-
 
 def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None = None) -> ToCo:
     """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
@@ -442,92 +333,3 @@ def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = Fals
     built for them."""
     with torch.device("meta"):
         return ToCo(dataclasses.replace(config, pretrained=False), n_classes, dropped_border=dropped_border)
-
-
-class ProjectionHead(nn.Module):
-    """D -> P: three linear layers with GELU between them, L2 normalisation, and a weight-normalised linear layer
-    without bias.
-
-    The rows of the last layer are directions `weight_v` of length `weight_g`, which stays 1 and is not trained.
-    """
-
-    def __init__(self, width: int, hidden: int, bottleneck: int, out: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.last_layer = WeightNormLinear(bottleneck, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
-
-
-class WeightNormLinear(nn.Module):
-    """Linear layer whose weight rows are weight_g * weight_v / |weight_v|."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out, 1), requires_grad=False)
-        self.weight_v = nn.Parameter(nn.Linear(width, out, bias=False).weight.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
-
-
-class LargeFOV(nn.Module):
-    """Segmentation decoder: two 3 x 3 convolutions with a dilation (5 as published) and ReLU, then one 1 x 1; no
-    biases. Output at the patch grid."""
-
-    def __init__(self, width: int, hidden: int, out: int, *, dilation: int = DILATION):
-        super().__init__()
-        self.conv6 = nn.Conv2d(width, hidden, 3, padding=dilation, dilation=dilation, bias=False)
-        self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation, bias=False)
-        self.conv8 = nn.Conv2d(hidden, out, 1, bias=False)
-
-    def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
-        return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
-
-
-def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, "B D"]:
-    """All patch tokens as one vector, each channel d on its own: what a classifier reads.
-
-    With x_(1) >= ... >= x_(N) the values of a channel over the tokens, sorted, it is the mean of the k largest,
-    (x_(1) + ... + x_(k)) / k: k = 1 for `max` (the published pooling), k = N for `mean`, and a fifth of the tokens for
-    `topk`, k = ceil(N / 5). So all three differ in k only; the classifier comes afterwards and its weights make CAM in
-    the same way. The mean commutes with the classifier: global average pooling of CAM.
-
-    Errors: `ToCoError` for another name.
-    """
-    if pooling == "max":
-        return patch_tokens.max(dim=1).values
-    if pooling == "mean":
-        return patch_tokens.mean(dim=1)
-    if pooling == "topk":
-        return _top(patch_tokens)
-    raise ToCoError(f"pooling = {pooling!r} is not allowed: one of max, mean, topk")
-
-
-def class_scores(
-    patch_tokens: Float[Tensor, "B N D"], classifier: Callable[[Tensor], Tensor], pooling: str
-) -> Float[Tensor, "B K"]:
-    """Class logits of patch tokens: a linear classifier of what is `pooled`, or for `cam_topk` the mean of the largest
-    fifth, ceil(N / 5), of the scores that it gives the tokens themselves.
-
-    The maximum per channel mixes tokens: the vector belongs to no place, and a class can be told by a sum of surroundings
-    that no token shows. With `cam_topk` a logit is a mean of values of the raw CAM, so that the places which speak
-    for a class are the places that are trained.
-    """
-    if pooling == "cam_topk":
-        return _top(classifier(patch_tokens))
-    return classifier(pooled(patch_tokens, pooling))
-
-
-def _top(values: Float[Tensor, "B N F"]) -> Float[Tensor, "B F"]:
-    """The mean of the largest fifth over the tokens."""
-    return values.topk(math.ceil(TOPK_SHARE * values.shape[1]), dim=1).values.mean(dim=1)
-
-
-# ---- backbones

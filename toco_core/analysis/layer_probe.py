@@ -25,9 +25,10 @@ from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import CAMCounts, strongest
+from toco_core.heads import pooled
 from toco_core.machine.device import in_float64
 from toco_core.machine.precision import attention_of, autocast_of
-from toco_core.model import ToCo, pooled
+from toco_core.model import ToCo
 from toco_core.predict.tokens import tokens_by_block
 from toco_core.train.warm_start import fit_classifier
 

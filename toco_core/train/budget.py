@@ -29,7 +29,8 @@ from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
-from toco_core.objective import TERMS, StepInput, Term, backward, objective, stage_starts
+from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
+from toco_core.train.backward import backward
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.warm_start import pooled_tokens

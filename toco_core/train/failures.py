@@ -22,8 +22,9 @@ from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.files import are_tensors, refuse_wrong_keys
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo, build_model, skeleton
-from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
+from toco_core.objective import TERMS, Objective, Step, Term, objective
 from toco_core.runs.folder import Run, read_state
+from toco_core.train.backward import crop_generator
 from toco_core.train.batches import to_device
 
 

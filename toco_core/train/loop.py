@@ -17,10 +17,12 @@ from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Term, backward, check_terms, crop_generator, objective, own_terms, variant
+from toco_core.objective import TERMS, Term, check_terms, objective
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
+from toco_core.runs.own_terms import own_terms, variant
 from toco_core.runs.shipped import shipped_run
+from toco_core.train.backward import backward, crop_generator
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
@@ -264,16 +266,17 @@ def trained_run(
     data: TrainVal | None = None,
     progress: bool = True,
     terms: Mapping[str, Term] = TERMS,
+    kept: KeptTokens | None = None,
 ) -> Opened:
     """The run of a config: what notebooks that look into a model begin with. One that comes with the package is opened
-    there, the same on every machine; another is trained first where it is not finished.
+    there, the same on every machine; another is trained first where it is not finished, `kept` as for `train`.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data = data or open_data(config.data)
     run = (shipped_run(config) if not variant(terms) else None) or Run.of(config, variant(terms))
     if not run.finished:
-        train(config, data=data, progress=progress, terms=terms)
+        train(config, data=data, progress=progress, terms=terms, kept=kept)
     run.refuse_other_data(data, config.model.weights_file)
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 

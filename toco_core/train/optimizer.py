@@ -19,7 +19,8 @@ def build_training(
     torch.manual_seed(config.seed)
     model, schedule = build_model(config, n_classes).to(device), config.schedule
     model.freeze_blocks(schedule.frozen_blocks)
-    groups = model.parameter_groups(
+    groups = parameter_groups(
+        model,
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
         classifier_lr_scale=schedule.classifier_lr_scale,
@@ -27,6 +28,45 @@ def build_training(
         decay_all=config.release.decay_all,
     )
     return model, torch.optim.AdamW(groups, betas=schedule.betas, fused=fused)
+
+
+def parameter_groups(
+    model: ToCo,
+    *,
+    lr: float,
+    head_lr_scale: float,
+    weight_decay: float,
+    decay_all: bool = True,
+    classifier_lr_scale: float | None = None,
+) -> list[dict]:
+    """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and
+    `weight_decay`.
+
+    `classifier_lr_scale`: the two classifiers are a group 'classifiers' with this many times the encoder's rate.
+    None: they belong to 'heads'.
+    `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and
+    the prefix tokens do not, and form groups of their own.
+    """
+    groups: dict = {}
+    for full_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = "encoder" if full_name.startswith("encoder.") else "heads"
+        if classifier_lr_scale is not None and full_name.startswith(("classifier.", "aux_classifier.")):
+            name = "classifiers"
+        decays = decay_all or (parameter.ndim > 1 and not full_name.endswith(("_token", "pos_embed")))
+        groups.setdefault((name, decays), []).append(parameter)
+    rate = {"encoder": lr, "heads": lr * head_lr_scale, "classifiers": lr * (classifier_lr_scale or head_lr_scale)}
+    return [
+        {
+            "name": name,
+            "params": params,
+            "lr": rate[name],
+            "base_lr": rate[name],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (name, decays), params in sorted(groups.items(), key=lambda item: list(rate).index(item[0][0]))
+    ]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, *, steps: int | None = None) -> None:

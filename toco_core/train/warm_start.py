@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from toco_core.config.sections import TrainConfig
+from toco_core.config import TrainConfig
 from toco_core.data import evaluation_items, to_unit
+from toco_core.heads import class_scores, pooled
 from toco_core.losses import classification_loss
-from toco_core.model import ToCo, class_scores, pooled
+from toco_core.model import ToCo
 
 BATCH, RATE, DECAY = 64, 1e-2, 1e-2
 ENCODED_AT_ONCE = 16
