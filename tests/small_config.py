@@ -25,6 +25,7 @@ def small_recipe() -> TrainConfig:
         scale_range=(0.5, 2.0),
         blur_sigma=(0.1, 2.0),
         cache=False,
+        views_per_image=0,
         steps=400,
         lr=1e-4,
         warmup_steps=30,
