@@ -307,6 +307,13 @@ def test_crops_keep_image_and_mask_together(size):
     assert 0 < flipped < 20
 
 
+def test_a_relative_scale_fits_a_large_image_into_a_crop():
+    mask = np.ones((300, 200), np.uint8)
+    options = {"crop_size": 50, "scale_range": (0.5, 0.5), "scale_relative": True, "rng": np.random.default_rng(0)}
+    label = crop_with_mask(np.full((300, 200, 3), 100, np.uint8), mask, **options)[1]
+    assert abs((label == 1).mean() - 0.25) < 0.02  # half the sides of a crop's area
+
+
 def test_a_second_network_learns_the_label_maps_of_a_folder(config, tmp_path):
     """The images are painted from their masks: after some steps the network knows more than one class."""
     root = write_voc_folder(tmp_path / "voc", n=6)

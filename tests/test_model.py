@@ -375,13 +375,16 @@ def test_aux_norm():
 @pytest.mark.parametrize("size, n, k", [((16, 32), 8, 2), ((24, 40), 15, 3), ((8, 16), 2, 1)])
 def test_poolings_equal_the_slow_ones_in_values_and_gradients(size, n, k):
     x = images(2, *size)
-    for pooling, taken in {"max": 1, "mean": n, "topk": k}.items():
+    for pooling, taken in {"max": 1, "mean": n, "topk": k, "cam_topk": k}.items():
         model = small_model(pooling=pooling)
         found = model(x)
         parts = [(model.classifier, found.tokens.patch_tokens), (model.aux_classifier, found.tokens.aux_patch_tokens)]
         for (head, tokens), logits in zip(parts, (found.class_logits, found.aux_class_logits), strict=True):
             assert tokens.shape[1] == n
-            wanted = torch.stack([head.weight @ slow.pooled(image, taken) for image in tokens])
+            if pooling == "cam_topk":
+                wanted = torch.stack([slow.scores_at_tokens(image, head.weight, taken) for image in tokens])
+            else:
+                wanted = torch.stack([head.weight @ slow.pooled(image, taken) for image in tokens])
             assert_close(logits, wanted)
             upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
             inputs = (tokens, head.weight)
@@ -394,15 +397,16 @@ def test_poolings_equal_the_slow_ones_in_values_and_gradients(size, n, k):
 
 
 def test_pooling_is_all_that_the_option_changes():
-    x, models = images(2, 24, 40), [small_model(pooling=pooling) for pooling in ("max", "mean", "topk")]
-    maximum, mean, topk = (model(x) for model in models)
-    for other in (mean, topk):
+    x, models = images(2, 24, 40), [small_model(pooling=p) for p in ("max", "mean", "topk", "cam_topk")]
+    maximum, mean, topk, cam_topk = (model(x) for model in models)
+    for other in (mean, topk, cam_topk):
         assert torch.equal(other.tokens.patch_tokens, maximum.tokens.patch_tokens)
         assert torch.equal(other.seg_logits, maximum.seg_logits)
         assert (other.class_logits - maximum.class_logits).abs().min() > 1e-3
         assert (other.aux_class_logits - maximum.aux_class_logits).abs().min() > 1e-3
     raw = class_activation(mean.tokens.patch_map, models[1].classifier.weight)
     assert_close(mean.class_logits, raw.mean(dim=(-2, -1)))
+    assert_close(cam_topk.class_logits, raw.flatten(2).sort(descending=True).values[..., :3].mean(-1))  # of 15 tokens
     with pytest.raises(ToCoError, match="pooling = 'sum' is not allowed: one of max, mean, topk"):
         pooled(mean.tokens.patch_tokens, "sum")
     with pytest.raises(ToCoError, match="pooling = 'avg'"):

@@ -10,6 +10,7 @@ COMMANDS = {  # name -> "module:function" in toco_core.commands, and what it doe
     "check": ("check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
     "export": ("export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
     "label": ("label:label_command", "label new photographs: VOC, COCO RLE, overlays"),
+    "page": ("page:page_command", "write one image under all settings as an HTML page"),
     "share": ("share:share_command", "write a run's model with a model card, for the Hugging Face Hub"),
     "onnx": ("onnx:onnx_command", "write the model of a run as ONNX"),
     "notebooks": ("notebooks:copy_command", "copy the notebooks"),

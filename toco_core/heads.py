@@ -1,6 +1,7 @@
 """What stands on the encoder's tokens: pooling for the classifiers, the projection head, the decoder."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .errors import ToCoError
 
 DILATION = 5  # of the LargeFOV decoder
-TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
+TOPK_SHARE = 0.2  # of the tokens, averaged by the poolings "topk" and "cam_topk"
 
 
 def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, "B D"]:
@@ -19,8 +20,7 @@ def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, 
     With x_(1) >= ... >= x_(N) the values of a channel over the tokens, sorted, it is the mean of the k largest,
     (x_(1) + ... + x_(k)) / k: k = 1 for `max` (the published pooling), k = N for `mean`, and a fifth of the tokens for
     `topk`, k = ceil(N / 5). So all three differ in k only; the classifier comes afterwards and its weights make CAM in
-    the same way. (Taking the k best tokens of each class score instead, as multiple-instance pooling often does, would
-    also change what the maximum is taken of.) The mean commutes with the classifier: global average pooling of CAM.
+    the same way. The mean commutes with the classifier: global average pooling of CAM.
 
     Errors: `ToCoError` for another name.
     """
@@ -29,8 +29,28 @@ def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, 
     if pooling == "mean":
         return patch_tokens.mean(dim=1)
     if pooling == "topk":
-        return patch_tokens.topk(math.ceil(TOPK_SHARE * patch_tokens.shape[1]), dim=1).values.mean(dim=1)
+        return _top(patch_tokens)
     raise ToCoError(f"pooling = {pooling!r} is not allowed: one of max, mean, topk")
+
+
+def class_scores(
+    patch_tokens: Float[Tensor, "B N D"], classifier: Callable[[Tensor], Tensor], pooling: str
+) -> Float[Tensor, "B K"]:
+    """Class logits of patch tokens: a linear classifier of what is `pooled`, or for `cam_topk` the mean of the largest
+    fifth, ceil(N / 5), of the scores that it gives the tokens themselves.
+
+    A vector of channels' maxima belongs to no place, and a class can be told by a sum of surroundings that no token
+    shows. With `cam_topk` a logit is a mean of values of the raw CAM: the places which speak for a class are those that
+    are trained.
+    """
+    if pooling == "cam_topk":
+        return _top(classifier(patch_tokens))
+    return classifier(pooled(patch_tokens, pooling))
+
+
+def _top(values: Float[Tensor, "B N F"]) -> Float[Tensor, "B F"]:
+    """The mean of the largest fifth over the tokens."""
+    return values.topk(math.ceil(TOPK_SHARE * values.shape[1]), dim=1).values.mean(dim=1)
 
 
 class ProjectionHead(nn.Module):

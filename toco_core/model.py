@@ -22,7 +22,7 @@ from toco_core.backbone import build_encoder, resize_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-from .heads import LargeFOV, ProjectionHead, pooled
+from .heads import LargeFOV, ProjectionHead, class_scores
 from .refiners.attention import mean_attention
 from .tokens import Inside, Kept, Output, Tokens
 
@@ -191,12 +191,11 @@ class ToCo(nn.Module):
     # ---- heads
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
-        """Class logits (patch tokens `pooled`, then a bias-free linear layer) and, unless left out, segmentation
-        logits."""
+        """Class logits (`class_scores` of the patch tokens) and, unless left out, segmentation logits."""
         pooling = self.config.pooling
         return Output(
-            class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
-            aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
+            class_logits=class_scores(tokens.patch_tokens, self.classifier, pooling),
+            aux_class_logits=class_scores(tokens.aux_patch_tokens, self.aux_classifier, pooling),
             # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
             seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import Split, to_unit
+from toco_core.data.augment import scaled_range
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
 from toco_core.machine.device import resolve_device
@@ -60,12 +61,16 @@ def crop_with_mask(
     *,
     crop_size: int,
     scale_range: tuple[float, float],
+    scale_relative: bool = False,
     rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
     """Both rescaled, flipped half of the time, cut at a random place, padded with black and 255 where they are small.
 
-    H = W = `crop_size`. Labels are never mixed: the mask takes the nearest pixel.
+    H = W = `crop_size`. Labels are never mixed: the mask takes the nearest pixel. `scale_relative` as in
+    `augment.training_views`.
     """
+    if scale_relative:
+        scale_range = scaled_range(scale_range, mask.shape, (crop_size, crop_size))
     scale = rng.uniform(*scale_range)
     height, width = (max(1, round(side * scale)) for side in mask.shape)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -92,6 +97,7 @@ def _batch(source: Split, config: TrainConfig, step: int) -> tuple[torch.Tensor,
             source.mask(index),
             crop_size=config.data.crop_size,
             scale_range=config.data.scale_range,
+            scale_relative=config.data.scale_relative,
             rng=np.random.default_rng((config.seed, 2, position)),
         )
         images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))

@@ -23,6 +23,13 @@ class DataConfig(Config):
     scale_range: tuple[float, ...] = option(
         (0.5, 2.0), "Random rescaling of a training image before it is cropped.", length=2, above=0
     )
+    scale_relative: bool = option(
+        False,
+        """Count `scale_range` from the size at which an image has the area of a crop, so that photographs of any size
+        show as much of themselves in a crop. Off: from the image's own size, as published, which is meant for
+        photographs a little larger than a crop.""",
+        added_later=True,
+    )
     views_per_image: int = option(
         0,
         """In how many ways an image is varied: pass p over the images shows each as pass p modulo this did. 0: anew in

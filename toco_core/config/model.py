@@ -36,9 +36,10 @@ class ModelConfig(Config):
     )
     pooling: str = option(
         "max",
-        """How patch tokens become the one vector that a classifier reads, channel by channel: their maximum (`max`, as
-        published), their mean (`mean`) or the mean of the largest fifth (`topk`).""",
-        one_of=("max", "mean", "topk"),
+        """How a classifier reads an image's patch tokens. Channel by channel, as one vector: their maximum (`max`, as
+        published), their mean (`mean`) or the mean of the largest fifth (`topk`). Or class by class: its scores at the
+        tokens, which are its CAM, and of these the mean of the largest fifth (`cam_topk`).""",
+        one_of=("max", "mean", "topk", "cam_topk"),
         added_later=True,
     )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1, at_most=65536)

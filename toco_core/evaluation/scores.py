@@ -30,6 +30,7 @@ from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened
 from toco_core.runs.shipped import shipped_run
+from toco_core.train.kept_tokens import KeptTokens
 from toco_core.train.loop import train
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
@@ -64,8 +65,10 @@ class Scored(NamedTuple):
     scores: RunScores
 
 
-def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Scored:
-    """The scores of a config's run: from its folder, or after training it.
+def scored_run(
+    config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True, kept: KeptTokens | None = None
+) -> Scored:
+    """The scores of a config's run: from its folder, or after training it, `kept` as for `train`.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
@@ -74,7 +77,7 @@ def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: b
         run.refuse_other_data(data, config.model.weights_file)
     found = _scores_of(run, data)
     if found is None:
-        trained = train(config, data=data, progress=progress)
+        trained = train(config, data=data, progress=progress, kept=kept)
         opened = Opened(trained.model, config, trained.run, trained.data)
         found = score_run(opened, validation=trained.validation, progress=progress)
     return Scored(config, run, found)

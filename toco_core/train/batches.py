@@ -15,6 +15,7 @@ def view_options(config: TrainConfig, model: ToCo) -> dict:
     mean_colour = tuple((255 * model.mean).round().int().flatten().tolist())
     return {
         "scale_range": config.data.scale_range,
+        "scale_relative": config.data.scale_relative,
         "blur_sigma": config.data.blur_sigma,
         "image_colour": IMAGE_COLOUR if config.release.always_blurred else IMAGE_COLOUR._replace(blur=0.0),
         "pad_colour": (0, 0, 0) if config.release.black_padding else mean_colour,
