@@ -5,16 +5,18 @@ import sys
 
 from .errors import ToCoError
 
-COMMANDS = {  # name -> "module:function" in toco_core.commands, and what it does
-    "train": ("train:train_command", "train a recipe; `toco train --help` lists every field of a config"),
-    "check": ("check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
-    "export": ("export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
-    "label": ("label:label_command", "label new photographs: VOC, COCO RLE, overlays"),
-    "page": ("page:page_command", "write one image under all settings as an HTML page"),
-    "share": ("share:share_command", "write a run's model with a model card, for the Hugging Face Hub"),
-    "onnx": ("onnx:onnx_command", "write the model of a run as ONNX"),
-    "notebooks": ("notebooks:copy_command", "copy the notebooks"),
-    "lab": ("notebooks:lab_command", "open JupyterLab on them"),
+COMMANDS = {  # name -> "module:function" in toco_core, and what it does
+    "train": ("commands.train:train_command", "train a recipe; `toco train --help` lists every field of a config"),
+    "check": ("commands.check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
+    "export": ("commands.export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
+    "label": ("commands.label:label_command", "label new photographs: VOC, COCO RLE, overlays"),
+    "page": ("commands.page:page_command", "write one image under all settings as an HTML page"),
+    "film": ("train.film:film_command", "write the film of a run (train with --film 20) as GIF or MP4"),
+    "second": ("analysis.second_stage:second_command", "train a second network on label maps, edited or not"),
+    "share": ("commands.share:share_command", "write a run's model with a model card, for the Hugging Face Hub"),
+    "onnx": ("commands.onnx:onnx_command", "write the model of a run as ONNX"),
+    "notebooks": ("commands.notebooks:copy_command", "copy the notebooks"),
+    "lab": ("commands.notebooks:lab_command", "open JupyterLab on them"),
 }
 
 STOPPED = 130  # the exit status of what Ctrl-C ended
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, rest = "train", [name, *rest]
     module, function = COMMANDS[name][0].split(":")
     try:
-        return getattr(importlib.import_module(f"toco_core.commands.{module}"), function)(rest)
+        return getattr(importlib.import_module(f"toco_core.{module}"), function)(rest)
     except ToCoError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as stop:

@@ -36,6 +36,7 @@ def train_command(arguments: list[str]) -> int:
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
     parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
     parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")
+    parser.add_argument("--film", type=int, default=0, metavar="STEPS", help="frames of the training's film between")
     chosen, unknown = parser.parse_known_args(arguments)
     options = vars(chosen)
     if unknown:
