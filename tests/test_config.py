@@ -21,6 +21,7 @@ from toco_core.config import (
     voc,
 )
 from toco_core.errors import ToCoError
+from toco_core.train.launch import with_fields
 
 VOC = {
     "model": {
@@ -67,6 +68,12 @@ VOC = {
         "ctc_start": 0,
         "seg_start": 2001,
         "energy_start": 2001,
+        "exchange": 0.0,
+        "exchange_start": 0,
+        "consistency": 0.0,
+        "consistency_start": 0,
+        "prototypes": 0.0,
+        "prototypes_start": 0,
         "final_cam_start": 0,
     },
     "crops": {"n_local": 8, "local_size": 96, "local_resized": False, "positive_threshold": 0.2},
@@ -228,6 +235,8 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
     del values["data"]["scale_relative"]
     del values["data"]["views_per_image"]
+    for name in ("exchange", "consistency", "prototypes"):
+        del values["loss"][name], values["loss"][f"{name}_start"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -388,3 +397,23 @@ def test_any_number_of_steps_makes_a_schedule(recipe):
     for steps in (1, 2, 3, 4, 7):
         config = configured(recipe(), steps=steps)
         assert config.schedule.steps == steps and config.schedule.warmup_steps <= steps // 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["a[=1"], r"there is no parameter 'a\['"),
+        (["(=1", "steps=5"], r"there is no parameter '\('"),
+        ([f"steps={10**400}"], "steps = 1000.* is not allowed: at least 1"),
+        (["device=cuda:\u00b2"], "device = 'cuda:.' is not allowed"),
+        (["device=cuda:300"], "device = 'cuda:300' is not allowed"),
+    ],
+)
+def test_words_of_a_command_line_are_refused_by_name(fields, words):
+    """They ended in re.error, in OverflowError and, the last two, in torch's own words or on device 44."""
+    with pytest.raises(ToCoError, match=words):
+        with_fields(tiny(), fields)
+
+
+def test_a_device_by_its_number():
+    assert override(tiny(), device="cuda:12").device == "cuda:12"

@@ -494,12 +494,13 @@ def test_crop_curves(ax):
     assert list(ax.lines[2].get_xdata()) == [16, 16]
 
 
-NAMES_OF_STRANGERS = ("$x^{$", "cash$1 and $2", "\\frac{1}{0}", "100%s", "{0}", "a\nb")
+NAMES_OF_STRANGERS = ("$x^{$", "cash$1 and $2", "\\frac{1}{0}", "100%s", "{0}", "a\nb", "caf\udce9")
 
 
 @pytest.mark.parametrize("name", NAMES_OF_STRANGERS)
 def test_a_name_is_no_formula(name):
-    """Without the theme, too, and in axes that were there before."""
+    """Without the theme, too, and in axes that were there before; nor does a name that no font can show stop a figure,
+    whose ticks are labelled anew by each drawing."""
     image, names = np.zeros((20, 24, 3), np.uint8), ("background", name, "dog")
     drawn = [
         viz.show(plt.subplots()[1], image, name),
@@ -514,11 +515,6 @@ def test_a_name_is_no_formula(name):
     ]
     for one in drawn:
         (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png")
-        assert any(name in text.get_text() for text in one.findobj(Text))
+        shown = name.encode(errors="replace").decode()  # what is no text has question marks
+        assert any(shown in text.get_text() for text in one.findobj(Text))
     plt.close("all")
-
-
-def test_bytes_that_are_no_text_are_replaced(ax):
-    drawn = viz.show(ax, np.zeros((20, 24, 3), np.uint8), "caf\udce9")
-    drawn.figure.savefig(io.BytesIO(), format="png")
-    assert drawn.get_title() == "caf?"

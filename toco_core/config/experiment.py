@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +69,8 @@ class TrainConfig(Config):
     )
 
     def check(self):
-        name, _, number = self.device.partition(":")
-        if name not in DEVICES or (_ and not (name == "cuda" and number.isdigit())):
+        # of cuda:300 torch would make device 44
+        if self.device not in DEVICES and not re.fullmatch(r"cuda:[0-9]{1,2}", self.device):
             raise ToCoError(f"device = {self.device!r} is not allowed: one of {', '.join(DEVICES)}, cuda:<number>")
         if self.crops.local_size > self.data.crop_size:
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")

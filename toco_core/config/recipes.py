@@ -12,6 +12,7 @@ from typing import Any
 from toco_core.config.crops import CropConfig
 from toco_core.config.data import DataConfig
 from toco_core.config.experiment import TrainConfig, override
+from toco_core.config.fields import LARGEST
 from toco_core.config.labels import LabelConfig
 from toco_core.config.losses import LossConfig
 from toco_core.config.model import ModelConfig
@@ -141,12 +142,12 @@ def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
     """
     steps = values.get("steps")
     try:
-        if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+        if isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= LARGEST:
             recipe = shortened(recipe, steps)
         return override(recipe, **values)
     except ToCoError as error:
         blamed = re.match(r"(\w+) = ", str(error))
-        mine = [name for name in values if re.search(rf"\b{name} = ", str(error))]
+        mine = [name for name in values if re.search(rf"\b{re.escape(name)} = ", str(error))]
         if blamed is None or blamed[1] in values or not mine:
             raise
         named = ", ".join(f"{name} = {values[name]!r}" for name in mine)

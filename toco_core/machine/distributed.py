@@ -7,6 +7,7 @@ beyond its part: losses that are means over all pairs or pixels of the batch, th
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -73,6 +74,7 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+LOST = "gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out waiting|socket"  # how gloo and nccl tell it
 
 
 def current() -> Share:
@@ -127,6 +129,14 @@ def unshared_gradients(compute: Callable) -> contextlib.AbstractContextManager:
     """A context in which what `shared_step` returned leaves gradients unaveraged: the next one outside of it averages
     their sum."""
     return compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def lost_process(error: BaseException) -> str:
+    """What the network says about a process that is gone, in one line; empty for other errors and in a run alone."""
+    if current().n == 1 or not isinstance(error, RuntimeError):
+        return ""
+    text = " ".join(str(error).split())
+    return text[:200] if isinstance(error, torch.distributed.DistError) or re.search(LOST, text, re.I) else ""
 
 
 class _Step(nn.Module):

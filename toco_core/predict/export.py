@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,9 +129,22 @@ def export(
                 for done in pool.map(lambda item: write_label(label_path(folder, item[0]), item[1]), bar):
                     assert done is None
         if images != "none":
+            tell_outside(source)
             for i, name in enumerate(source.names):
                 place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
         return write_lists(folder, source, split, settings, len(missing), parts=parts)
+
+
+def tell_outside(source: Split) -> None:
+    """Warn where images are links out of their data set: who gives the export away gives those files away."""
+    outside = source.outside()
+    if outside:
+        path = source.image_path(outside[0])
+        warnings.warn(
+            f"{len(outside)} of {len(source)} images are links to files outside of {source.root}, and the export has "
+            f"those files (the first: {path.name} is {path.resolve()}); images = 'none' leaves them out",
+            stacklevel=3,
+        )
 
 
 def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -107,7 +108,19 @@ def plain_text(drawn: plt.Figure | plt.Axes) -> None:
     for text in drawn.findobj(Text):
         if r"\mathdefault" not in text.get_text():  # numbers that matplotlib has set itself
             text.set_parse_math(False)
-            text.set_text(text.get_text().encode(errors="replace").decode())
+            text.set_text(_showable(text.get_text()))
+
+
+def _showable(value: Any) -> Any:
+    """Texts, in lists and dictionaries too, with what no font can show replaced: labels of ticks are made anew by each
+    drawing."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if type(value) in (list, tuple):
+        return type(value)(map(_showable, value))
+    if type(value) is dict:
+        return {_showable(key): _showable(item) for key, item in value.items()}
+    return value
 
 
 def with_plain_text(function: Callable) -> Callable:
@@ -118,7 +131,7 @@ def with_plain_text(function: Callable) -> Callable:
         parse_math = mpl.rcParams["text.parse_math"]
         mpl.rcParams["text.parse_math"] = False  # not rc_context, which also undoes what a backend sets as it is loaded
         try:
-            drawn = function(*args, **options)
+            drawn = function(*_showable(args), **_showable(options))
         finally:
             mpl.rcParams["text.parse_math"] = parse_math
         plain_text(drawn)
