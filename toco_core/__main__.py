@@ -4,8 +4,11 @@ toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
 toco label <run> <photographs> <folder>
                            labels new photographs: VOC, COCO RLE, overlays
+toco second <run> <labels> <folder>
+                           trains a second network on label maps, edited or not
 toco page <run> <photograph> <file>
                            writes one image under all settings as an HTML page
+toco film <run> <file>      writes the film of a run (train with --film 20) as GIF or MP4
 toco share <run> <folder>  writes a run's model with a model card, for the Hugging Face Hub
 toco onnx <run> <file>     writes the model of a run as ONNX
 toco <recipe> ...          trains: see `train.launch`
@@ -21,6 +24,8 @@ COMMANDS = {  # name -> "module:function", which takes the arguments after the n
     "lab": "toco_core.commands.notebooks:lab_command",
     "label": "toco_core.predict.label:label_command",
     "page": "toco_core.predict.page:page_command",
+    "film": "toco_core.train.film:film_command",
+    "second": "toco_core.analysis.second_stage:second_command",
     "share": "toco_core.runs.hub:share_command",
     "onnx": "toco_core.predict.portable:onnx_command",
 }

@@ -16,8 +16,11 @@ No data set is needed to read one. Paths of the machine that trained are left ou
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from toco_core import __version__
 from toco_core.config import TrainConfig, override
@@ -45,22 +48,33 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
 
     Raises ToCoError for a run that is not finished, and for a folder that holds other files.
     """
-    from safetensors.torch import save_file
-
     run = run if isinstance(run, Run) else Run(run)
     if not run.finished:
         raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
+    config, manifest = _without_paths(run.config()), run.manifest()
+    names = [str(name) for name in manifest["data"]["classes"]]
+    card = model_card(config, manifest, run.metrics(), run.scores())
+    return write_pretrained(folder, run.load()["model"], config, names, card)
+
+
+def write_pretrained(
+    folder: str | Path, state: Mapping[str, Tensor], config: TrainConfig, class_names: Sequence[str], card: str
+) -> Path:
+    """Write a model's weights, its config without paths, and a card into `folder`; the folder.
+
+    Raises ToCoError for a folder that holds other files.
+    """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
     folder.mkdir(parents=True, exist_ok=True)
-    config, manifest = _without_paths(run.config()), run.manifest()
-    names = [str(name) for name in manifest["data"]["classes"]]
-    tensors = {name: value.detach().cpu().contiguous() for name, value in run.load()["model"].items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    facts = {"toco_core": __version__, "class_names": names, "config": config.to_dict()}
+    facts = {"toco_core": __version__, "class_names": list(class_names), "config": _without_paths(config).to_dict()}
     write_whole(folder / "config.json", json.dumps(facts, indent=2) + "\n")
-    write_whole(folder / "README.md", model_card(config, manifest, run.metrics(), run.scores()))
+    write_whole(folder / "README.md", card)
     return folder
 
 

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
     parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
     parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")
+    parser.add_argument("--film", type=int, default=0, metavar="STEPS", help="frames of the training's film between")
     args = vars(parser.parse_args(argv))
     recipe, fields = args.pop("recipe"), args.pop("fields")
     try:
