@@ -12,7 +12,7 @@ from common import RECORDS, command_line, run_all, table
 
 IDEAS = {
     "ToCo": {},
-    "exchange": {"exchange": 0.2, "exchange_start": 100},
+    "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},

@@ -36,6 +36,8 @@ from . import par
 from .errors import ToCoError
 from .refiners import build_refiner
 
+CACHED_PIXELS = 2**15  # refined at once on a CPU
+
 
 def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:
     """The CAM with the classes that the image does not have set to 0."""
@@ -171,10 +173,7 @@ def refined_labels(
     small = tuple(max(1, math.floor(length * refine.scale)) for length in size)
     label = torch.zeros(len(betas), len(images), *size, dtype=torch.long, device=cam.device)
 
-    # One image at a time keeps a CPU's caches warm and refines no class that only another image has.
-    step = 1 if cam.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), step):
-        part = slice(start, start + step)
+    for part in _refined_together(image_labels, small[0] * small[1], cam.device):
         classes, present = _labelled_classes(image_labels[part])
         if not classes.shape[1] or not len(betas):
             continue
@@ -260,6 +259,19 @@ def _labelled_maps(cam: Tensor, classes: Tensor, present: Tensor) -> Iterator[Fl
     batch = torch.arange(len(cam), device=cam.device)
     for c, p in zip(classes.T, present.T, strict=True):
         yield par.full_precision(cam[batch, c]) * p[:, None, None]
+
+
+def _refined_together(image_labels: Tensor, pixels: int, device: torch.device) -> list[slice] | list[Tensor]:
+    """Which images are refined at once. On a GPU all; on a CPU those with equally many classes, so that none is refined
+    for a class that only another has, and as many as stay in its caches."""
+    if device.type != "cpu":
+        return [slice(None)]
+    n_classes = (image_labels > 0).sum(1)
+    return [
+        part
+        for n in n_classes.unique()
+        for part in torch.nonzero(n_classes == n)[:, 0].split(max(1, CACHED_PIXELS // pixels))
+    ]
 
 
 def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"]]:
