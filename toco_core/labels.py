@@ -85,7 +85,7 @@ def token_label(
     (classes,) = _on(cam.device, classes)  # `present` stays where the labels are: seed_label will look at it
     resized = _resize(_take(cam, classes), tuple(grid))
     slot = seed_label(resized, present, beta_l=beta_l, beta_h=beta_h)
-    label = torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
+    label = slot_to_class(slot, classes)
     if valid_box is not None:
         box_size = grid if pixel_box_on_tokens else cam.shape[2:]
         label[~inside_box(valid_box, grid, box_size=box_size)] = IGNORE
@@ -285,6 +285,11 @@ def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Te
 def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors on a device, without waiting for it."""
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:
+    """0 is background, i + 1 the class classes[:, i] as label 1..K, 255 stays."""
+    return torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
 
 
 def _slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:
