@@ -1,10 +1,14 @@
 """Masks without classes: the vote against a slow second version, the forms of the generators, and a real run."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from killed_training import SMALL
+from PIL import Image
 from pycocotools import mask as rle
 from small_config import small_recipe
 from voc_folder import smooth_image, write_voc_folder
@@ -199,3 +203,13 @@ def test_a_training_with_superpixels(tmp_path, monkeypatch):
     values = SMALL | {"dataset": str(folder), "out_dir": str(tmp_path), "steps": 2, "seg_start": 0, "eval_interval": 0}
     run = train(override(small_recipe(), **values, refiner="cells"), progress=False).run
     assert run.finished and all(np.isfinite(r["seg"]) for r in run.records() if "seg" in r)
+
+
+def test_the_how_to_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "howto.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "superpixels" in part)
+    Image.fromarray(smooth_image(96, 120, 5)).save(tmp_path / "photograph.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["label"].shape == (96, 120) and set(np.unique(names["label"])) <= {0, *names["shown"], 255}
