@@ -172,7 +172,7 @@ def test_a_hostile_name_runs_nothing(page):
     write_notebook(page.folder / "hostile.ipynb", model=str(page.models[0]), dataset=str(data), image="", n_images=2)
     before, dialogs, requests = sorted(page.folder.glob("*.ipynb")), [], []
     address = page.url.partition("/lab/")[0]
-    with page.context.new_page() as other:  # on the server of the tests before
+    with page.context.browser.new_page(viewport=page.viewport_size) as other:  # on the server of the tests before
         other.set_default_timeout(PATIENCE)
         other.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
         other.on("request", lambda request: requests.append((request.method, request.url.partition("?")[0])))
