@@ -4,6 +4,9 @@ toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
 toco label <run> <photographs> <folder>
                            labels new photographs: VOC, COCO RLE, overlays
+toco export <run> <folder> writes pseudo labels; --format label-studio or cvat: to be corrected
+toco corrected <folder> <export> <new folder>
+                           reads corrected label maps back in
 toco page <run> <photograph> <file>
                            writes one image under all settings as an HTML page
 toco share <run> <folder>  writes a run's model with a model card, for the Hugging Face Hub
@@ -20,6 +23,8 @@ COMMANDS = {  # name -> "module:function", which takes the arguments after the n
     "notebooks": "toco_core.commands.notebooks:copy_command",
     "lab": "toco_core.commands.notebooks:lab_command",
     "label": "toco_core.predict.label:label_command",
+    "export": "toco_core.predict.export:main",
+    "corrected": "toco_core.predict.corrections:corrected_command",
     "page": "toco_core.predict.page:page_command",
     "share": "toco_core.runs.hub:share_command",
     "onnx": "toco_core.predict.portable:onnx_command",

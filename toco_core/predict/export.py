@@ -57,6 +57,7 @@ METHODS = {
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
 IMAGES = ("copy", "link", "none")
+FORMATS = ("voc", "label-studio", "cvat")
 ALL = "all"  # the split of all images of a run
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
@@ -398,6 +399,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
+    parser.add_argument(
+        "--format",
+        default="voc",
+        choices=FORMATS,
+        help="also write the label maps for a tool that corrects them, see `predict.corrections`",
+    )
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
     try:
@@ -415,6 +422,10 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
+        if chosen.format != "voc":
+            from toco_core.predict.corrections import write_for_annotation  # here: it needs this module
+
+            print(write_for_annotation(found.folder, chosen.format, split=chosen.split))
         if chosen.archive:
             voc_archive(found.folder, chosen.archive, split=chosen.split)
     except ToCoError as error:
