@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import nbformat
 import papermill
 import submitit
-from common import _literal
 
 from toco_core.config import RECIPES, TrainConfig, did_you_mean, field_sections, override
+from toco_core.config.parameters import literal, named_texts, named_values
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json
 from toco_core.machine.writing import write_whole
@@ -271,16 +271,6 @@ def table(points: list[Point], records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise ToCoError(f"{text!r} is not allowed: NAME=VALUE is wanted")
-        pairs[name] = value
-    return pairs
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=Path, nargs="?")
@@ -304,10 +294,10 @@ def main(argv=None) -> int:
     try:
         if args.parquet:
             parquet_library()  # refused before hours of work
-        grid = {name: [_literal(v) for v in values.split(",")] for name, values in _pairs(args.grid).items()}
-        common = {name: _literal(value) for name, value in _pairs(args.set).items()}
+        grid = {name: [literal(v) for v in values.split(",")] for name, values in named_texts(args.grid).items()}
+        common = named_values(args.set)
         points = points_of(args.notebook, args.out, grid, common)
-        options = {name: _literal(value) for name, value in _pairs(args.slurm_options).items()}
+        options = named_values(args.slurm_options)
     except ToCoError as error:
         parser.error(str(error))
     jobs = args.jobs or (len(points) if args.slurm else 1)

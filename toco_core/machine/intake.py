@@ -5,7 +5,7 @@ the limit of its kind. Whatever is wrong becomes one ToCoError that names the fi
 
 The limits are `DEFAULTS`. The environment variable TOCO_LIMITS raises them by name, also in processes that are started:
 
-    TOCO_LIMITS="image_bytes=2e9,image_pixels=5e8" python -m toco_core.data scans
+    TOCO_LIMITS="image_bytes=2e9,image_pixels=5e8" toco check scans
     set_limits(image_pixels=500_000_000)                       # the same from Python
 """
 

@@ -8,7 +8,6 @@ The new folder is a data set in VOC layout, as `export` writes it: corrected lab
 those of before; the list corrected.txt names the former. A folder that `toco label` wrote serves as well.
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -128,19 +127,3 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def corrected_command(arguments: list[str]) -> int:
-    """`toco corrected`."""
-    parser = argparse.ArgumentParser(prog="toco corrected", description="Read corrected label maps back in.")
-    parser.add_argument("labels", help="folder that `toco export` or `toco label` wrote")
-    parser.add_argument(
-        "exported", help="Label Studio's export as JSON; CVAT's as Segmentation mask 1.1 (.zip or folder)"
-    )
-    parser.add_argument("folder", help="new folder: a data set in VOC layout")
-    parser.add_argument("--split", help="list of the labels (default: the one that was exported)")
-    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
-    chosen = parser.parse_args(arguments)
-    found = write_corrected(chosen.labels, chosen.exported, chosen.folder, split=chosen.split, images=chosen.images)
-    print(f"{found.folder}: {found.n_images} label maps, {len(found.corrected)} of them corrected")
-    return 0
