@@ -197,12 +197,12 @@ def test_no_local_view_at_all(model, batch):
 @pytest.mark.parametrize(
     ("off", "made"),
     [
-        (("ptc",), {"cams", "region_mask", "is_positive", "pseudo_label"}),
-        (("ctc",), {"cams", "token_label", "pseudo_label"}),
-        (("seg",), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
-        (("seg", "energy"), {"cams", "region_mask", "is_positive", "token_label"}),
+        (("ptc",), {"labelled", "region_mask", "is_positive", "pseudo_label"}),
+        (("ctc",), {"labelled", "token_label", "pseudo_label"}),
+        (("seg",), {"labelled", "region_mask", "is_positive", "token_label", "pseudo_label"}),
+        (("seg", "energy"), {"labelled", "region_mask", "is_positive", "token_label"}),
         (("ptc", "ctc", "seg", "energy"), set()),
-        (("cls", "aux_cls"), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
+        (("cls", "aux_cls"), {"labelled", "region_mask", "is_positive", "token_label", "pseudo_label"}),
     ],
 )
 def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
@@ -221,7 +221,7 @@ def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
     step = Step(model, batch, config, weights=weights, boxes=BOXES)
     found = objective(step)
     assert {name for name in off if found.terms[name] != 0} == set()
-    pieces = ("cams", "region_mask", "is_positive", "token_label", "pseudo_label")
+    pieces = ("labelled", "region_mask", "is_positive", "token_label", "pseudo_label")
     assert {name for name in pieces if name in vars(step)} == made
     assert_close(found.total, sum(weights[name] * found.terms[name] for name in weights if weights[name]))
 
