@@ -147,7 +147,7 @@ def test_a_row_brings_its_pictures_back(bench):
     assert bench.table.colours == list(RUN_COLOURS[:2])
     assert [row[1] for row in bench.table.rows] == ["nothing", "beta_h 0.6, ptc 1.5"]
     assert len({len(row) for row in bench.table.rows} | {len(bench.table.head)}) == 1
-    text = bench._repr_mimebundle_()["text/plain"]
+    text = bench._repr_mimebundle_()[0]["text/plain"]
     assert len(text.splitlines()) == 3 and "ptc 1.5" in text
 
 
