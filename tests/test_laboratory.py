@@ -9,7 +9,7 @@ import torch
 from test_kept_tokens import small
 
 from toco_core.analysis.trials import Frame, Trials
-from toco_core.config import LabelConfig, LossConfig, ScheduleConfig, override, tiny
+from toco_core.config import LabelConfig, LossConfig, ModelConfig, ScheduleConfig, override, tiny
 from toco_core.data import open_train_val
 from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
@@ -124,9 +124,9 @@ def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_row(bench, data):
 
 
 def test_controls_are_the_configs_fields(bench):
-    helps = LossConfig.help() | LabelConfig.help() | ScheduleConfig.help()
+    helps = LossConfig.help() | LabelConfig.help() | ScheduleConfig.help() | ModelConfig.help()
     assert tuple(bench.controls) == FIELDS and bench.values() == {}
-    for name in set(FIELDS) - {"layer"}:
+    for name in FIELDS:
         assert bench.controls[name].tooltip == helps[name]
     assert bench.controls["layer"].options == (9, 10, 11, 12)
     assert (bench.controls["beta_h"].min, bench.controls["beta_h"].max) == (0, 1)
@@ -176,17 +176,17 @@ def test_pictures_stand_where_they_belong(bench):
     token_label = np.zeros((3, 8, 8), np.uint8)
     token_label[2, 4:, :4] = 3
     picture = frame_picture(items, Frame(0, cam, token_label, np.full((3, 64, 64), 5, np.uint8)))
-    assert picture.shape == (22 + 3 * 124, 5 * 120 + 4 * 6, 3)
+    assert picture.shape == (22 + 3 * 100, 5 * 96 + 4 * 6, 3)
 
     def cell(row, column):
-        return picture[22 + 124 * row : 142 + 124 * row, 126 * column : 126 * column + 120].astype(float)
+        return picture[22 + 100 * row : 118 + 100 * row, 102 * column : 102 * column + 96].astype(float)
 
     top = cell(1, 1)
-    assert top[5:55, 65:115].mean() > top[65:115, 5:55].mean() + 40
+    assert top[4:44, 52:92].mean() > top[52:92, 4:44].mean() + 40
     blue = label_colours(np.full((1, 1), 3, np.uint8))[0, 0].astype(float)
     label, image = cell(2, 2), cell(2, 0)
-    np.testing.assert_allclose(label[:55], image[:55])
-    np.testing.assert_allclose(label[65:, :55], 0.75 * blue + 0.25 * image[65:, :55], atol=1.5)
+    np.testing.assert_allclose(label[:44], image[:44])
+    np.testing.assert_allclose(label[52:, :44], 0.75 * blue + 0.25 * image[52:, :44], atol=1.5)
 
 
 def test_curves_of_all_runs():
@@ -196,4 +196,4 @@ def test_curves_of_all_runs():
     assert [(stroke, thick) for _, stroke, thick in lines] == [(RUN_COLOURS[0], "1.5"), (RUN_COLOURS[0], "3")]
     (x1, y1), (x2, y2) = ([float(v) for v in point.split(",")] for point in lines[0][0].split())
     assert x1 < x2 and y1 < y2 and y1 == 14  # falls; the highest value is at the top
-    assert "ptc" in str(loss_svg([], "ptc", chosen=0)) or "step" in str(loss_svg([], "ptc", chosen=0))
+    assert "polyline" not in str(loss_svg([], "total", chosen=0))

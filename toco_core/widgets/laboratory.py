@@ -37,7 +37,7 @@ FIELDS = ("ptc", "seg", "beta_l", "beta_h", "layer", "lr", "steps")
 HEAD = ("run", "changed", "steps", "seconds", "frozen blocks: computed", "found")
 HEAD += ("final CAM (at)", "auxiliary CAM (at)", "segmentation", "similarity of tokens")
 BREATH = 0.005  # s after each step in which the kernel comes first
-SIDE = 120  # pixels of a picture
+SIDE = 96  # pixels of a picture
 
 
 class Laboratory(w.VBox):
@@ -258,7 +258,7 @@ def frame_picture(items: Sequence, frame: Frame) -> np.ndarray:
 
 
 def loss_svg(
-    runs: Sequence[tuple[int, Sequence[dict]]], term: str, *, chosen: int, width: int = 400, height: int = 300
+    runs: Sequence[tuple[int, Sequence[dict]]], term: str, *, chosen: int, width: int = 310, height: int = 330
 ) -> Markup:
     """A loss against the step, one colour per run, the chosen run thick; takes the page's text colour, light or dark.
 
@@ -311,7 +311,7 @@ def _field(config: TrainConfig, name: str) -> dataclasses.Field:
 
 
 def _controls(trials: Trials) -> dict[str, w.Widget]:
-    """A slider for each of `FIELDS`, and a choice among the trained blocks; the field's help is the tooltip."""
+    """A slider for each of `FIELDS`, that of `layer` over the trained blocks; the field's help is the tooltip."""
     found = {}
     for name in FIELDS:
         field, value = _field(trials.config, name), _value(trials.config, name)
@@ -319,8 +319,7 @@ def _controls(trials: Trials) -> dict[str, w.Widget]:
         common |= {"layout": w.Layout(width="270px"), "style": {"description_width": "48px"}}
         if name == "layer":
             first = min(trials.config.schedule.frozen_blocks + 1, value)
-            found[name] = w.ToggleButtons(options=list(range(first, trials.depth + 1)), **common)
-            found[name].style.button_width = "34px"
+            found[name] = w.SelectionSlider(options=list(range(first, trials.depth + 1)), **common)
             continue
         low, high, step = RANGES[name]
         allowed = field.metadata["allowed"]
