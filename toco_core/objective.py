@@ -36,7 +36,7 @@ the whole's.
 import contextlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,11 @@ class Step:
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
         batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
-        options = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels, **self.config.labels.thresholds()}
+        options: dict[str, Any] = {
+            "valid_box": batch.valid_box,
+            "pixel_box_on_tokens": pixels,
+            **self.config.labels.thresholds(),
+        }
         return labels.token_label(self.cams.aux_cam, batch.image_labels, self.tokens.grid, **options)
 
     @cached_property
@@ -190,7 +194,7 @@ class Step:
         cam = self.cams.cam if self.number >= self.config.loss.final_cam_start else self.cams.aux_cam
         if self.config.release.truncated_denormalisation:
             image = (image * 255).floor() / 255
-        options = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
+        options: dict[str, Any] = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
         return labels.pseudo_label(image, cam, batch.image_labels, **options)
 
     # ---- views and images
@@ -402,4 +406,5 @@ def objective(step: Step) -> Objective:
     zero = step.batch.images.new_zeros(())
     shown = [name for name in step.terms if name in weights or name in PAPER or step.has(name)]
     terms = {name: step.terms[name].loss(step) if name in weights else zero for name in shown}
-    return Objective(sum(weight * terms[name] for name, weight in weights.items()), terms)
+    total: Any = sum(weight * terms[name] for name, weight in weights.items())
+    return Objective(total, terms)
