@@ -14,6 +14,7 @@ import argparse
 import ast
 import csv
 import hashlib
+import io
 import itertools
 import json
 import sys
@@ -232,12 +233,11 @@ def write_results(path: Path, points: list[Point], records: list[dict]) -> None:
     """results.csv, as a whole."""
     rows = rows_of(points, records)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def parquet_library():

@@ -10,6 +10,10 @@ COMMANDS = {  # name -> "module:function" in toco_core, and what it does
     "check": ("commands.check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
     "export": ("commands.export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
     "label": ("commands.label:label_command", "label new photographs: VOC, COCO RLE, overlays"),
+    "corrected": (
+        "commands.corrected:corrected_command",
+        "read label maps back in that were corrected in Label Studio or CVAT",
+    ),
     "page": ("commands.page:page_command", "write one image under all settings as an HTML page"),
     "film": ("train.film:film_command", "write the film of a run (train with --film 20) as GIF or MP4"),
     "second": ("analysis.second_stage:second_command", "train a second network on label maps, edited or not"),

@@ -5,6 +5,7 @@ import argparse
 from toco_core.config import TrainConfig
 from toco_core.data import Split, open_data, open_source
 from toco_core.data.split import joined
+from toco_core.predict.corrections import FORMATS, write_for_annotation
 from toco_core.predict.export import IMAGES, METHODS, export, voc_archive
 from toco_core.runs.opened import open_run
 
@@ -28,6 +29,12 @@ def export_command(arguments: list[str]) -> int:
     for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
+    parser.add_argument(
+        "--format",
+        default="voc",
+        choices=["voc", *FORMATS],
+        help="; ".join(f"{k}: also {v}, to be corrected (see toco corrected)" for k, v in FORMATS.items()),
+    )
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
     try:
@@ -45,6 +52,8 @@ def export_command(arguments: list[str]) -> int:
         )  # fmt: skip
         print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
+        if chosen.format != "voc":
+            print(write_for_annotation(found.folder, chosen.format, split=chosen.split))
         if chosen.archive:
             voc_archive(found.folder, chosen.archive, split=chosen.split)
     except KeyboardInterrupt as stop:
