@@ -6,7 +6,6 @@ Skipped, with the reason, where playwright or a browser is not found. Screenshot
 import base64
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import nbformat
@@ -16,8 +15,7 @@ from PIL import Image
 from small_config import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
-from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch  # noqa: E402
+from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
 
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")

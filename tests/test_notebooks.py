@@ -5,7 +5,6 @@ What they print is compared by nbval (see pyproject.toml); `python notebooks/ref
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -20,8 +19,7 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_800_000
 MAX_PARAMETERS = 35  # lines: one for each
 
-sys.path.insert(0, str(FOLDER))
-import refresh  # noqa: E402
+import refresh
 
 if PATHS:
     every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

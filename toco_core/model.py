@@ -25,7 +25,7 @@ from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 from .heads import LargeFOV, ProjectionHead, class_scores
 from .refiners.attention import mean_attention
-from .tokens import Inside, Kept, Output, Tokens
+from .tokens import BlockTokens, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):
@@ -256,7 +256,7 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "Inside":
+    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "BlockTokens":
         """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode` with the
         same `attend`."""
         n_prefix = self.encoder.num_prefix_tokens
@@ -268,7 +268,7 @@ class ToCo(nn.Module):
         tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
         if maps:
             tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
-        return Inside([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
+        return BlockTokens([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
     def attention(

@@ -355,7 +355,6 @@ TERMS: dict[str, Term] = {
     "prototypes": Term(methods.prototypes, "token_label"),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
-RESERVED = ("step", "total", "skipped")  # in a run's records
 
 
 def term_weights(config: TrainConfig, step: int, terms: Mapping[str, Term] = TERMS) -> dict[str, float]:
@@ -367,20 +366,6 @@ def stage_starts(config: TrainConfig, terms: Mapping[str, Term] = TERMS) -> list
     """The first steps of all terms that count at some time, in order."""
     found = (term.schedule(name, config) for name, term in terms.items())
     return sorted({start for weight, start in found if weight > 0})
-
-
-def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
-    """Raise ToCoError for a term that cannot be trained with."""
-    for name, term in terms.items():
-        if not str(name).isidentifier() or name in RESERVED:
-            raise ToCoError(f"a term cannot be called {name!r}: a name of letters, not one of {', '.join(RESERVED)}")
-        if not isinstance(term, Term) or not callable(term.loss):
-            raise ToCoError(f"the term {name!r} is {term!r:.60}: Term(function of a step, ...) is wanted")
-        if isinstance(term.label, str) and not hasattr(Step, term.label):
-            raise ToCoError(f"the term {name!r} learns from {term.label!r}: it is no property of Step")
-        weight, start = term.schedule(name, config)
-        if not 0 <= weight < float("inf") or start < 0:
-            raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
 
 
 # ---- their sum
