@@ -11,12 +11,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
 from PIL import Image
 from small_config import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
-from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
-
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import refresh
 
 from toco_core.config import field_sections
 from toco_core.widgets.session import RESTORED
@@ -19,7 +20,6 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_800_000
 MAX_PARAMETERS = 35  # lines: one for each
 
-import refresh
 
 if PATHS:
     every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

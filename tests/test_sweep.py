@@ -11,12 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 import sweep
 
 from toco_core.config import override, tiny
 from toco_core.errors import ToCoError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CELLS = [
     "layer: int = 10  # block\nseed: int = 0\ndivisor: int = 1  # own parameter\nsteps: int = None",
