@@ -124,7 +124,7 @@ class Step:
         return self.counts[term]
 
     def has(self, term: str) -> bool:
-        """Whether a term counts on some step of this training."""
+        """Whether a term ever counts."""
         return self.terms[term].schedule(term, self.config)[0] > 0
 
     def forget(self, *names: str) -> None:
@@ -180,11 +180,8 @@ class Step:
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
         batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
-        options: dict[str, Any] = {
-            "valid_box": batch.valid_box,
-            "pixel_box_on_tokens": pixels,
-            **self.config.labels.thresholds(),
-        }
+        options: dict[str, Any] = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels}
+        options |= self.config.labels.thresholds()
         cams, classes, present = self.labelled
         return labels.slot_to_class(labels.token_label(cams.aux_cam, present, self.tokens.grid, **options), classes)
 
@@ -355,7 +352,7 @@ TERMS: dict[str, Term] = {
     "ctc": Term(ctc, "region_mask"),
     "seg": Term(seg, "pseudo_label", losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
-    # not of the paper: rows whose weight is 0 do not even appear in a run's records
+    # not the paper's: in a run's records only where they count
     "exchange": Term(methods.exchange),
     "consistency": Term(methods.consistency, "pseudo_label"),
     "prototypes": Term(methods.prototypes, "token_label"),
