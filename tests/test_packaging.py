@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORTED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "rattler": "py-rattler"}
 ALONGSIDE = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml")
-FOLDERS_ALONGSIDE = (".ci", "docs", "experiments", "notebooks", "tests")
+FOLDERS_ALONGSIDE = (".ci", "binder", "docs", "experiments", "notebooks", "tests")
 IN_CONDA = {
     "torch": "pytorch",
     "opencv-python-headless": "py-opencv",
