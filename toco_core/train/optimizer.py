@@ -3,6 +3,7 @@
 import torch
 
 from toco_core.config import TrainConfig, lr_at
+from toco_core.config.fields import LARGEST
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo, build_model
 from toco_core.runs.folder import Run
