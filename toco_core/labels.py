@@ -180,7 +180,8 @@ def refined_labels(
         classes, present = _on(cam.device, classes, present)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
         against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
-        refine_part = refine.of(part) if isinstance(refine, OfImages) else refine
+        numbers = range(len(images))[part] if isinstance(part, slice) else part.tolist()
+        refine_part = refine.of(numbers) if isinstance(refine, OfImages) else refine
         with torch.no_grad():
             refined = refine_part(_resize(images[part], small), against)
         for t, scores in enumerate(refined):
