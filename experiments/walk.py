@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "explorer.gif"
 IMAGE = "val_00080"
 WINDOW = 1240, 900
+TOP = 100  # of the notebook in the window, pixels: menu and tools are above
 WIDTH = 860  # of the moving picture, pixels
 MOST_BYTES = 1_500_000
 CELL = """\
@@ -51,21 +52,37 @@ class Recorder:
         """Wait until the page rests, and photograph it."""
         self.page.wait_for_timeout(250)
         self._rest()
-        photograph = Image.open(io.BytesIO(self.page.screenshot(clip=self._clip()))).convert("RGB")
+        photograph = Image.open(
+            io.BytesIO(self.page.screenshot(clip=self._clip()))
+        ).convert("RGB")
         height = round(photograph.height * WIDTH / photograph.width)
         frame = Image.new("RGB", (WIDTH, height + 30), "white")
-        frame.paste(photograph.resize((WIDTH, height), Image.Resampling.LANCZOS), (0, 0))
-        ImageDraw.Draw(frame).text((10, height + 6), words, fill=(30, 30, 30), font=ImageFont.load_default(16))
+        frame.paste(
+            photograph.resize((WIDTH, height), Image.Resampling.LANCZOS), (0, 0)
+        )
+        ImageDraw.Draw(frame).text(
+            (10, height + 6), words, fill=(30, 30, 30), font=ImageFont.load_default(16)
+        )
         self.frames.append(frame)
         self.seconds.append(seconds)
 
     def _clip(self) -> dict[str, float]:
-        box = self.page.locator(".jp-OutputArea-output:has(.toco-explorer)").first.bounding_box()
-        return {"x": box["x"], "y": 76, "width": min(box["width"], WINDOW[0] - box["x"]), "height": WINDOW[1] - 110}
+        box = self.page.locator(
+            ".jp-OutputArea-output:has(.toco-explorer)"
+        ).first.bounding_box()
+        return {
+            "x": box["x"],
+            "y": TOP,
+            "width": min(box["width"], WINDOW[0] - box["x"]),
+            "height": WINDOW[1] - TOP - 30,
+        }
 
     def _rest(self) -> None:
         """Until the pictures have not changed for a while, and the kernel is idle."""
-        look, before = "[...document.querySelectorAll('.toco-explorer img')].map(i => i.src.length).join()", None
+        look, before = (
+            "[...document.querySelectorAll('.toco-explorer img')].map(i => i.src.length).join()",
+            None,
+        )
         for _ in range(60):
             now = self.page.evaluate(look)
             if now == before:
@@ -81,7 +98,7 @@ def press(page, handle, key: str, times: int) -> None:
         page.keyboard.press(key)
 
 
-def top_of(page, selector: str, above: int = 90) -> None:
+def top_of(page, selector: str, above: int = TOP + 8) -> None:
     """Scroll so that something is near the top of the window."""
     page.evaluate(
         "([selector, above]) => { const e = document.querySelector(selector);"
@@ -94,26 +111,41 @@ def top_of(page, selector: str, above: int = 90) -> None:
 def walk(page, recorder: Recorder) -> None:
     """The steps, in the order of a person's questions."""
     shoot: Callable = recorder.shoot
-    top_of(page, ".toco-explorer")
-    shoot("An image that the network knows by its tags only: class map, pseudo label, ground truth.", 2.2)
-    for block in range(11, 5, -2):
+    top_of(page, ".toco-row")
+    shoot(
+        "One image: its class map, the pseudo label made of it, and the ground truth, which training never saw.",
+        2.4,
+    )
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option(
+        "block"
+    )
+    for block in (10, 8, 6):
         press(page, slider(page, "block"), "ArrowLeft", 2)
-        if block == 11:
-            page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("block")
-        shoot("Inner blocks: what would each of them light up?", 0.7)
-    press(page, slider(page, "block"), "ArrowRight", 6)
-    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("final")
-    shoot("Back to the last block.", 0.9)
+        shoot(f"What would block {block} light up?", 0.8)
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option(
+        "final"
+    )
+    shoot("The last block again.", 0.9)
     page.get_by_role("tab", name="labels").click()
-    for _ in range(4):
-        press(page, slider(page, "beta_h"), "ArrowRight", 8)
+    for _ in range(3):
+        press(page, slider(page, "beta_h"), "ArrowRight", 9)
         shoot("A stricter threshold: less of the animal is sure.", 0.6)
-    for _ in range(4):
-        press(page, slider(page, "beta_h"), "ArrowLeft", 8)
+    press(page, slider(page, "beta_h"), "ArrowLeft", 27)
     press(page, slider(page, "PAR iterations"), "ArrowLeft", 10)
-    shoot("Without refinement the label is as coarse as the patches,", 1.2)
+    shoot("Without refinement the label is as coarse as the patches,", 1.3)
     press(page, slider(page, "PAR iterations"), "ArrowRight", 10)
-    shoot("with it, it ends where the colours change.", 1.4)
+    shoot("with it, it ends where the colours change.", 1.5)
+    picture = page.locator(".toco-row .toco-canvas img").nth(1)
+    box = picture.bounding_box()
+    picture.click(position={"x": 0.45 * box["width"], "y": 0.55 * box["height"]})
+    shoot(
+        "Why this pixel? Its values against the thresholds, through PAR, and who voted.",
+        2.4,
+    )
+    page.get_by_role("button", name="curtain").first.click()
+    page.wait_for_timeout(1500)
+    top_of(page, ".toco-row")
+    shoot("A curtain between any two views.", 2.4)
 
 
 def write_gif(recorder: Recorder, path: Path) -> int:
@@ -124,26 +156,42 @@ def write_gif(recorder: Recorder, path: Path) -> int:
     for i, frame in enumerate(frames[:: max(1, len(frames) // 6)][:6]):
         mosaic.paste(frame, (0, i * height))
     palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT)
-    pictures = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    options = {"duration": [round(1000 * s) for s in recorder.seconds], "loop": 0, "optimize": True}
+    pictures = [
+        frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
+    ]
+    options = {
+        "duration": [round(1000 * s) for s in recorder.seconds],
+        "loop": 0,
+        "optimize": True,
+    }
     pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
     return path.stat().st_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FILE, help="the moving picture (docs/explorer.gif)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FILE, help="the moving picture (docs/explorer.gif)"
+    )
     parser.add_argument("--frames", type=Path, help="folder for the frames, too")
     arguments = parser.parse_args()
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cell = nbformat.v4.new_code_cell(CELL.format(image=IMAGE))
     with tempfile.TemporaryDirectory(prefix="toco-") as folder:
-        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+        notebook = nbformat.v4.new_notebook(
+            cells=[cell], metadata={"kernelspec": kernel}
+        )
         nbformat.write(notebook, f"{folder}/walk.ipynb")
         try:
-            with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
+            with in_jupyterlab(
+                Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]
+            ) as page:
                 run_all_cells(page)
-                page.wait_for_selector(".toco-canvas img")
+                page.wait_for_function(
+                    'document.querySelector(".toco-canvas img:not(.toco-under)")?.naturalWidth > 0'
+                )
                 page.keyboard.press("Control+b")  # the list of files goes
                 recorder = Recorder(page)
                 try:
