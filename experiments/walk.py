@@ -52,24 +52,16 @@ class Recorder:
         """Wait until the page rests, and photograph it."""
         self.page.wait_for_timeout(250)
         self._rest()
-        photograph = Image.open(
-            io.BytesIO(self.page.screenshot(clip=self._clip()))
-        ).convert("RGB")
+        photograph = Image.open(io.BytesIO(self.page.screenshot(clip=self._clip()))).convert("RGB")
         height = round(photograph.height * WIDTH / photograph.width)
         frame = Image.new("RGB", (WIDTH, height + 30), "white")
-        frame.paste(
-            photograph.resize((WIDTH, height), Image.Resampling.LANCZOS), (0, 0)
-        )
-        ImageDraw.Draw(frame).text(
-            (10, height + 6), words, fill=(30, 30, 30), font=ImageFont.load_default(16)
-        )
+        frame.paste(photograph.resize((WIDTH, height), Image.Resampling.LANCZOS), (0, 0))
+        ImageDraw.Draw(frame).text((10, height + 6), words, fill=(30, 30, 30), font=ImageFont.load_default(16))
         self.frames.append(frame)
         self.seconds.append(seconds)
 
     def _clip(self) -> dict[str, float]:
-        box = self.page.locator(
-            ".jp-OutputArea-output:has(.toco-explorer)"
-        ).first.bounding_box()
+        box = self.page.locator(".jp-OutputArea-output:has(.toco-explorer)").first.bounding_box()
         return {
             "x": box["x"],
             "y": TOP,
@@ -116,15 +108,11 @@ def walk(page, recorder: Recorder) -> None:
         "One image: its class map, the pseudo label made of it, and the ground truth, which training never saw.",
         2.4,
     )
-    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option(
-        "block"
-    )
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("block")
     for block in (10, 8, 6):
         press(page, slider(page, "block"), "ArrowLeft", 2)
         shoot(f"What would block {block} light up?", 0.8)
-    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option(
-        "final"
-    )
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("final")
     shoot("The last block again.", 0.9)
     page.get_by_role("tab", name="labels").click()
     for _ in range(3):
@@ -156,9 +144,7 @@ def write_gif(recorder: Recorder, path: Path) -> int:
     for i, frame in enumerate(frames[:: max(1, len(frames) // 6)][:6]):
         mosaic.paste(frame, (0, i * height))
     palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT)
-    pictures = [
-        frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
-    ]
+    pictures = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     options = {
         "duration": [round(1000 * s) for s in recorder.seconds],
         "loop": 0,
@@ -169,29 +155,19 @@ def write_gif(recorder: Recorder, path: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FILE, help="the moving picture (docs/explorer.gif)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FILE, help="the moving picture (docs/explorer.gif)")
     parser.add_argument("--frames", type=Path, help="folder for the frames, too")
     arguments = parser.parse_args()
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cell = nbformat.v4.new_code_cell(CELL.format(image=IMAGE))
     with tempfile.TemporaryDirectory(prefix="toco-") as folder:
-        notebook = nbformat.v4.new_notebook(
-            cells=[cell], metadata={"kernelspec": kernel}
-        )
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
         nbformat.write(notebook, f"{folder}/walk.ipynb")
         try:
-            with in_jupyterlab(
-                Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]
-            ) as page:
+            with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
                 run_all_cells(page)
-                page.wait_for_function(
-                    'document.querySelector(".toco-canvas img:not(.toco-under)")?.naturalWidth > 0'
-                )
+                page.wait_for_function('document.querySelector(".toco-canvas img:not(.toco-under)")?.naturalWidth > 0')
                 page.keyboard.press("Control+b")  # the list of files goes
                 recorder = Recorder(page)
                 try:
