@@ -53,7 +53,7 @@ def changed(page, what, before):
     return page.evaluate(what)
 
 
-PICTURE = "document.querySelector('.toco-canvas img')?.src"
+PICTURE = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.src).join('|')"
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
 CURVE = "document.querySelector('.toco-explorer svg')?.outerHTML"
 
@@ -66,7 +66,7 @@ def shoot(page, name):
 
 def test_a_person_explores(page):
     run_all_cells(page)
-    page.wait_for_selector(".toco-canvas img")
+    page.wait_for_selector(".toco-row img.toco-picture")
     first = changed(page, PICTURE, None)
     page.locator(".toco-explorer").scroll_into_view_if_needed()
     numbers = page.evaluate(NUMBERS)
@@ -88,13 +88,13 @@ def test_a_person_explores(page):
     numbers = changed(page, NUMBERS, numbers)
     shoot(page, "slider")
 
-    curve, picture = page.evaluate(CURVE), page.locator(".toco-canvas img").first
+    curve, picture = page.evaluate(CURVE), page.locator(".toco-row img.toco-picture").first
     box = picture.bounding_box()
     picture.click(position={"x": 0.2 * box["width"], "y": 0.8 * box["height"]})
     curve = changed(page, CURVE, curve)
     clicked = changed(page, PICTURE, moved)
     picture.hover(position={"x": 0.5 * box["width"], "y": 0.5 * box["height"]})
-    page.wait_for_function("/row \\d+, column \\d+ · /.test(document.querySelector('.toco-words').textContent)")
+    page.wait_for_function("/row \\d+, column \\d+ · /.test(document.querySelector('.toco-reading').textContent)")
     picture.focus()
     page.keyboard.press("ArrowUp")
     changed(page, CURVE, curve)
@@ -114,8 +114,7 @@ def test_a_person_explores(page):
     changed(page, PICTURE, image_4)
     changed(page, NUMBERS, numbers)
     page.get_by_role("button", name="compare").click()
-    page.wait_for_function("document.querySelectorAll('.toco-canvas').length >= 4")
-    page.wait_for_function("getComputedStyle(document.querySelectorAll('.toco-canvas')[1]).width !== 'auto'")
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 8")  # 3 views of each side
     shoot(page, "compare")
 
     page.locator(".widget-dropdown:has-text('model') select").select_option("scenes_vit_nano")

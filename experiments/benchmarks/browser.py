@@ -29,8 +29,8 @@ SETTINGS = {
 }
 PATIENCE = 180_000  # ms: a busy machine is no fault
 
-# Each key press opens an entry: when the key came, when the widget's message left, when the new picture was loaded, and
-# when the frame with it was finished.
+# Each key press opens an entry: when the key came, when the widget's message left, when the last of the pictures that
+# it changes was loaded, and when the frame with it was finished.
 WATCH = """(() => {
     window.tocoDelays = []
     let now = null
@@ -40,17 +40,16 @@ WATCH = """(() => {
         return send.apply(this, words)
     }
     document.addEventListener('keydown', () => { now = { pressed: performance.now() } }, true)
-    const image = document.querySelector('.toco-canvas img')
-    image.addEventListener('load', () => {
+    document.addEventListener('load', event => {
         const entry = now
-        now = null
-        if (!entry || !entry.sent) return
-        entry.loaded = performance.now()
+        if (!entry || !entry.sent || !event.target.closest('.toco-canvas')) return
+        const loaded = performance.now()
         requestAnimationFrame(() => setTimeout(() => {
+            if (!entry.loaded) window.tocoDelays.push(entry)
+            entry.loaded = loaded
             entry.drawn = performance.now()
-            window.tocoDelays.push(entry)
         }))
-    })
+    }, true)
 })()"""
 
 

@@ -78,9 +78,9 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
 
     def move(name, values):
         def action(i):
-            before = explorer.canvases[0].picture
+            before = [canvas.picture for canvas in explorer.canvases]
             explorer.controls[name].value = values[i % len(values)]
-            assert explorer.canvases[0].picture != before, f"{name} changed nothing"
+            assert [canvas.picture for canvas in explorer.canvases] != before, f"{name} changed nothing"
 
         return action
 
@@ -90,7 +90,7 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
     explorer.set(show="CAM")
     found["overlay"] = median_ms(move("strength", np.linspace(0.1, 0.9, 41).round(2).tolist()), repeats)
     explorer.set(show="pseudo label", par_iterations=10, par_scale=0.5)
-    found["PAR"] = median_ms(move("beta_h", [0.5, 0.55, 0.6, 0.65]), max(repeats // 4, 3))
+    found["PAR"] = median_ms(move("beta_h", np.linspace(0.4, 0.8, 41).round(2).tolist()), max(repeats // 4, 3))
     explorer.set(show="CAM")
     found["image"] = median_ms(lambda i: explorer.go(i % 2), repeats)
     return found

@@ -10,7 +10,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,27 @@ import numpy as np
 from toco_core.data.split import inside_name
 from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report
-from toco_core.widgets.canvas import Canvas, Filmstrip
+from toco_core.widgets.canvas import Canvas, Chips, Filmstrip
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScores, SplitScoring
-from toco_core.widgets.session import Session, View, written
-from toco_core.widgets.settings import CAMS, CLASS_CHOICES, SHOWN, Settings
+from toco_core.widgets.session import SHARED, Session, Tile, View, written
+from toco_core.widgets.settings import (
+    ARRANGEMENTS,
+    CAMS,
+    CLASS_CHOICES,
+    LABEL_FIELDS,
+    LABELS,
+    MAP_FIELDS,
+    SHOWN,
+    Settings,
+    fields_seen,
+)
 from toco_core.widgets.subjects import DECODER
 
 PER_PAGE = 10  # thumbnails
-NARROW, WIDE = 400, 420  # width of the picture with and without a second one, CSS pixels
+HINT = "point: values · click or arrow keys: choose a place · n, p: next, previous image · + - 0: zoom · e: enlarge"
+ALONE = 640  # width of a picture that is shown alone, CSS pixels
+MANY = 24  # classes; of more, chips show the most probable ones
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
 TABLE = "340px"  # height at which a table of numbers begins to scroll: nine classes fit
 SMALL = 224  # width of the maps of tokens
@@ -69,6 +81,7 @@ class Explorer(w.VBox):
         self._fill_controls()
         self._fill_film()
         self.redraw()
+        self._hover(0, [])
 
     # ---- for Python
 
@@ -127,12 +140,25 @@ class Explorer(w.VBox):
         self.position = Panel()
         self.model = w.Dropdown(options=session.subjects.names, description="model", **narrow_label)
         self.compare = w.ToggleButton(
-            description="compare", tooltip="two pictures side by side", layout=w.Layout(width="86px")
+            description="compare", tooltip="a second model, or other settings, beside", layout=w.Layout(width="86px")
         )
         self.side = w.ToggleButtons(options=[("A", 0), ("B", 1)], style={"button_width": "34px"})
         self.linked = w.Checkbox(value=True, description="controls move both", indent=False)
-        self.canvases = [Canvas(), Canvas()]
-        self.legends = [Panel(), Panel()]
+        self.canvases: list[Canvas] = []  # one per tile, made when first needed
+        self.legends: list[Panel] = []
+        self._panes: list[w.VBox] = []
+        self._tiles: list[Tile] = []
+        self._drawn: dict[int, tuple] = {}  # what each canvas shows, and the notes about it
+        self.reading = Panel()
+        self.reading.add_class("toco-reading")
+        self.arrange = w.ToggleButtons(options=ARRANGEMENTS, style={"button_width": "92px"})
+        self.arrange.tooltips = ["views in a row", "one large picture", "two views, one to the left of a curtain"]
+        self.views = Chips(label="views side by side")
+        self.curtain = [
+            w.Dropdown(description=word, style={"description_width": "46px"}, layout=w.Layout(width="210px"))
+            for word in ("left", "right")
+        ]
+        self.classes = Chips(label="classes of CAM and labels, with the classifier's probability")
         self.notes, self.numbers = Panel(), Panel(layout=w.Layout(max_height=TABLE))
 
         unit = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **slider}
@@ -141,6 +167,7 @@ class Explorer(w.VBox):
             "cam": w.Dropdown(options=CAMS, description="CAM", **full),
             "block": w.IntSlider(min=1, max=12, description="block", **slider),
             "strength": w.FloatSlider(description="overlay", **unit),
+            "class_colours": w.Checkbox(description="each class in its colour", indent=False),
             "contours": w.Checkbox(description="contours", indent=False),
             "outline": w.Checkbox(description="outline of ground truth", indent=False),
             "beta_l": w.FloatSlider(description="beta_l", **unit),
@@ -159,8 +186,8 @@ class Explorer(w.VBox):
         for field in dataclasses.fields(Settings):
             if field.name in self.controls:
                 self.controls[field.name].tooltip = " ".join(field.metadata["help"].split())
-        self.class_choice = w.ToggleButtons(options=[*CLASS_CHOICES, "chosen"], style={"button_width": "80px"})
-        self.class_names = w.SelectMultiple(rows=5, description="classes", **full)
+        self.class_choice = w.Dropdown(options=[*CLASS_CHOICES, "chosen"], description="which", **full)
+        self.class_names = w.SelectMultiple(rows=4, description="classes", **full)
         self.click_means = w.ToggleButtons(
             options=["compares a patch", "places a crop"], description="click", style={"button_width": "125px"}
         )
@@ -187,8 +214,10 @@ class Explorer(w.VBox):
         spread = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="14px")
         choose = w.HBox([self.model, self.compare, self.side, self.linked], layout=wrap)
         find = w.HBox([self.back, self.forth, self.position, self.search, self.sort], layout=wrap)
-        self.panes = [w.VBox([canvas, legend]) for canvas, legend in zip(self.canvases, self.legends, strict=True)]
-        both = w.HBox([c["contours"], c["outline"]], layout=wrap)
+        self.row = w.Box()
+        self.row.add_class("toco-row")
+        order = w.HBox([self.arrange, self.views, *self.curtain], layout=wrap)
+        both = w.HBox([c["contours"], c["outline"], c["class_colours"]], layout=wrap)
         look = [c["show"], c["cam"], c["block"], c["strength"], both, self.class_choice, self.class_names]
         labels = [c["beta_l"], c["beta_h"], c["beta"], c["par_iterations"], c["par_dilations"], c["crf"]]
         inputs = [c["cam_scales"], c["flip"]]
@@ -199,15 +228,16 @@ class Explorer(w.VBox):
         names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep}
         self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
         self.tabs.layout = w.Layout(width="376px", max_width="100%")
+        self.tabs.add_class("toco-tabs")
         split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
         counts = w.VBox([self.numbers, split, self.split_numbers], layout=w.Layout(width="376px", max_width="100%"))
         self.right = w.HBox([self.tabs, counts], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
-        self.stage = w.HBox([*self.panes, self.right], layout=spread)
+        self.stage = w.VBox([order, self.row, self.reading, self.right])
         narrow = {"layout": w.Layout(width=f"{SMALL + 6}px")}
         left = w.VBox([self.map_titles[0], self.maps[0]], **narrow)
         tokens = [left, self.curve, w.VBox([self.map_titles[1], self.maps[1], c["head"]], **narrow)]
         self.lower = w.HBox(tokens, layout=spread)
-        self.children = [choose, find, self.film, self.notes, self.stage, self.lower]
+        self.children = [choose, find, self.film, self.classes, self.notes, self.stage, self.lower]
         for table in (self.numbers, self.split_numbers):  # many classes must not push the maps below out of sight
             table.add_class("toco-scrolls")
         self.add_class("toco-explorer")
@@ -224,6 +254,8 @@ class Explorer(w.VBox):
             (self.sort, self._find),
             (self.class_choice, self._choose_classes),
             (self.class_names, self._name_classes),
+            (self.arrange, self._arrange_views),
+            *((dropdown, self._draw_curtain) for dropdown in self.curtain),
         ):
             widget.observe(lambda change, action=action: self._do(lambda: action(change["new"])), "value")
         for button, action in (
@@ -240,13 +272,27 @@ class Explorer(w.VBox):
         ):
             button.on_click(lambda _, action=action: self._do(action))
         self.film.observe(lambda change: self._do(lambda: self._go(change["new"][0])), "wanted")
-        for i, canvas in enumerate([*self.canvases, *self.maps]):
-            side = i if i < 2 else 0
-            canvas.observe(lambda change, side=side: self._do(lambda: self._click(change["new"])), "click")
-            canvas.observe(lambda change, side=side: self._do(lambda: self._step(side, change["new"])), "step")
-            canvas.observe(lambda change: self._do(lambda: self._turn(change["new"][0])), "turn")
-        for i, canvas in enumerate(self.canvases):
+        for chips, action in ((self.classes, self._toggle_class), (self.views, self._toggle_view)):
+            chips.observe(lambda change, action=action: self._do(lambda: action(change["new"][0])), "toggled")
+        for canvas in self.maps:
+            self._listen_to(canvas)
+
+    def _listen_to(self, canvas: Canvas) -> None:
+        canvas.observe(lambda change: self._do(lambda: self._click(change["new"])), "click")
+        canvas.observe(lambda change: self._do(lambda: self._step(self.session.active, change["new"])), "step")
+        canvas.observe(lambda change: self._do(lambda: self._turn(change["new"][0])), "turn")
+
+    def _canvas(self, number: int) -> Canvas:
+        """The canvas of a tile, made and listened to where it is not there yet."""
+        while len(self.canvases) <= number:
+            i, canvas = len(self.canvases), Canvas(group=f"explorer-{self.model_id}")
+            self.canvases.append(canvas)
+            self.legends.append(Panel())
+            self._panes.append(w.VBox([canvas, self.legends[i]]))
+            self._listen_to(canvas)
             canvas.observe(lambda change, i=i: self._hover(i, change["new"]), "pointer")
+            canvas.observe(lambda change, i=i: self._do(lambda: self._enlarge(i)), "enlarge")
+        return self.canvases[number]
 
     # ---- what the controls do
 
@@ -301,7 +347,46 @@ class Explorer(w.VBox):
             self._change_classes(choice)
 
     def _name_classes(self, names: tuple[str, ...]) -> None:
-        self._change_classes(",".join(names) if names else "labelled")
+        self._change_classes(",".join(names) if names else "none")
+
+    def _toggle_class(self, name: str) -> None:
+        session = self.session
+        joint, (chosen, _) = session.joint(session.active), session.classes(session.active)
+        on = {joint.names[joint.of_model[k]] for k in chosen} ^ {name}
+        self._name_classes(tuple(known for known in joint.names if known in on))
+
+    def _toggle_view(self, view: str) -> None:
+        shown = set(self.session.views)
+        if view in self.session.views and len(shown) == 1:
+            raise ToCoError("one view at least stays")
+        self.session.arrange_views(views=tuple(shown ^ {view}))
+        self._fill_controls()
+        self.redraw(tokens=False)
+
+    def _arrange_views(self, arrange: str) -> None:
+        self.session.arrange_views(arrange)
+        self._fill_controls()
+        self.redraw(tokens=False)
+
+    def _draw_curtain(self, _: str) -> None:
+        self.session.arrange_views(curtain=[dropdown.value for dropdown in self.curtain])
+        self.redraw(tokens=False)
+
+    def _enlarge(self, number: int) -> None:
+        """One tile alone; where one is, all again."""
+        session = self.session
+        if session.arrange == "side by side":
+            tile = session.tiles()[number]
+            session.active = tile.side
+            session.sides[tile.side] = dataclasses.replace(
+                session.sides[tile.side],
+                settings=dataclasses.replace(session.sides[tile.side].settings, show=tile.show),
+            )
+            session.arrange_views("one")
+        else:
+            session.arrange_views("side by side")
+        self._fill_controls()
+        self.redraw(tokens=False)
 
     def _change_classes(self, classes: str) -> None:
         self.session.set(classes=classes)
@@ -362,10 +447,13 @@ class Explorer(w.VBox):
         self.session.click((min(max(row, 0), h - 1) + 0.5) / h, (min(max(column, 0), w_ - 1) + 0.5) / w_)
         self.redraw()
 
-    def _hover(self, side: int, place: list) -> None:
-        if side < len(self.session.sides):
-            words = self.session.read_out(side, *place) if place else self._hint()
-            self.canvases[side].words = words
+    def _hover(self, number: int, place: list) -> None:
+        tiles = self._tiles
+        side = tiles[number].side if number < len(tiles) else 0
+        self.reading.put(element("div", self._reading(side, place), class_="toco-words", aria_live="polite"))
+
+    def _reading(self, side: int, place: list) -> str:
+        return self.session.read_out(side, *place) if place else HINT
 
     def _sample(self) -> None:
         self.session.sample_crops()
@@ -452,16 +540,10 @@ class Explorer(w.VBox):
         session = self.session
         if self._crf_is_pending():
             return
-        self._seen = [session.view(i) for i in range(len(session.sides))]
-        for i, view in enumerate(self._seen):
-            with self.canvases[i].hold_sync():
-                self.canvases[i].picture = draw.encoded(view.picture)
-                self.canvases[i].width = NARROW if len(session.sides) == 2 else WIDE
-                self.canvases[i].label = f"{session.picture.name}: {session.sides[i].settings.show}"
-            self.legends[i].put(self._legend(i, view))
+        self._draw_tiles()
         self.saved.put()  # what is saved is not what is shown any more
         self._disable_controls()
-        self.numbers.put(*(self._numbers_table(i, view) for i, view in enumerate(self._seen)))
+        self.numbers.put(*(self._numbers_table(i) for i in range(len(session.sides))))
         crops, _ = session.crops(session.active)
         threshold = session.subject(session.active).config.crops.positive_threshold
         self.crop_table.put(report.crops_html(crops, threshold))
@@ -469,19 +551,61 @@ class Explorer(w.VBox):
             self._draw_tokens()
         self._show_notes()
 
+    def _draw_tiles(self) -> None:
+        """Draw the tiles of which something has changed; what takes longest comes last."""
+        session, in_row = self.session, self.session.arrange == "side by side"
+        curtain = session.curtain_tiles() if session.arrange == "curtain" else ()
+        self._tiles = [curtain[0]] if curtain else session.tiles()
+        for number in sorted(range(len(self._tiles)), key=lambda i: self._tiles[i].show == "pseudo label"):
+            tile, canvas = self._tiles[number], self._canvas(number)
+            looks = len(session.sides), *(session.look(part) for part in curtain or (tile,))
+            if self._drawn.get(number, (None,))[0] != looks:
+                self._drawn[number] = looks, self._draw_tile(number, curtain or (tile,))
+            with canvas.hold_sync():
+                canvas.pin = list(session.place or ())
+                canvas.width = 0 if in_row or len(self._tiles) > 1 else ALONE
+                canvas.chosen = in_row and tile.show == session.sides[tile.side].settings.show
+        n = len(self._tiles)
+        self.row.layout.grid_template_columns = f"repeat({min(n, len(session.views)) if in_row else n}, minmax(0, 1fr))"
+        (self.row.add_class if n == 1 else self.row.remove_class)("toco-single")
+        if len(self.row.children) != n:
+            self.row.children = self._panes[:n]
+
+    def _draw_tile(self, number: int, tiles: Sequence[Tile]) -> tuple[str, ...]:
+        """Draw one tile, or a curtain of two; returns the notes."""
+        session, canvas = self.session, self.canvases[number]
+        views = [session.view(tile.side, tile.show) for tile in tiles]
+        with canvas.hold_sync():
+            canvas.picture = draw.encoded(views[0].picture)
+            canvas.under = draw.encoded(views[1].picture) if len(views) == 2 else b""
+            canvas.title = " | ".join(self._title(tile, view) for tile, view in zip(tiles, views, strict=True))
+            canvas.label = f"{session.picture.name}: {canvas.title}"
+        legends = [self._legend(tile, view) for tile, view in zip(tiles, views, strict=True)]
+        self.legends[number].put(*dict.fromkeys(legends))
+        return tuple(note for view in views for note in view.notes)
+
+    def _title(self, tile: Tile, view: View) -> str:
+        name = self.session.tile_name(tile)
+        known = view.numbers is not None and tile.show in LABELS
+        return f"{name} · {100 * view.numbers.scores.miou:.0f} % mIoU" if known else name
+
     def _disable_controls(self) -> None:
         """Those that change nothing of what is shown now; crops are drawn from the CAM, whatever is shown."""
         session = self.session
-        show, crops = session.sides[session.active].settings.show, bool(session.crops(session.active)[0])
-        cam = crops or show not in ("segmentation", "ground truth")
-        refined = show == "pseudo label"
-        matters = {"strength": show != "image", "contours": show == "CAM", "crf": show == "segmentation"}
-        matters |= dict.fromkeys(("cam", "cam_scales", "flip"), cam)
-        matters |= dict.fromkeys(("par_iterations", "par_dilations"), refined)
-        matters |= dict.fromkeys(("beta_l", "beta_h"), crops or show in ("CAM", "seed label", "pseudo label"))
-        matters |= {"beta": show in ("image", "CAM", "CAM label"), "outline": session.picture.mask is not None}
-        for name, effect in matters.items():
-            self.controls[name].disabled = not effect
+        tiles = session.curtain_tiles() if session.arrange == "curtain" else session.tiles()
+        sides = range(len(session.sides)) if session.linked else [session.active]
+        seen = {n for t in tiles if t.side in sides for n in fields_seen(session.settings(t.side, t.show))}
+        if session.crops(session.active)[0]:
+            seen |= {*MAP_FIELDS, "beta_l", "beta_h"}
+        shown = {session.sides[side].settings.show for side in sides}
+        if session.picture.mask is not None and shown & {"image", "CAM", "CAM label"}:
+            seen |= {*LABEL_FIELDS["CAM label"]}
+        if all(len(session.classes(side)[0]) < 2 for side in sides):
+            seen -= {"class_colours"}
+        always = {"show", "block", "head", "crop_size", "n_crops", "crop_seed"}
+        always |= {"outline"} if session.picture.mask is not None else set()
+        for name, control in self.controls.items():
+            control.disabled = name not in seen | always
 
     def _draw_tokens(self) -> None:
         session = self.session
@@ -504,33 +628,39 @@ class Explorer(w.VBox):
         title = report.heading("the framed patch: mean similarity to all others")
         self.curve.put(title, draw.curve_svg(curves, block=settings.block, layer=layer))
 
-    def _legend(self, i: int, view: View) -> Markup:
-        session, settings = self.session, self.session.sides[i].settings
-        head = report.heading(f"{'AB'[i]}: {session.sides[i].subject}") if len(session.sides) == 2 else Markup()
+    def _legend(self, tile: Tile, view: View) -> Markup:
+        session, settings = self.session, self.session.settings(tile.side, tile.show)
+        two = len(session.sides) == 2 and tile.show not in SHARED
+        head = report.heading(f"{'AB'[tile.side]}: {session.sides[tile.side].subject}") if two else Markup()
+        names = session.joint(tile.side).names
         if settings.show == "CAM":
+            places = [int(session.joint(tile.side).of_model[k]) for k in session.classes(tile.side)[0]]
+            several = settings.class_colours and len(places) > 1
+            scale = draw.label_key({k: names[k] for k in places}, ignored=False) if several else draw.colour_bar("CAM")
             key = draw.contour_key(settings.beta_l, settings.beta_h) if settings.contours else Markup()
-            return joined([head, draw.colour_bar("CAM"), key])
+            return joined([head, scale, key])
         if view.label is None or settings.show == "image":
             return head
-        names, places = session.joint(i).names, np.unique(view.label).tolist()
+        places = draw.labels_in(view.label)
         return joined([head, draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)])
 
-    def _numbers_table(self, i: int, view: View) -> Markup:
+    def _numbers_table(self, i: int) -> Markup:
         session, settings = self.session, self.session.sides[i].settings
         what = "CAM label" if settings.show in ("image", "CAM") else settings.show
         title = f"{'AB'[i] if len(session.sides) == 2 else 'this image'}: {what}"
         title += f" at beta {settings.beta:g}" if what == "CAM label" else ""
         missing = "no ground truth" if session.picture.mask is None else "nothing to score"
-        return report.numbers_html(view.numbers, session.joint(i).names, title, missing=missing)
+        try:
+            found = session.numbers(i)
+        except ToCoError:
+            found = None
+        return report.numbers_html(found, session.joint(i).names, title, missing=missing)
 
     def _show_notes(self) -> None:
         notes = [self.problem] if self.problem else []
-        for view in getattr(self, "_seen", []):
-            notes += view.notes
+        for number in range(len(getattr(self, "_tiles", []))):
+            notes += self._drawn[number][1] if number in self._drawn else ()
         self.notes.put(report.notes_html(list(dict.fromkeys(notes))))
-
-    def _hint(self) -> str:
-        return "point: values · click or arrow keys: choose a patch · n, p: next, previous image"
 
     def _crf_is_pending(self) -> bool:
         """The dense CRF takes seconds: it runs beside, and what it has found is drawn when it is there."""
@@ -566,10 +696,15 @@ class Explorer(w.VBox):
         try:
             two = len(session.sides) == 2
             self.compare.value, self.side.value, self.model.value = two, session.active, side.subject
-            self.right.layout.width = None if two else "380px"
             for widget in (self.side, self.linked):
                 widget.layout.display = None if two else "none"
-            self.panes[1].layout.display = None if two else "none"
+            self.arrange.value = session.arrange
+            self.views.disabled = session.arrange != "side by side"
+            self.views.items = [{"name": view, "on": view in session.views} for view in SHOWN]
+            for dropdown, tile in zip(self.curtain, session.curtain_tiles(), strict=True):
+                dropdown.layout.display = None if session.arrange == "curtain" else "none"
+                dropdown.options = session.tile_names()
+                dropdown.value = session.tile_name(tile)
             self.controls["block"].max = subject.model.depth
             self.controls["head"].max = subject.model.encoder.blocks[0].attn.num_heads
             self.controls["crop_size"].max = min(session.analysis(session.active).images.shape[-2:])
@@ -592,10 +727,32 @@ class Explorer(w.VBox):
                 self.class_choice.value = "chosen"
                 wanted = [name.strip() for name in classes.split(",")]
                 self.class_names.value = tuple(name for name in names if name in wanted)
-            for i in range(len(session.sides)):
-                self.canvases[i].words = self._hint()
+            self._fill_classes()
         finally:
             self._filling = False
+
+    def _fill_classes(self) -> None:
+        """A chip per class; of very many the labelled, the chosen and the most probable ones."""
+        session = self.session
+        side, joint = session.active, session.joint(session.active)
+        score = session.class_scores(side)
+        on = {int(joint.of_model[k]) for k in session.classes(side)[0]}
+        known, labelled = range(1, len(joint.names)), session.picture.labels or ()
+        if len(joint.names) > MANY:
+            ranked = sorted(known, key=lambda k: (k in on or k in labelled, score.get(k, 0.0)), reverse=True)
+            known = ranked[: MANY // 2]
+        tips = {True: "in the image's labels", False: "not in the image's labels"}
+        self.classes.items = [
+            {
+                "name": joint.names[k],
+                "on": k in on,
+                "colour": draw.class_colour(k),
+                "number": f"{score[k]:.2f}" if k in score else "",
+                "tip": ("" if session.picture.labels is None else tips[k in labelled])
+                + ("" if k in score else "; the model does not know it"),
+            }
+            for k in known
+        ]
 
     def _fill_film(self) -> None:
         shown = self.order[self.page * PER_PAGE : (self.page + 1) * PER_PAGE]

@@ -78,6 +78,8 @@ def chosen_classes(
     model_name = analysis.subject.name
     if not analysis.subject.class_names[1:]:
         return (), (no_classifier(analysis.subject),)
+    if settings.classes == "none":
+        return (), ()
     if settings.classes == "all":
         return tuple(sorted(to_model.values())), ()
     if settings.classes == "predicted":
