@@ -15,9 +15,10 @@ from common import RECORDS, mean_and_spread
 
 from toco_core.analysis.second_stage import train_segmentation
 from toco_core.config import override, tiny
+from toco_core.data import open_data
+from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.scores import reported_part
 from toco_core.machine.writing import write_whole
-from toco_core.train.loop import evaluate_as, open_data
 
 
 def supervised(seed: int, steps: int | None) -> dict:

@@ -21,6 +21,7 @@ from toco_core.evaluation.scores import RunScores, read_scores, scored_run
 from toco_core.machine.writing import write_whole
 from toco_core.runs.folder import Run
 from toco_core.runs.shipped import shipped_runs
+from toco_core.train.kept_tokens import KeptTokens
 
 METRICS = {"cam": "cam_miou", "aux_cam": "aux_cam_miou", "pseudo_label": "pseudo_miou", "seg": "seg_miou"}
 """Kind of score (see `scores`) -> its name in a record."""
@@ -28,14 +29,16 @@ TITLES = ("final CAM", "auxiliary CAM", "pseudo label", "segmentation")
 RECORDS = Path(__file__).parent / "records"
 
 
-def run_variant(name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True) -> dict:
+def run_variant(
+    name: str, overrides: dict, seed: int, out_dir: Path | str, *, progress: bool = True, kept: KeptTokens | None = None
+) -> dict:
     """One run of `tiny()` with `overrides`: mIoU in percent on the part "test", and what was run.
 
-    It is scored as every run is (`scores.scored_run`); a finished run is answered from its folder.
+    It is scored as every run is (`scores.scored_run`); a finished run is answered from its folder. `kept`: see `train`.
     """
     config = configured(tiny(), **{**overrides, "seed": seed, "out_dir": str(out_dir)})
     began, known = time.monotonic(), Run.of(config).finished
-    scored = scored_run(config, progress=progress)
+    scored = scored_run(config, progress=progress, kept=kept)
     minutes = {} if known else {"minutes": round((time.monotonic() - began) / 60, 2)}
     return {"variant": name, "seed": seed, **result_of(config, scored.scores), **minutes}
 
@@ -83,9 +86,10 @@ def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
     use_threads(args.threads)
     state = {}
     for seed in args.seeds:
+        kept = KeptTokens(gib=3)  # all variants see the same pictures
         for name, overrides in args.variants.items():
             overrides = {**args.common, **overrides}
-            result = run_variant(name, overrides, seed, args.out_dir)
+            result = run_variant(name, overrides, seed, args.out_dir, kept=kept)
             print(" ".join(f"{key}={value}" for key, value in result.items()), flush=True)
             state = add_result(record, question, name, overrides, result)
     return state

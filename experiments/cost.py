@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 
 from toco_core.config import coco, voc
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.machine.writing import write_whole
 from toco_core.objective import Step, objective
-from toco_core.train.loop import attention_of, autocast_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from measure import LATE, batch_of, config_of, machine, model_of, seconds_of  # noqa: E402

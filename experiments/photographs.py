@@ -19,9 +19,10 @@ from common import RECORDS, mean_and_spread
 from loss_terms import VARIANTS
 
 from toco_core.config import override, photographs
+from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.protocols import assess
 from toco_core.machine.writing import write_whole
-from toco_core.train.loop import evaluate_as, trained_run
+from toco_core.train.loop import trained_run
 
 RECORD = RECORDS / "photographs.json"
 KINDS = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}

@@ -16,8 +16,9 @@ import torch
 from toco_core.config import configured, tiny
 from toco_core.evaluation.scores import score_run
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import open_run
 from toco_core.runs.shipped import FOLDER, pack
-from toco_core.train.loop import open_run, train
+from toco_core.train.loop import train
 
 RUNS = {"full": {}, "classification": {"ptc": 0.0, "ctc": 0.0}, "ctc": {"ctc": 0.2}}
 """Name -> the fields of `tiny()` that it changes."""

@@ -1,13 +1,20 @@
 """Every reader, the files it reads, and a process that feeds it mutated ones.
 
-python fuzz_readers.py <reader> <cases> <seed>        prints outcomes and faults as JSON
+python fuzz_readers.py <reader> <cases> <seed>            prints outcomes and faults as JSON
+python fuzz_readers.py all <cases> <seed,...> <file>      every reader in a process of its own, a line of the file each;
+                                                          called again, it goes on, and ends with a table
 """
 
+import contextlib
+import functools
 import io
 import json
+import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,15 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coco_folder import write_coco_folder
+from coco_folder import coco_content, write_coco_folder
 from mutators import mutated, restored, special
 from PIL import Image
 from safetensors.torch import save
 from sbd_files import sbd_bytes
-from voc_folder import rectangle_mask, smooth_image, write_voc_folder
+from voc_folder import CLASSES, rectangle_mask, smooth_image, write_voc_folder
 
-from toco_core.config import ModelConfig, tiny
-from toco_core.data import COCOFolder, TagList, VOCFolder, read_image, read_mask
+from toco_core.config import ModelConfig, TrainConfig, override, tiny
+from toco_core.data import COCOFolder, TagList, VOCFolder, open_train_val, read_image, read_mask
+from toco_core.data.__main__ import main as look_over
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.data.survey import inventory
 from toco_core.errors import ToCoError
@@ -34,11 +42,15 @@ from toco_core.evaluation.evaluate import _Counted
 from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
 from toco_core.evaluation.scores import RunScores, read_scores
 from toco_core.machine.files import are_tensors, read_tensors, refuse_wrong_keys
+from toco_core.machine.intake import read_bytes, read_json
 from toco_core.model import ToCo
 from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure
-from toco_core.train.loop import load_optimizer_state
+from toco_core.train.launch import with_fields
+from toco_core.train.optimizer import load_optimizer_state
+from toco_core.widgets import Session, Subject, Subjects, open_pictures
+from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
 
 SECONDS = 20  # for one input; a hang takes longer
 MEGABYTES = 2000  # by which a process may grow
@@ -158,6 +170,63 @@ def build_folders(root: Path) -> tuple:
 
 
 GREY = rectangle_mask(16, 20, 2)
+PARTS = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))
+SMALL = {
+    "crop_size": 16,
+    "cam_scales": (1.0,),
+    "local_size": 8,
+    "layer": 1,
+    "par_iterations": 2,
+    "par_dilations": (1, 2),
+}
+FIELDS = """layer=2
+steps=100
+lr=6e-5
+ptc=0.3
+cam_scales=(1.0, 0.5)
+dataset=my photographs/a
+train_split=train
+par_dilations=[1,2,4]
+temperature=0.5
+precision=fp32
+seed=7
+backbone=plain_vit(image=32, patch=8, width=32, depth=2, heads=2, mlp=64)
+pretrained=False
+local_size=64"""
+EXPLORED = {
+    "image": "img_1", "show": "seed label", "cam": "block", "block": 1, "classes": "cat,dog", "beta_l": 0.2,
+    "beta_h": 0.6, "par_iterations": 2, "par_dilations": "1,2", "par_scale": 1.0, "cam_scales": "1,0.5", "flip": False,
+    "head": 1, "crop_size": 8, "crop_seed": 3, "patch": "0.25,0.7", "crop_places": "0.5,0.5 0.2,0.9",
+    "compare": "runs/other", "other": '{"beta_h": 0.5, "show": "CAM"}', "linked": False,
+}  # fmt: skip
+CONTENTS = {
+    "photo": encoded(smooth_image(16, 20, 0), "JPEG"), "mask": encoded(GREY, "PNG"), "empty": b"",
+    "tiny": encoded(smooth_image(1, 1, 0), "PNG"), "noise": bytes(range(256)), "hole": b"[", "locked": b"x",
+}  # fmt: skip
+COCO = json.dumps(coco_content(range(2)) | {"images": [
+    {"id": 100 + i, "file_name": f"{i}.jpg", "height": 16, "width": 20} for i in range(2)
+]})  # fmt: skip
+TREES = {
+    "VOC": [
+        *([f"JPEGImages/{name}.jpg", "photo", ""] for name in "ab"), ["SegmentationClass/a.png", "mask", ""],
+        ["ImageSets/Segmentation/train.txt", "text", "a\nb\n"], ["ImageSets/Segmentation/val.txt", "text", "b\n"],
+        ["Annotations/a.xml", "text", "<annotation><object><name>cat</name></object></annotation>"],
+        ["Annotations/b.xml", "text", "<annotation/>"], ["classes.txt", "text", "background\ncat\ndog\n"],
+    ],
+    "COCO": [
+        *([f"{split}2014/{i}.jpg", "photo", ""] for split in ("train", "val") for i in range(2)),
+        *([f"annotations/instances_{split}2014.json", "text", COCO] for split in ("train", "val")),
+    ],
+    "table": [
+        ["a.jpg", "photo", ""], ["b/c.jpg", "photo", ""], ["masks/a.png", "mask", ""],
+        ["tags.csv", "text", "file,tags,split,mask\na.jpg,cat;dog,train,masks/a.png\nb/c.jpg,dog,val,\n"],
+    ],
+    "classes": [
+        *([f"train/{k}/{i}.jpg", "photo", ""] for k in ("cat", "dog") for i in range(2)),
+        ["val/cat/x.png", "tiny", ""], ["train/background/z.jpg", "photo", ""], ["masks/cat/0.png", "mask", ""],
+    ],
+    "photographs": [["a.jpg", "photo", ""], ["b.JPG", "photo", ""], ["sub/c.png", "tiny", ""]],
+}  # fmt: skip
 FILES = {
     "photo.jpg": encoded(smooth_image(24, 32, 0), "JPEG"),
     "photo.png": encoded(smooth_image(24, 32, 0), "PNG"),
@@ -172,6 +241,9 @@ FILES = {
     "weights.safetensors": save(STATE["model"]),
     "mask.bmp": encoded(GREY, "BMP"),
     "weights.old": saved(STATE["model"], _use_new_zipfile_serialization=False),
+    "fields.words": FIELDS.encode(),
+    "state.json": json.dumps(EXPLORED).encode(),
+    "folder.tree": json.dumps(TREES).encode(),
     "release.pth": saved(to_release(ToCo(MODEL, 3), module_prefix=False)),
 }
 
@@ -194,6 +266,74 @@ def sweep_record(path):
 
 def labelled(voc, path):
     return VOCFolder(voc, "train", labels=path).image_labels
+
+
+def command_line(path):
+    """Words of a command line, a line each, up to the name of the run that they ask for."""
+    fields = read_bytes(path, "text_bytes").decode("utf-8", "surrogateescape").split("\n")
+    config = with_fields(tiny(), fields)
+    return Run.of(TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))).folder
+
+
+@functools.lru_cache(1)
+def shown(voc):
+    """What the explorer shows of a folder."""
+    subjects = Subjects()
+    for name in ("one", "other"):
+        subjects.add(Subject(name, ToCo(MODEL, 3).eval(), override(tiny(), **SMALL), CLASSES, PARTS))
+    return open_pictures(voc, "train"), subjects
+
+
+def explored(voc, path):
+    """Parameters that lead to a state of the explorer, and its numbers there."""
+    session = Session(*shown(voc))
+    values = read_json(path)
+    session.restore(values if isinstance(values, dict) else {"image": values})
+    return session.describe(), session.papermill_line()
+
+
+def built(path) -> tuple[Path, list]:
+    """A folder as a file describes it: [name, kind, content] of each entry; what the disk cannot hold is left out."""
+    entries = read_json(path)
+    root = Path(tempfile.mkdtemp(dir=path.parent, prefix="tree-")).resolve()
+    for name, kind, content in next(iter(entries.values())) if isinstance(entries, dict) else entries:
+        place = root / "set" / name.lstrip("/")
+        if ".." in place.parts:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            if root not in (place.parent.resolve(), *place.parent.resolve().parents):
+                continue  # it would be written through a link
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "link":
+                place.symlink_to(content)
+            elif kind == "folder":
+                place.mkdir()
+            elif kind == "pipe":
+                os.mkfifo(place)
+            else:
+                with open(place, "xb") as file:
+                    file.write(CONTENTS[kind] if kind in CONTENTS else content.encode("utf-8", "surrogateescape"))
+            if kind == "hole":
+                os.truncate(place, 100 << 30)
+            if kind == "locked":
+                place.chmod(0)
+    return root, root / "set"
+
+
+def looked_over(path):
+    """A folder as `python -m toco_core.data`, a training and the explorer open it."""
+    root, folder = built(path)
+    try:
+        print_to = io.StringIO()
+        for words in ([str(folder)], [str(folder), "--names-only"]):
+            with contextlib.redirect_stdout(print_to):
+                look_over(words)
+        for opens in (open_pictures, open_train_val):
+            with contextlib.suppress(ToCoError):
+                opens(folder)
+        return open_train_val(folder, broken="leave out").val.image_labels
+    finally:
+        shutil.rmtree(root)
 
 
 READERS = {
@@ -234,6 +374,9 @@ READERS = {
     "kept": lambda f: (f[0] / "kept" / "counts" / "a.npz", lambda _: kept_counts(f[0] / "kept")),
     "kept manifest": lambda f: (f[0] / "kept" / "manifest.json", lambda _: claimed(f[0] / "kept")),
     "sweep record": lambda f: (f[0] / "point.json", sweep_record),
+    "command line": lambda f: (f[0] / "fields.words", command_line),
+    "explorer": lambda f: (f[0] / "state.json", lambda path: explored(f[1], path)),
+    "folder": lambda f: (f[0] / "folder.tree", looked_over),
 }
 
 
@@ -279,7 +422,45 @@ def feed(name: str, cases: int, seed: int) -> Counter:
     return outcomes
 
 
+def feed_all(cases: int, seeds: list[int], path: Path) -> None:
+    """Every reader with every seed that the file has no line of yet."""
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for seed in seeds:
+        for name in READERS:
+            if any((row["reader"], row["cases"], row["seed"]) == (name, cases, seed) for row in done):
+                continue
+            command, began = [sys.executable, __file__, name, str(cases), str(seed)], time.monotonic()
+            try:
+                process = subprocess.run(command, capture_output=True, text=True, timeout=cases)
+                died = f"FAULT the process died: {process.returncode} {process.stderr[-300:]}"
+                row = {died: 1, "reader": name} if process.returncode else json.loads(process.stdout.splitlines()[-1])
+            except subprocess.TimeoutExpired:
+                row = {"FAULT the process hangs": 1, "reader": name}
+            row |= {"cases": cases, "seed": seed, "seconds": round(time.monotonic() - began)}
+            done.append(row)
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    print(table(done))
+
+
+def table(rows: list[dict]) -> str:
+    """The outcomes of each reader over all seeds, in Markdown."""
+    lines = ["| reader | cases | result | ToCoError | slow | fault | memory |", "|---|---:|---:|---:|---:|---:|---:|"]
+    names = dict.fromkeys(row["reader"] for row in rows)
+    kinds = {name: [row for row in rows if row["reader"] == name] for name in names} | {"all": rows}
+    for name, own in kinds.items():
+        faults = sum(n for row in own for kind, n in row.items() if kind.startswith("FAULT"))
+        count = [sum(row.get(kind, 0) for row in own) for kind in ("cases", "ok", "ToCoError", "slow")]
+        lines.append(
+            f"| {name} | {' | '.join(map(str, count))} | {faults} | +{max(r.get('grew', 0) for r in own)} MB |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if sys.argv[1] == "all":
+        return feed_all(int(sys.argv[2]), [int(seed) for seed in sys.argv[3].split(",")], Path(sys.argv[4]))
     name, cases, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -26,7 +26,9 @@ from toco_core.config import (
     lr_at,
 )
 from toco_core.model import ToCo, build_model
-from toco_core.objective import StepInput, backward, crop_generator, objective
+from toco_core.objective import StepInput, objective
+from toco_core.train.backward import backward, crop_generator
+from toco_core.train.optimizer import parameter_groups
 
 STORED = Path(__file__).with_suffix(".json")
 STEPS, B, K, SIZE = 10, 4, 3, 48
@@ -73,7 +75,7 @@ def curve(dtype: torch.dtype = torch.float32, accumulate: int = 1) -> tuple[list
         torch.nn.init.normal_(parameter, std=0.2)
         parameter.data += float(parameter.ndim == 1)
     model = model.to(dtype).train()
-    groups = model.parameter_groups(lr=schedule.lr, head_lr_scale=schedule.head_lr_scale, weight_decay=0.01)
+    groups = parameter_groups(model, lr=schedule.lr, head_lr_scale=schedule.head_lr_scale, weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas)
     records = []
     for step in range(STEPS):

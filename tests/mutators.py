@@ -133,7 +133,7 @@ def jpeg_segments(data: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 2))):
         at = chance.randrange(len(parts))
         kind = chance.randrange(5)
-        frames = [i for i, part in enumerate(parts) if part[1] in (0xC0, 0xC1, 0xC2) and len(part) > 9]
+        frames = [i for i, part in enumerate(parts) if len(part) > 9 and part[1] in (0xC0, 0xC1, 0xC2)]
         if kind == 0 and frames:
             part = bytearray(parts[frames[0]])
             place, width = chance.choice(((4, 1), (5, 2), (7, 2), (9, 1)))
@@ -217,6 +217,98 @@ def words(data: bytes, chance: random.Random) -> bytes:
     return b"".join(parts)
 
 
+def fields(data: bytes, chance: random.Random) -> bytes:
+    """Values of lines NAME=VALUE replaced by others of their kind, or of any."""
+    lines = data.decode().split("\n")
+    for _ in range(chance.choice((1, 1, 2))):
+        at = chance.randrange(len(lines))
+        name, _, value = lines[at].partition("=")
+        other = chance.choice(lines).partition("=")[2]
+        number = chance.choice((*NUMBERS, 0.5, 1e-9, 1e300, -1, 10**30, 3, 7))
+        lines[at] = f"{name}={chance.choice((number, other, repr(chance.choice(VALUES)), f'({value}, {number})'))}"
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+LINKS = (
+    "/",
+    "..",
+    "../..",
+    ".",
+    "/usr",
+    "/etc/passwd",
+    "/dev/zero",
+    "/nowhere",
+    "images",
+    "JPEGImages",
+    "../secret.jpg",
+)
+PARTS = (
+    *(
+        "",
+        ".",
+        "..",
+        " ",
+        "a" * 255,
+        "a" * 300,
+        "x/" * 400 + "y.jpg",
+        "\0",
+        "a\nb",
+        "\x1b[2J",
+        "$x^{$",
+        "<img src=x>",
+        "-rf",
+    ),
+    *(
+        "caf\udce9",
+        "\u202eabc",
+        "e\u0301",
+        "\u00e9",
+        "CAT",
+        "masks",
+        "train",
+        "val",
+        "..jpg",
+        ".jpg",
+        "a.jpg.png",
+        "C:",
+        "\\",
+    ),
+    *("JPEGImages", "ImageSets", "annotations", "instances_x.json", "tags.csv", "classes.txt", "Annotations", "__x"),
+)
+KINDS = ("photo", "mask", "tiny", "empty", "noise", "text", "folder", "pipe", "hole", "link", "locked")
+
+
+def tree(data: bytes, chance: random.Random) -> bytes:
+    """Entries of a folder (see `fuzz_readers.built`) renamed, moved, repeated, dropped, or turned into others."""
+    layouts = json.loads(data)
+    entries = layouts[chance.choice(sorted(layouts))]
+    for _ in range(chance.choice((0, 1, 1, 2, 4))):
+        at = chance.randrange(len(entries))
+        name, kind, content = entries[at]
+        parts = name.split("/")
+        place = chance.randrange(len(parts))
+        change = chance.randrange(7)
+        if change == 0:
+            parts[place] = chance.choice(PARTS)
+        elif change == 1:
+            parts.insert(place, chance.choice(PARTS))
+        elif change == 2 and len(parts) > 1:
+            parts = parts[: place + 1]
+        elif change == 3:
+            kind, content = chance.choice(KINDS), chance.choice(LINKS)
+        elif change == 4 and len(entries) > 1:
+            entries.pop(at)
+            continue
+        elif change == 5 and kind == "text":
+            content = words(content.encode(), chance).decode("utf-8", "surrogateescape")
+        else:
+            other = chance.choice(entries)
+            entries.append(["/".join(parts), *other[1:]])
+            continue
+        entries[at] = ["/".join(parts), kind, content]
+    return json.dumps(entries).encode()
+
+
 MUTATORS: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
     ".jpg": (damaged, jpeg_segments, jpeg_segments),
     ".png": (damaged, png_chunks, png_chunks),
@@ -226,6 +318,8 @@ MUTATORS: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
     ".json": (damaged, json_tree, json_tree, json_tree),
     ".jsonl": (damaged, json_tree, json_tree),
     ".txt": (damaged, words, words),
+    ".words": (words, damaged, fields, fields),
+    ".tree": (tree,),
     ".csv": (damaged, words, words),
     ".xml": (damaged, words, words),
     ".pt": (damaged, archive, archive),

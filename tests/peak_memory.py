@@ -15,8 +15,9 @@ import torch
 from small_config import small_recipe
 
 from toco_core.config import override
+from toco_core.data import open_data
 from toco_core.train.budget import step_memory
-from toco_core.train.loop import open_data, train
+from toco_core.train.loop import train
 
 SHAPE = {
     "backbone": "plain_vit(image=224, patch=16, width=192, depth=6, heads=3, mlp=768)", "pretrained": False,

@@ -96,6 +96,12 @@ def pooled(tokens, k):
     return torch.stack(result)
 
 
+def scores_at_tokens(tokens, weight, k):
+    """N D, K D -> K: per class the mean of the k largest values of its CAM."""
+    cam = torch.stack([torch.stack([sum(w * x) for w in weight]) for x in tokens])
+    return pooled(cam, k)
+
+
 def project(w, token):
     """`w`: state dict of the projection head; D -> P."""
     x = gelu(w["mlp.0.weight"] @ token + w["mlp.0.bias"])

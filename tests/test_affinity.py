@@ -7,9 +7,9 @@ import torch
 from test_model import K, images, small_model
 from torch.testing import assert_close
 
-from toco_core.affinity import carried, mean_attention, token_affinity
 from toco_core.cam import multi_scale_cam
 from toco_core.errors import ToCoError
+from toco_core.refiners.attention import carried, mean_attention, token_affinity
 
 
 def slow_affinity(attention, kind):

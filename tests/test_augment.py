@@ -142,6 +142,16 @@ def test_scale_stays_in_its_range():
     assert min(heights) < 25 and max(heights) > 75
 
 
+@pytest.mark.parametrize("height, width", [(40, 60), (400, 600), (90, 30)])
+def test_a_relative_scale_shows_as_much_of_an_image_of_any_size(height, width):
+    """At factor f the image covers f * f crops."""
+    image = smooth_image(height, width, seed=4)
+    options = {"crop_size": (90, 110), "scale_range": (0.5, 0.5), "scale_relative": True}
+    top, bottom, left, right = training_views(image, rng=np.random.default_rng(0), **options).valid_box.tolist()
+    assert abs((bottom - top) * (right - left) / (90 * 110) - 0.25) < 0.01
+    assert abs((right - left) / (bottom - top) - width / height) < 0.05 * width / height
+
+
 def test_local_image_shows_the_same_place_as_the_image(photo):
     for seed in range(20):
         views = training_views(photo, crop_size=(30, 44), rng=np.random.default_rng(seed), **PLAIN_COLOURS)

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
 from toco_core.config import override
+from toco_core.data import open_data
 from toco_core.model import ToCo
 from toco_core.train import budget
 from toco_core.train.budget import GIB, Allocations, StepMemory, free_memory, step_memory
-from toco_core.train.loop import open_data
 
 HERE = Path(__file__).parent
 

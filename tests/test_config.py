@@ -21,6 +21,7 @@ from toco_core.config import (
     voc,
 )
 from toco_core.errors import ToCoError
+from toco_core.train.launch import with_fields
 
 VOC = {
     "model": {
@@ -76,6 +77,8 @@ VOC = {
         "val_split": "val",
         "crop_size": 448,
         "scale_range": [0.5, 2.0],
+        "scale_relative": False,
+        "views_per_image": 0,
         "blur_sigma": [0.1, 2.0],
         "cache": False,
         "workers": 10,
@@ -224,6 +227,8 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     for name in ("attention_steps", "attention_blocks", "attention_kind", "refiner"):
         del values["labels"][name]
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
+    del values["data"]["scale_relative"]
+    del values["data"]["views_per_image"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -235,6 +240,7 @@ def test_names_of_runs_stay_the_same():
     """Folders of earlier versions are found by these digits: code may move, fields may come, they stay."""
     assert voc().short_hash() == "3fdb239269"
     assert coco().short_hash() == "a9a6c9a576"
+    assert tiny().short_hash() == "48db9ec1b7" and photographs().short_hash() == "2ccce9bc14"
     assert override(voc(), seed=3, layer=9, accumulate=2, pooling="topk").short_hash(every_field=True) == "bdacc70d92"
 
 
@@ -354,7 +360,7 @@ def test_values_beyond_all_reason(name, value):
 
 
 def test_the_largest_seed_seeds_every_step():
-    from toco_core.train.loop import crop_generator
+    from toco_core.train.backward import crop_generator
 
     config = override(tiny(), seed=9 * 10**12)
     assert crop_generator(config, 10**9).initial_seed() == 9 * 10**12 * 1_000_003 + 10**9
@@ -383,3 +389,23 @@ def test_any_number_of_steps_makes_a_schedule(recipe):
     for steps in (1, 2, 3, 4, 7):
         config = configured(recipe(), steps=steps)
         assert config.schedule.steps == steps and config.schedule.warmup_steps <= steps // 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["a[=1"], r"there is no parameter 'a\['"),
+        (["(=1", "steps=5"], r"there is no parameter '\('"),
+        ([f"steps={10**400}"], "steps = 1000.* is not allowed: at least 1"),
+        (["device=cuda:\u00b2"], "device = 'cuda:.' is not allowed"),
+        (["device=cuda:300"], "device = 'cuda:300' is not allowed"),
+    ],
+)
+def test_words_of_a_command_line_are_refused_by_name(fields, words):
+    """They ended in re.error, in OverflowError and, the last two, in torch's own words or on device 44."""
+    with pytest.raises(ToCoError, match=words):
+        with_fields(tiny(), fields)
+
+
+def test_a_device_by_its_number():
+    assert override(tiny(), device="cuda:12").device == "cuda:12"

@@ -18,7 +18,7 @@ from toco_core.data import VOCFolder, training_views
 from toco_core.errors import ToCoError
 from toco_core.losses import ctc_loss
 from toco_core.objective import Step, StepInput, objective
-from toco_core.train.loop import view_options
+from toco_core.train.batches import view_options
 
 K = 3
 IMAGE_LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [0, 0, 0]}

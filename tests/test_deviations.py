@@ -17,7 +17,8 @@ from toco_core.data import training_views
 from toco_core.evaluation.evaluate import merged_label
 from toco_core.model import ToCo
 from toco_core.objective import Step, StepInput, objective
-from toco_core.train.loop import train, view_options
+from toco_core.train.batches import view_options
+from toco_core.train.loop import train
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 OFF = ReleaseBehaviour(**{f.name: False for f in dataclasses.fields(ReleaseBehaviour)})

@@ -1,5 +1,12 @@
 """Two processes with half of every batch against one with the whole."""
 
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +23,10 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.machine import distributed
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, StepInput, Term, backward, crop_generator, objective
+from toco_core.objective import TERMS, StepInput, Term, objective
 from toco_core.runs.folder import Run
 from toco_core.train import launch
+from toco_core.train.backward import backward, crop_generator
 from toco_core.train.loop import train
 
 K, B = 3, 4
@@ -194,6 +202,49 @@ def test_a_run_of_two_processes_is_the_run_of_one(two, tmp_path):
     for name in ("total", "cls", "aux_cls", "ptc", "ctc"):  # float32: a label near a threshold may move
         assert_close(two_[0][name], one[0][name], rtol=1e-4, atol=1e-5)
     assert [r["step"] for r in shared.records()] == [r["step"] for r in alone.records()]
+
+
+def one_of_two_dies(rank, dying, meeting, data, out_dir):
+    """A training without end; the process `dying` is killed at some moment after the first step."""
+    torch.set_num_threads(1)
+    config = override(config_of(data, out_dir), steps=10**6, eval_interval=0)
+
+    def die():
+        while not Run.of(config).records():
+            time.sleep(0.05)
+        time.sleep(random.random())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == dying:
+        threading.Thread(target=die, daemon=True).start()
+    try:
+        with distributed.joined("cpu", init_method=meeting, rank=rank, world_size=2):
+            train(config, progress=False, save_every=1)
+    except ToCoError as error:
+        Path(out_dir, "told").write_text(str(error))
+
+
+@pytest.mark.parametrize("dying", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_other(tmp_path, dying):
+    """It ended in gloo's own RuntimeError; the other says within a minute what is left."""
+    data = write_voc_folder(tmp_path / "data", n=4)
+    arguments = (dying, (tmp_path / "store").as_uri(), str(data), str(tmp_path))
+    both = [
+        torch.multiprocessing.get_context("spawn").Process(target=one_of_two_dies, args=(rank, *arguments))
+        for rank in (0, 1)
+    ]
+    for process in both:
+        process.start()
+    try:
+        both[dying].join(120)
+        both[1 - dying].join(60)
+        assert [both[dying].exitcode, both[1 - dying].exitcode] == [-signal.SIGKILL, 0]
+    finally:
+        for process in both:
+            process.kill()
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("another process of this training has ended (") and "\n" not in told
+    assert "the same call goes on from there" in told or dying == 0
 
 
 def test_shares():

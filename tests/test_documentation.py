@@ -12,8 +12,7 @@ from PIL import Image
 from voc_folder import rectangle_mask, smooth_image
 
 from toco_core.backbone import SHIPPED
-from toco_core.config import RECIPES, ModelConfig, ReleaseBehaviour, tiny
-from toco_core.config.sections import field_sections
+from toco_core.config import RECIPES, ModelConfig, ReleaseBehaviour, field_sections, tiny
 from toco_core.data import open_source
 from toco_core.data.layouts import tags
 from toco_core.model import skeleton
@@ -177,7 +176,7 @@ def test_pages_of_the_api_hold_every_public_name_with_its_words(source):
     assert "{py:function} seed_label(cam: Float[Tensor, 'B K H W'], image_labels" in text
     assert "Raises ToCoError unless 0 \\<= beta_l \\< beta_h \\<= 1." in text
     assert "{py:function} _resize" not in text
-    text = (source / "api" / "toco_core.config.sections.md").read_text(encoding="utf-8")
+    text = (source / "api" / "toco_core.config.model.md").read_text(encoding="utf-8")
     assert "{py:attribute} ModelConfig.layer\n:type: int\n:value: 10\n\nBlock that feeds the auxiliary" in text
     text = (source / "api" / "toco_core.objective.md").read_text(encoding="utf-8")
     assert "{py:property} Step.tokens" in text and "{py:method} Step.made(label:" in text

@@ -1,5 +1,6 @@
 import json
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -305,6 +306,13 @@ def test_crops_keep_image_and_mask_together(size):
     assert 0 < flipped < 20
 
 
+def test_a_relative_scale_fits_a_large_image_into_a_crop():
+    mask = np.ones((300, 200), np.uint8)
+    options = {"crop_size": 50, "scale_range": (0.5, 0.5), "scale_relative": True, "rng": np.random.default_rng(0)}
+    label = crop_with_mask(np.full((300, 200, 3), 100, np.uint8), mask, **options)[1]
+    assert abs((label == 1).mean() - 0.25) < 0.02  # half the sides of a crop's area
+
+
 def test_a_second_network_learns_the_label_maps_of_a_folder(config, tmp_path):
     """The images are painted from their masks: after some steps the network knows more than one class."""
     root = write_voc_folder(tmp_path / "voc", n=6)
@@ -334,3 +342,24 @@ def test_supervised_training_needs_masks(config, tmp_path):
 
 def test_sizes_of_the_tests_differ():
     assert len(set(SIZES)) == 4
+
+
+def test_links_out_of_the_data_set_are_told(model, config, tmp_path):
+    """A data set from a stranger may name a file of yours; who gives the export away would give it away."""
+    root = write_voc_folder(tmp_path / "data", n=3)
+    (tmp_path / "home").mkdir()
+    for number, target in ((1, "../../home/mine.jpg"), (2, "img_0.jpg")):  # the other one stays inside
+        path = root / "JPEGImages" / f"img_{number}.jpg"
+        if number == 1:
+            (tmp_path / "home" / "mine.jpg").write_bytes(path.read_bytes())
+        path.unlink()
+        path.symlink_to(target)
+    source = VOCFolder(root, "train", labels={f"img_{i}": LABELS[f"img_{i}"] for i in range(3)}, require_masks=False)
+    assert source.outside() == [1]
+    with pytest.warns(UserWarning, match=r"1 of 3 images are links .*img_1.jpg is .*home/mine.jpg\); images = 'none'"):
+        export(model, source, tmp_path / "out", config, method="cam", progress=False)
+    copied = tmp_path / "out" / "JPEGImages" / "img_1.jpg"
+    assert not copied.is_symlink() and copied.read_bytes() == (tmp_path / "home" / "mine.jpg").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(model, source, tmp_path / "none", config, method="cam", images="none", progress=False)

@@ -18,7 +18,7 @@ from voc_folder import rectangle_mask, save_palette_mask, write_list, write_voc_
 
 import toco_core.evaluation.scores as scoring
 from toco_core.config import RECIPES, TrainConfig, override, tiny
-from toco_core.data import VOCFolder, fingerprint, open_source, scenes
+from toco_core.data import VOCFolder, fingerprint, open_data, open_source, scenes
 from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate
@@ -26,7 +26,8 @@ from toco_core.evaluation.scores import scored_run
 from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.runs.folder import Run, weights_hash
-from toco_core.train.loop import open_data, open_run, train, trained_run
+from toco_core.runs.opened import open_run
+from toco_core.train.loop import train, trained_run
 
 LATER = 1_900_000_000  # a time of files, seconds
 

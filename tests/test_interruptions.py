@@ -20,11 +20,13 @@ import toco_core.train.loop as training
 from toco_core.config import override
 from toco_core.data import loader
 from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import open_run
 from toco_core.train.interruptions import with_resume_hint
-from toco_core.train.loop import evaluate_as, open_run, train
+from toco_core.train.loop import train
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("TOCO_KILLS", "20"))

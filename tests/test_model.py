@@ -13,7 +13,9 @@ from toco_core.backbone import PlainViT, build_encoder, load_weights
 from toco_core.cam import class_activation
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, build_model, pooled
+from toco_core.heads import pooled
+from toco_core.model import ToCo, build_model
+from toco_core.train.optimizer import parameter_groups
 
 SPEC = PlainViT(image=24, patch=8, width=12, depth=4, heads=3, mlp=20)
 K = 5
@@ -334,13 +336,13 @@ def test_fresh_projection_has_unit_rows_that_stay():
 def test_parameter_groups():
     model = small_model()
     settings = {"lr": 0.5, "head_lr_scale": 10.0, "weight_decay": 0.1}
-    encoder, heads = model.parameter_groups(**settings)
+    encoder, heads = parameter_groups(model, **settings)
     assert (encoder["name"], encoder["lr"], encoder["weight_decay"]) == ("encoder", 0.5, 0.1)
     assert (heads["name"], heads["lr"], heads["base_lr"]) == ("heads", 5.0, 5.0)
     assert len(encoder["params"]) + len(heads["params"]) == len(trained(model))
     assert sum(p is model.classifier.weight for p in heads["params"]) == 1
 
-    groups = model.parameter_groups(**settings, decay_all=False)
+    groups = parameter_groups(model, **settings, decay_all=False)
     free = [p for g in groups if g["weight_decay"] == 0 for p in g["params"]]
     assert len([p for g in groups for p in g["params"]]) == len(trained(model))
     assert all(p.ndim == 1 or p is model.encoder.cls_token for p in free)
@@ -350,7 +352,7 @@ def test_parameter_groups():
 
 def test_classifiers_may_have_a_rate_of_their_own():
     model = small_model()
-    groups = model.parameter_groups(lr=0.5, head_lr_scale=10.0, weight_decay=0.1, classifier_lr_scale=400.0)
+    groups = parameter_groups(model, lr=0.5, head_lr_scale=10.0, weight_decay=0.1, classifier_lr_scale=400.0)
     assert [(g["name"], g["base_lr"]) for g in groups] == [("encoder", 0.5), ("heads", 5.0), ("classifiers", 200.0)]
     assert [id(p) for p in groups[2]["params"]] == [id(model.classifier.weight), id(model.aux_classifier.weight)]
     assert sum(len(g["params"]) for g in groups) == len(trained(model))
@@ -373,13 +375,16 @@ def test_aux_norm():
 @pytest.mark.parametrize("size, n, k", [((16, 32), 8, 2), ((24, 40), 15, 3), ((8, 16), 2, 1)])
 def test_poolings_equal_the_slow_ones_in_values_and_gradients(size, n, k):
     x = images(2, *size)
-    for pooling, taken in {"max": 1, "mean": n, "topk": k}.items():
+    for pooling, taken in {"max": 1, "mean": n, "topk": k, "cam_topk": k}.items():
         model = small_model(pooling=pooling)
         found = model(x)
         parts = [(model.classifier, found.tokens.patch_tokens), (model.aux_classifier, found.tokens.aux_patch_tokens)]
         for (head, tokens), logits in zip(parts, (found.class_logits, found.aux_class_logits), strict=True):
             assert tokens.shape[1] == n
-            wanted = torch.stack([head.weight @ slow.pooled(image, taken) for image in tokens])
+            if pooling == "cam_topk":
+                wanted = torch.stack([slow.scores_at_tokens(image, head.weight, taken) for image in tokens])
+            else:
+                wanted = torch.stack([head.weight @ slow.pooled(image, taken) for image in tokens])
             assert_close(logits, wanted)
             upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
             inputs = (tokens, head.weight)
@@ -392,15 +397,16 @@ def test_poolings_equal_the_slow_ones_in_values_and_gradients(size, n, k):
 
 
 def test_pooling_is_all_that_the_option_changes():
-    x, models = images(2, 24, 40), [small_model(pooling=pooling) for pooling in ("max", "mean", "topk")]
-    maximum, mean, topk = (model(x) for model in models)
-    for other in (mean, topk):
+    x, models = images(2, 24, 40), [small_model(pooling=p) for p in ("max", "mean", "topk", "cam_topk")]
+    maximum, mean, topk, cam_topk = (model(x) for model in models)
+    for other in (mean, topk, cam_topk):
         assert torch.equal(other.tokens.patch_tokens, maximum.tokens.patch_tokens)
         assert torch.equal(other.seg_logits, maximum.seg_logits)
         assert (other.class_logits - maximum.class_logits).abs().min() > 1e-3
         assert (other.aux_class_logits - maximum.aux_class_logits).abs().min() > 1e-3
     raw = class_activation(mean.tokens.patch_map, models[1].classifier.weight)
     assert_close(mean.class_logits, raw.mean(dim=(-2, -1)))
+    assert_close(cam_topk.class_logits, raw.flatten(2).sort(descending=True).values[..., :3].mean(-1))  # of 15 tokens
     with pytest.raises(ToCoError, match="pooling = 'sum' is not allowed: one of max, mean, topk"):
         pooled(mean.tokens.patch_tokens, "sum")
     with pytest.raises(ToCoError, match="pooling = 'avg'"):

@@ -15,23 +15,15 @@ from toco_core import losses, viz
 from toco_core import objective as objectives
 from toco_core.config import ReleaseBehaviour, override
 from toco_core.crops import CropBoxes
+from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.objective import (
-    TERMS,
-    Step,
-    StepInput,
-    Term,
-    backward,
-    crop_generator,
-    objective,
-    own_terms,
-    stage_starts,
-    variant,
-)
+from toco_core.objective import TERMS, Step, StepInput, Term, objective, stage_starts
 from toco_core.runs.folder import Run
-from toco_core.train.budget import step_memory
-from toco_core.train.loop import estimate_seconds, open_data, train
+from toco_core.runs.own_terms import own_terms, variant
+from toco_core.train.backward import backward, crop_generator
+from toco_core.train.budget import estimate_seconds, step_memory
+from toco_core.train.loop import train
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 SMALL = {
@@ -76,9 +68,9 @@ def test_the_encoder_sees_every_picture_once(model, batch, monkeypatch, accumula
     once more, for the labels of all. The order of the terms changes nothing."""
     seen, plain = [], ToCo._run_blocks
 
-    def run_blocks(model, images):
+    def run_blocks(model, images, kept=None):
         seen.append(tuple(images.shape))
-        yield from plain(model, images)
+        yield from plain(model, images, kept)
 
     monkeypatch.setattr(ToCo, "_run_blocks", run_blocks)
     config = override(small_recipe(), **SMALL, batch_size=B, accumulate=accumulate)

@@ -192,7 +192,14 @@ def built(tmp_path_factory):
             shutil.copy(ROOT / path, folder / path)
     package = folder / "toco_core"
     wanted = {p.relative_to(folder).as_posix() for p in package.rglob("*.py")}
-    for pattern in ("py.typed", "weights/*.safetensors", "trained/*/*", "widgets/*.js", "widgets/*.css"):
+    for pattern in (
+        "py.typed",
+        "weights/*.safetensors",
+        "trained/*/*",
+        "widgets/*.js",
+        "widgets/*.css",
+        "predict/page.*",
+    ):
         wanted |= {p.relative_to(folder).as_posix() for p in package.glob(pattern)}
     assert {path.parent for path in package.rglob("*.py")} == {path.parent for path in package.rglob("__init__.py")}
     assert {path.rpartition(".")[2] for path in wanted} >= {"py", "js", "css", "typed"}

@@ -13,12 +13,12 @@ import toco_core.evaluation.scores as scoring
 from toco_core.config import override
 from toco_core.data import VOCFolder
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import look
+from toco_core.evaluation.evaluate import evaluate_as, look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
 from toco_core.evaluation.protocols import assess
 from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, score_run, scored_run
 from toco_core.predict.tokens import similarity_of_split
-from toco_core.train.loop import evaluate_as, open_run
+from toco_core.runs.opened import open_run
 
 K = 3
 SMALL = {

@@ -9,12 +9,14 @@ from torch.testing import assert_close
 
 import toco_core.runs.shipped as shipped
 from toco_core.config import override
-from toco_core.data import open_train_val
+from toco_core.data import open_data, open_train_val
 from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.scores import read_scores, scored_run
 from toco_core.runs.folder import Run
-from toco_core.train.loop import evaluate_as, open_data, open_run, train, trained_run
+from toco_core.runs.opened import open_run
+from toco_core.train.loop import train, trained_run
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from toco_core.__main__ import main
+from toco_core.commands.notebooks import copy_notebooks, notebooks_folder, open_lab
 from toco_core.errors import ToCoError
-from toco_core.shipped_notebooks import copy_notebooks, notebooks_folder, open_lab
 
 ROOT = Path(__file__).resolve().parents[1]
 

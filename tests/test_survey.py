@@ -87,6 +87,16 @@ def test_broken_files_are_listed_each_by_name(root):
     assert "unreadable: 2\n  " in str(found)
 
 
+def test_links_out_of_the_data_set_are_counted(root, tmp_path):
+    assert "lead out" not in str(looked_over(root))
+    image = root / "JPEGImages" / "img_7.jpg"
+    image.rename(tmp_path / "elsewhere.jpg")
+    image.symlink_to(tmp_path / "elsewhere.jpg")
+    found = looked_over(root)
+    assert [part.outside for part in found.parts] == [(), ("img_7",)] and not found.unreadable
+    assert "links that lead out of the data set: 1, the first is val/img_7" in str(found)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_fingerprint_survives_size_compression_and_brightness(seed):
     image = scene(90 + seed, 130, seed)

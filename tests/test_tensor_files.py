@@ -18,8 +18,9 @@ from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors, read_tensors
 from toco_core.model import ToCo, skeleton
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import open_run
 from toco_core.runs.release import from_release, to_release
-from toco_core.train.loop import load_optimizer_state, open_run
+from toco_core.train.optimizer import load_optimizer_state
 
 SMALL = ModelConfig(
     backbone="plain_vit(image=32, patch=8, width=32, depth=2, heads=2, mlp=64)",

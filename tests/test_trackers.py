@@ -9,10 +9,11 @@ from small_config import small_recipe
 from voc_folder import write_voc_folder
 
 from toco_core.config import override
+from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.runs.folder import Run
 from toco_core.train import trackers
-from toco_core.train.loop import open_data, train
+from toco_core.train.loop import train
 
 
 @pytest.fixture(scope="module")

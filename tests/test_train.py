@@ -15,24 +15,17 @@ import toco_core.train.loop as training
 from toco_core import crops, labels, losses
 from toco_core.cam import multi_scale_cam
 from toco_core.config import DataConfig, ReleaseBehaviour, TrainConfig, lr_at, override
-from toco_core.data import VOCFolder, open_train_val, training_batches
+from toco_core.data import VOCFolder, open_data, open_train_val, training_batches
 from toco_core.errors import ToCoError
 from toco_core.losses import dense_energy_loss
+from toco_core.machine.device import resolve_device
+from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Step, StepInput, objective
 from toco_core.runs.folder import Run
-from toco_core.train.loop import (
-    attention_of,
-    autocast_of,
-    estimate_seconds,
-    open_data,
-    resolve_device,
-    resolve_precision,
-    to_device,
-    train,
-    trained_run,
-    view_options,
-)
+from toco_core.train.batches import to_device, view_options
+from toco_core.train.budget import estimate_seconds
+from toco_core.train.loop import train, trained_run
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 SMALL = {

@@ -17,8 +17,10 @@ from toco_core.errors import ToCoError
 from toco_core.lattice import energy_lattices
 from toco_core.machine import device as float64
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Step, backward, objective
-from toco_core.train.loop import gradient_length, to_device
+from toco_core.objective import TERMS, Step, objective
+from toco_core.train.backward import backward
+from toco_core.train.batches import to_device
+from toco_core.train.failures import gradient_length
 
 B, K, SIZE, LATE = 3, 4, 48, 10**6
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"

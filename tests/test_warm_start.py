@@ -10,7 +10,8 @@ from toco_core.config import override
 from toco_core.data import evaluation_items, open_train_val, to_unit
 from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, pooled
+from toco_core.heads import class_scores, pooled
+from toco_core.model import ToCo
 from toco_core.train.loop import train
 from toco_core.train.warm_start import fit_classifier, pooled_tokens, warm_start
 
@@ -51,6 +52,27 @@ def test_fitting_equals_the_slow_way():
     assert_close(classifier.weight.double(), slow_fit(before, tokens, labels, 6, picks), rtol=1e-4, atol=1e-6)
 
 
+def test_fitting_scores_at_tokens_equals_the_slow_way():
+    """By automatic differentiation of a sorted sum, with torch's plain AdamW."""
+    torch.manual_seed(0)
+    tokens, labels = torch.randn(13, 11, 7).bfloat16(), (torch.rand(13, 3) < 0.4).float()
+    classifier = torch.nn.Linear(7, 3, bias=False)
+    weight = classifier.weight.detach().clone().requires_grad_()
+    drawn = torch.Generator().manual_seed(5)
+    slow = torch.optim.AdamW([weight], lr=1e-2, weight_decay=1e-2, foreach=False)
+    for step in range(6):
+        slow.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
+        pick = torch.randint(13, (64,), generator=drawn)
+        cam = torch.einsum("bnd,kd->bkn", tokens[pick].float(), weight)
+        p = cam.sort(descending=True).values[..., :3].mean(-1).sigmoid()  # a fifth of 11 tokens, rounded up
+        slow.zero_grad()
+        torch.nn.functional.binary_cross_entropy(p, labels[pick]).backward()
+        slow.step()
+    options = {"steps": 6, "generator": torch.Generator().manual_seed(5), "pooling": "cam_topk"}
+    fit_classifier(classifier, tokens, labels, **options)
+    assert_close(classifier.weight, weight, rtol=1e-4, atol=1e-6)
+
+
 def test_pooled_tokens_are_those_of_every_image_in_order(data):
     config = small()
     torch.manual_seed(1)
@@ -65,8 +87,9 @@ def test_pooled_tokens_are_those_of_every_image_in_order(data):
     assert_close(aux[19:20], pooled(tokens.aux_patch_tokens, "max"), rtol=1e-4, atol=1e-4)
 
 
-def test_a_warm_start_moves_the_classifiers_only_and_lowers_their_loss(data):
-    config = small(warm_start_steps=40)
+@pytest.mark.parametrize("pooling", ["max", "cam_topk"])
+def test_a_warm_start_moves_the_classifiers_only_and_lowers_their_loss(data, pooling):
+    config = small(warm_start_steps=40, pooling=pooling)
     torch.manual_seed(1)
     model = ToCo(config.model, data.train.n_classes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -76,7 +99,9 @@ def test_a_warm_start_moves_the_classifiers_only_and_lowers_their_loss(data):
     def loss():
         final, aux = pooled_tokens(model, data.train, config, progress=False)
         cost = torch.nn.functional.binary_cross_entropy_with_logits
-        return float(cost(model.classifier(final), labels) + cost(model.aux_classifier(aux), labels))
+        parts = ((final, model.classifier), (aux, model.aux_classifier))
+        logits = [c(t) if t.ndim == 2 else class_scores(t.float(), c, pooling) for t, c in parts]
+        return sum(float(cost(x, labels)) for x in logits)
 
     high = loss()
     warm_start(model, data.train, config, progress=False)

@@ -394,6 +394,8 @@ def test_the_copied_line_leads_back_through_the_notebook(tmp_path):
         ({"other": '{"beta": 3}'}, "beta = 3"),
         ({"compare": "third"}, "known are model, other"),
         ({"image": "img_9"}, "image = 'img_9' is not in photos"),
+        ({"image": "\u00b2"}, "is not in photos"),  # a digit, but no number
+        ({"image": "9" * 5000}, "is not in photos"),
     ],
 )
 def test_wrong_parameters_are_refused(session, values, words):

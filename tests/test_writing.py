@@ -30,7 +30,8 @@ from toco_core.machine.locks import alone
 from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_whole
 from toco_core.predict.export import export, main, voc_archive
 from toco_core.runs.folder import Run
-from toco_core.train.loop import open_run, train
+from toco_core.runs.opened import open_run
+from toco_core.train.loop import train
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="rights, limits and links of POSIX")
 

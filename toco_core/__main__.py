@@ -4,6 +4,8 @@ toco notebooks <folder>    copies the notebooks
 toco lab <folder>          opens JupyterLab on them
 toco label <run> <photographs> <folder>
                            labels new photographs: VOC, COCO RLE, overlays
+toco page <run> <photograph> <file>
+                           writes one image under all settings as an HTML page
 toco share <run> <folder>  writes a run's model with a model card, for the Hugging Face Hub
 toco onnx <run> <file>     writes the model of a run as ONNX
 toco <recipe> ...          trains: see `train.launch`
@@ -15,9 +17,10 @@ import sys
 from .errors import ToCoError
 
 COMMANDS = {  # name -> "module:function", which takes the arguments after the name and returns the exit status
-    "notebooks": "toco_core.shipped_notebooks:copy_command",
-    "lab": "toco_core.shipped_notebooks:lab_command",
+    "notebooks": "toco_core.commands.notebooks:copy_command",
+    "lab": "toco_core.commands.notebooks:lab_command",
     "label": "toco_core.predict.label:label_command",
+    "page": "toco_core.predict.page:page_command",
     "share": "toco_core.runs.hub:share_command",
     "onnx": "toco_core.predict.portable:onnx_command",
 }

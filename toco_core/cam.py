@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from .affinity import carried, token_affinity
 from .errors import ToCoError
 from .model import ToCo, Tokens
+from .refiners.attention import carried, token_affinity
 
 EPSILON = 1e-5  # added to a map's maximum: a map without any activation stays 0
 
@@ -66,8 +66,8 @@ def multi_scale_cam(
     are: for labels on the CPU no device is waited for.
 
     attention_steps: carry the activations of every view so often along its own attention, at the tokens, before they
-    are resized (see `affinity`, also for `attention_kind`). `tokens` should then come from `model.encode(images,
-    attend=attention_blocks)`; otherwise that pass is repeated.
+    are resized (see `refiners.attention`, also for `attention_kind`). `tokens` should then come from
+    `model.encode(images, attend=attention_blocks)`; otherwise that pass is repeated.
 
     No gradient, no decoder. Without attention steps it equals the release (which always includes scale 1) when
     `model.dropped_border`, to 3e-6 with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a

@@ -11,9 +11,7 @@ twice.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,65 +20,11 @@ from torch import Tensor, nn
 
 from toco_core.backbone import build_encoder, resize_positions
 
-from .affinity import mean_attention
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-
-DILATION = 5  # of the LargeFOV decoder
-TOPK_SHARE = 0.2  # of the tokens, averaged by the pooling "topk"
-
-
-class Tokens(NamedTuple):
-    """What the encoder says about a batch. `h w` is the patch grid, N = h * w, row by row."""
-
-    class_token: Float[Tensor, "B D"]
-    """After the final norm."""
-    patch_tokens: Float[Tensor, "B N D"]
-    """After the final norm."""
-    aux_patch_tokens: Float[Tensor, "B N D"]
-    """Of block `layer`, through `ToCo.aux_norm`."""
-    grid: tuple[int, int]
-    """(h, w)."""
-    attention: Float[Tensor, "B N N"] | None = None
-    """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
-
-    @property
-    def patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-    @property
-    def aux_patch_map(self) -> Float[Tensor, "B D h w"]:
-        return self.aux_patch_tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-class Inside(NamedTuple):
-    """The patch tokens after every block, to look at."""
-
-    blocks: list[Float[Tensor, "B N D"]]
-    """As each block leaves them."""
-    normed: list[Float[Tensor, "B N D"]]
-    """The same through the final norm, as the classifier would see them were the block the last one."""
-    tokens: Tokens
-    """What `encode` gives."""
-
-    def images(self) -> "list[Inside]":
-        """Each image of the batch by itself."""
-        found = []
-        for b in range(len(self.tokens.class_token)):
-            one = slice(b, b + 1)
-            *parts, grid, attention = self.tokens
-            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
-            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
-        return found
-
-
-class Output(NamedTuple):
-    """Heads applied to the tokens of a batch. C = K + 1, background first."""
-
-    class_logits: Float[Tensor, "B K"]
-    aux_class_logits: Float[Tensor, "B K"]
-    seg_logits: Float[Tensor, "B C h w"] | None
-    tokens: Tokens
+from .heads import LargeFOV, ProjectionHead, class_scores
+from .refiners.attention import mean_attention
+from .tokens import Inside, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):
@@ -116,6 +60,7 @@ class ToCo(nn.Module):
         if self.encoder.pos_embed is not None and config.freeze_pos_embed:
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
+        self.kept: Kept | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -160,14 +105,16 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> Tokens:
+    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True) -> Tokens:
         """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
 
         `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
         matrix products. Raises ToCoError for a block that is not there.
+        `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
+        serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
         with self._attention_of(attend) as maps:
-            for number, x, grid in self._run_blocks(images):
+            for number, x, grid in self._run_blocks(images, self.kept if serves else None):
                 if number == self.layer:
                     aux = x
         tokens = self._tokens(self.final_norm(x), aux, grid)
@@ -180,15 +127,20 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
-    def _run_blocks(self, images: Tensor):
-        """Yield (block number from 1, all tokens after it, grid), block by block."""
-        encoder = self.encoder
-        x = encoder.patch_embed(self._fitted(images))  # B h w D
-        grid = (x.shape[1], x.shape[2])
+    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
+        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
+        behind the kept ones on."""
+        encoder, done = self.encoder, 0
+        if kept is not None:
+            done = kept.blocks
+            x, grid = kept.tokens(self, images)
+        else:
+            x = encoder.patch_embed(self._fitted(images))  # B h w D
+            grid = (x.shape[1], x.shape[2])
+            x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rope.get_embed(shape=grid)
-        x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
-        for number, block in enumerate(encoder.blocks, 1):
+        for number, block in enumerate(encoder.blocks[done:], done + 1):
             if rope is None:
                 x = block(x)
             else:
@@ -239,12 +191,11 @@ class ToCo(nn.Module):
     # ---- heads
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
-        """Class logits (patch tokens `pooled`, then a bias-free linear layer) and, unless left out, segmentation
-        logits."""
+        """Class logits (`class_scores` of the patch tokens) and, unless left out, segmentation logits."""
         pooling = self.config.pooling
         return Output(
-            class_logits=self.classifier(pooled(tokens.patch_tokens, pooling)),
-            aux_class_logits=self.aux_classifier(pooled(tokens.aux_patch_tokens, pooling)),
+            class_logits=class_scores(tokens.patch_tokens, self.classifier, pooling),
+            aux_class_logits=class_scores(tokens.aux_patch_tokens, self.aux_classifier, pooling),
             # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
             seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,
@@ -289,44 +240,6 @@ class ToCo(nn.Module):
         for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
             if isinstance(getattr(self.encoder, name, None), nn.Parameter):
                 getattr(self.encoder, name).requires_grad_(False)
-
-    def parameter_groups(
-        self,
-        *,
-        lr: float,
-        head_lr_scale: float,
-        weight_decay: float,
-        decay_all: bool = True,
-        classifier_lr_scale: float | None = None,
-    ) -> list[dict]:
-        """Groups for an optimiser, each with `name` ('encoder' or 'heads'), `params`, `lr`, `base_lr` and
-        `weight_decay`.
-
-        `classifier_lr_scale`: the two classifiers are a group 'classifiers' with this many times the encoder's rate.
-        None: they belong to 'heads'.
-        `decay_all`: every trained parameter decays, as in the release. Otherwise vectors (biases, norms, scales) and
-        the prefix tokens do not, and form groups of their own.
-        """
-        groups: dict = {}
-        for full_name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            name = "encoder" if full_name.startswith("encoder.") else "heads"
-            if classifier_lr_scale is not None and full_name.startswith(("classifier.", "aux_classifier.")):
-                name = "classifiers"
-            decays = decay_all or (parameter.ndim > 1 and not full_name.endswith(("_token", "pos_embed")))
-            groups.setdefault((name, decays), []).append(parameter)
-        rate = {"encoder": lr, "heads": lr * head_lr_scale, "classifiers": lr * (classifier_lr_scale or head_lr_scale)}
-        return [
-            {
-                "name": name,
-                "params": params,
-                "lr": rate[name],
-                "base_lr": rate[name],
-                "weight_decay": weight_decay if decays else 0.0,
-            }
-            for (name, decays), params in sorted(groups.items(), key=lambda item: list(rate).index(item[0][0]))
-        ]
 
     # ---- looking inside
 
@@ -404,8 +317,6 @@ class ToCo(nn.Module):
                 hook.remove()
                 attention.fused_attn = fused
 
-    # ---- checkpoints of the release
-
 
 def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None = None) -> ToCo:
     """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
@@ -422,73 +333,3 @@ def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = Fals
     built for them."""
     with torch.device("meta"):
         return ToCo(dataclasses.replace(config, pretrained=False), n_classes, dropped_border=dropped_border)
-
-
-class ProjectionHead(nn.Module):
-    """D -> P: three linear layers with GELU between them, L2 normalisation, and a weight-normalised linear layer
-    without bias.
-
-    The rows of the last layer are directions `weight_v` of length `weight_g`, which stays 1 and is not trained.
-    """
-
-    def __init__(self, width: int, hidden: int, bottleneck: int, out: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.last_layer = WeightNormLinear(bottleneck, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
-
-
-class WeightNormLinear(nn.Module):
-    """Linear layer whose weight rows are weight_g * weight_v / |weight_v|."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out, 1), requires_grad=False)
-        self.weight_v = nn.Parameter(nn.Linear(width, out, bias=False).weight.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
-
-
-class LargeFOV(nn.Module):
-    """Segmentation decoder: two 3 x 3 convolutions with a dilation (5 as published) and ReLU, then one 1 x 1; no
-    biases. Output at the patch grid."""
-
-    def __init__(self, width: int, hidden: int, out: int, *, dilation: int = DILATION):
-        super().__init__()
-        self.conv6 = nn.Conv2d(width, hidden, 3, padding=dilation, dilation=dilation, bias=False)
-        self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation, bias=False)
-        self.conv8 = nn.Conv2d(hidden, out, 1, bias=False)
-
-    def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
-        return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
-
-
-def pooled(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Float[Tensor, "B D"]:
-    """All patch tokens as one vector, each channel d on its own: what a classifier reads.
-
-    With x_(1) >= ... >= x_(N) the values of a channel over the tokens, sorted, it is the mean of the k largest,
-    (x_(1) + ... + x_(k)) / k: k = 1 for `max` (the published pooling), k = N for `mean`, and a fifth of the tokens for
-    `topk`, k = ceil(N / 5). So all three differ in k only; the classifier comes afterwards and its weights make CAM in
-    the same way. (Taking the k best tokens of each class score instead, as multiple-instance pooling often does, would
-    also change what the maximum is taken of.) The mean commutes with the classifier: global average pooling of CAM.
-
-    Errors: `ToCoError` for another name.
-    """
-    if pooling == "max":
-        return patch_tokens.max(dim=1).values
-    if pooling == "mean":
-        return patch_tokens.mean(dim=1)
-    if pooling == "topk":
-        return patch_tokens.topk(math.ceil(TOPK_SHARE * patch_tokens.shape[1]), dim=1).values.mean(dim=1)
-    raise ToCoError(f"pooling = {pooling!r} is not allowed: one of max, mean, topk")
-
-
-# ---- backbones

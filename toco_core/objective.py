@@ -34,8 +34,6 @@ the whole's.
 """
 
 import contextlib
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import NamedTuple
@@ -51,7 +49,7 @@ from .config import TrainConfig
 from .errors import ToCoError
 from .lattice import Lattice, energy_lattices
 from .losses import dense_energy_loss
-from .machine.distributed import ALONE, Share, unshared_gradients
+from .machine.distributed import ALONE, Share
 from .model import Output, ToCo, Tokens
 
 
@@ -281,7 +279,7 @@ def ctc(step: Step) -> Float[Tensor, ""]:
     with step.autocast():
         views = crops.local_views(batch.local_image, boxes, size, resized=resized)
         second = model.encode(batch.global_view).class_token
-        local = model.encode(views.flatten(0, 1)).class_token.unflatten(0, (len(views), -1))
+        local = model.encode(views.flatten(0, 1), keep=False).class_token.unflatten(0, (len(views), -1))
         both = torch.stack([step.tokens.class_token, second], dim=1)
         student = model.project(torch.cat([both, local], dim=1))
         teacher = model.project_ema(both.detach())
@@ -358,52 +356,6 @@ def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
             raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
 
 
-def own_terms(terms: Mapping[str, Term]) -> dict[str, str]:
-    """Name -> digest of the source, weight and start of every term that is not the package's, and "absent" for those of
-    the package that are left out: what a run's config does not say."""
-    found = {name: _digest(term) for name, term in terms.items() if TERMS.get(name) != term}
-    return found | {name: "absent" for name in TERMS if name not in terms}
-
-
-def variant(terms: Mapping[str, Term]) -> str:
-    """What the terms add to a run's name: "" for the package's, else ten digits of `own_terms`."""
-    found = own_terms(terms)
-    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:10] if found else ""
-
-
-def _digest(term: Term) -> str:
-    """Of the functions' source (their byte code, where there is none), defaults, and plain values around them."""
-    digest = hashlib.sha256(repr((term.weight, term.start)).encode())
-    for part in (term.loss, term.label, term.count):
-        digest.update(_text(part).encode())
-    return digest.hexdigest()[:10]
-
-
-def _text(part: object) -> str:
-    if part is None or isinstance(part, str):
-        return repr(part)
-    function = inspect.unwrap(getattr(part, "func", part))  # of functools.partial, too
-    given = [getattr(part, "args", ()), sorted(getattr(part, "keywords", {}).items())]
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        source = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(type(function))
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    given += [getattr(function, "__defaults__", None), cells]
-    return source + repr(
-        [value if isinstance(value, (bool, int, float, str)) else type(value) for value in _flat(given)]
-    )
-
-
-def _flat(value):
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
 # ---- their sum
 
 
@@ -427,68 +379,3 @@ def objective(step: Step) -> Objective:
     zero = step.batch.images.new_zeros(())
     terms = {name: term.loss(step) if name in weights else zero for name, term in step.terms.items()}
     return Objective(sum(weight * terms[name] for name, weight in weights.items()), terms)
-
-
-def backward(
-    compute: Callable[[Step], Objective],
-    model: ToCo,
-    batch: StepInput,
-    config: TrainConfig,
-    number: int = 0,
-    **options,
-) -> Objective:
-    """A batch's objective and its backward pass, in `config.schedule.accumulate` parts one after the other.
-
-    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. Where
-    there are several parts, the labels of all come first, as some terms are means over all of them: one more pass of
-    the main images through the encoder.
-
-    `compute` as `distributed.shared_step` returns it, `options` as for `Step`. The result has no graph.
-    """
-    n = config.schedule.accumulate
-    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
-    steps = [Step(model, part, config, number, parts=n, **options) for part in parts]
-    if n > 1:
-        _make_labels(steps)
-    found = []
-    while steps:  # each goes when it is done: what it computed is large
-        step = steps.pop(0)
-        with unshared_gradients(compute) if steps else contextlib.nullcontext():
-            result = compute(step)
-            (result.total / n).backward()
-        found.append(Objective(result.total.detach(), {name: value.detach() for name, value in result.terms.items()}))
-        del step, result
-    if n == 1:
-        return found[0]
-    terms = {name: torch.stack([one.terms[name] for one in found]).mean(0) for name in found[0].terms}
-    return Objective(torch.stack([one.total for one in found]).mean(), terms)
-
-
-def _make_labels(steps: list[Step]) -> None:
-    """The labels of all parts of a batch, and what is counted in them over all parts and processes."""
-    first = steps[0]
-    wanted = {name: term for name, term in first.terms.items() if first.weights.get(name, 0) > 0 and term.label}
-    counted = {name: term for name, term in wanted.items() if term.count}
-    sums: dict[str, Tensor] = {}
-    for step in steps:
-        step.graph, graph = False, step.graph
-        for term in wanted.values():
-            step.made(term.label)
-        for name, term in counted.items():
-            sums[name] = sums[name] + term.counted(step) if name in sums else term.counted(step)
-        step.forget("tokens", "output", "seg_logits", "cams", "unit")
-        step.graph = graph
-    totals = {name: first.share.total(value) for name, value in sums.items()}
-    for step in steps:
-        step.counts = dict(totals)
-
-
-def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
-    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
-    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
-    too."""
-    seed = config.seed * 1_000_003 + step
-    torch.manual_seed(seed + first)
-    generator = torch.Generator().manual_seed(seed)
-    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
-    return generator

@@ -42,22 +42,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from toco_core import crops, labels, losses, par
 from toco_core.backbone import build_encoder
 from toco_core.config import TrainConfig, override, tiny
-from toco_core.data import Batch, training_batches
+from toco_core.data import Batch, open_data, training_batches
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.lattice import energy_lattices
 from toco_core.losses import dense_energy_loss
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
 from toco_core.refiners.crf import crf_lattices, dense_crf
-from toco_core.train.loop import (
-    attention_of,
-    autocast_of,
-    gradient_length,
-    not_finite,
-    open_data,
-    to_device,
-    train,
-    view_options,
-)
+from toco_core.train.batches import to_device, view_options
+from toco_core.train.failures import gradient_length, not_finite
+from toco_core.train.loop import train
 
 K = 20
 MAKERS_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, SXM

@@ -22,8 +22,8 @@ from measure import LATE, RECORDS, alternate, batch_of, config_of, machine, mode
 from toco_core import labels, losses
 from toco_core.data.augment import training_views
 from toco_core.machine.device import keep_freed_memory
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
-from toco_core.train.loop import attention_of, autocast_of
 
 POINT = {"crop": 448, "batch": 2, "classes": 20}
 POINTS = {

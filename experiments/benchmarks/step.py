@@ -25,8 +25,9 @@ from toco_core import crops, labels, losses
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
-from toco_core.train.loop import attention_of, autocast_of
+from toco_core.train.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
 SIZE, BATCH, K, VIEWS, LOCAL = 448, 2, 20, 8, 96
@@ -69,7 +70,7 @@ def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
     region = labels.region_mask(torch.rand(BATCH, K, size, size), batch.image_labels, beta_l=0.4, beta_h=0.6)
     boxes = crops.sample_crops(region, n_crops=VIEWS, crop_size=config.crops.local_size, valid_box=batch.valid_box)
 
-    groups = model.parameter_groups(lr=1e-6, head_lr_scale=10, weight_decay=0.01)
+    groups = parameter_groups(model, lr=1e-6, head_lr_scale=10, weight_decay=0.01)
     slow_optimizer = baseline.optimizer_of(groups, config.schedule.betas)
     fast_optimizer = torch.optim.AdamW(groups, betas=config.schedule.betas, fused=True)
 

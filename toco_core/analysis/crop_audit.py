@@ -25,7 +25,7 @@ from toco_core.data import training_views
 from toco_core.errors import ToCoError
 from toco_core.labels import region_mask
 from toco_core.model import ToCo
-from toco_core.train.loop import view_options
+from toco_core.train.batches import view_options
 
 
 def foreground_share(

@@ -3,8 +3,9 @@
 Only block `layer` and the last one have classifiers. For any other block one is fitted afterwards, on frozen tokens and
 the same image-level labels: a bias-free linear function of the pooled patch tokens (their maximum, unless the model has
 another `pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, this is a constant per image
-and fitting is a logistic regression with one solution; no seed, no schedule. Such a probe says what could be read from
-a block, not what the network itself reads there.
+and fitting is a logistic regression with one solution; no seed, no schedule. (With the pooling `cam_topk`, where it is
+no constant, the probe is fitted as a warm start is.) Such a probe says what could be read from a block, not what the
+network itself reads there.
 
 (Applying the final norm and classifier to an early block instead would assume that all blocks speak the last one's
 language; a poor map would then say nothing about the block.)
@@ -24,12 +25,15 @@ from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import CAMCounts, strongest
+from toco_core.heads import pooled
 from toco_core.machine.device import in_float64
-from toco_core.model import ToCo, pooled
+from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.model import ToCo
 from toco_core.predict.tokens import tokens_by_block
-from toco_core.train.loop import attention_of, autocast_of
+from toco_core.train.warm_start import fit_classifier
 
 BATCH = 16  # images whose tokens of all blocks are held at a time
+PROBE_STEPS = 300  # of a probe of the scores at tokens
 
 
 def token_cam(
@@ -81,13 +85,27 @@ def probe_classifiers(
 
     source: a split whose image-level labels are read; its first `n_images` (None: all), each at `crop_size` square.
     """
-    features, labels = [], []
+    features, labels, pooling = [], [], model.config.pooling
     for items, tokens, _ in _tokens_of_split(model, source, config, n_images):
-        features.append([pooled(block, model.config.pooling) for block in tokens])
+        features.append([block.bfloat16() if pooling == "cam_topk" else pooled(block, pooling) for block in tokens])
         labels += [item.image_labels for item in items]
     features = [torch.cat(parts) for parts in zip(*features, strict=True)]
     image_labels = torch.cat(labels).to(features[0].device)
+    if pooling == "cam_topk":
+        return {number: _warm_started(model, x, image_labels.float()) for number, x in enumerate(features, 1)}
     return {number: fitted_classifier(x, image_labels, decay=decay) for number, x in enumerate(features, 1)}
+
+
+def _warm_started(model: ToCo, tokens: Tensor, image_labels: Tensor) -> Float[Tensor, "K D"]:
+    """A classifier of the scores at tokens, from a fixed beginning."""
+    generator = torch.Generator().manual_seed(0)
+    classifier = torch.nn.Linear(model.width, model.n_classes, bias=False)
+    torch.nn.init.normal_(classifier.weight, std=model.width**-0.5, generator=generator)
+    classifier.to(tokens.device)
+    options = {"steps": PROBE_STEPS, "generator": generator, "pooling": model.config.pooling}
+    with torch.enable_grad():
+        fit_classifier(classifier, tokens, image_labels, **options)
+    return classifier.weight.detach().to(model.classifier.weight.dtype)
 
 
 def score_block_cams(

@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from toco_core.config import TrainConfig, lr_at
+from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import Split, to_unit
+from toco_core.data.augment import scaled_range
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo, build_model
-from toco_core.train.loop import attention_of, autocast_of, resolve_device
+from toco_core.machine.device import resolve_device
+from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.model import ToCo
+from toco_core.train.optimizer import build_training, set_rates
 
 
 def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None = None, progress: bool = True) -> ToCo:
@@ -31,30 +34,13 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
     """
     if source.n_masks < len(source):
         raise ToCoError(f"{source!r} has masks of {source.n_masks} images only: supervised training needs all")
-    schedule, steps, device = config.schedule, steps or config.schedule.steps, resolve_device(config.device)
-    torch.manual_seed(config.seed)
-    model = build_model(config, source.n_classes).to(device).train()
-    model.freeze_blocks(schedule.frozen_blocks)
-    groups = model.parameter_groups(
-        lr=schedule.lr,
-        head_lr_scale=schedule.head_lr_scale,
-        classifier_lr_scale=schedule.classifier_lr_scale,
-        weight_decay=schedule.weight_decay,
-        decay_all=config.release.decay_all,
-    )
-    optimizer, autocast = torch.optim.AdamW(groups, betas=schedule.betas), autocast_of(config, device)
+    steps, device = steps or config.schedule.steps, resolve_device(config.device)
+    model, optimizer = build_training(config, source.n_classes, device)
+    model.train()
+    autocast = autocast_of(config, device)
     with attention_of(model, config, device):
         for step in tqdm(range(steps), desc="supervised", unit="step", disable=not progress, file=sys.stdout):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(
-                    step,
-                    base_lr=group["base_lr"],
-                    steps=steps,
-                    warmup_steps=min(schedule.warmup_steps, steps),
-                    warmup_ratio=schedule.warmup_ratio,
-                    power=schedule.power,
-                    rate_jump=config.release.rate_jump,
-                )
+            set_rates(optimizer, config, step, steps=steps)
             images, labels = (part.to(device) for part in _batch(source, config, step))
             with autocast():
                 logits = model(model.normalise(to_unit(images))).seg_logits
@@ -75,12 +61,16 @@ def crop_with_mask(
     *,
     crop_size: int,
     scale_range: tuple[float, float],
+    scale_relative: bool = False,
     rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
     """Both rescaled, flipped half of the time, cut at a random place, padded with black and 255 where they are small.
 
-    H = W = `crop_size`. Labels are never mixed: the mask takes the nearest pixel.
+    H = W = `crop_size`. Labels are never mixed: the mask takes the nearest pixel. `scale_relative` as in
+    `augment.training_views`.
     """
+    if scale_relative:
+        scale_range = scaled_range(scale_range, mask.shape, (crop_size, crop_size))
     scale = rng.uniform(*scale_range)
     height, width = (max(1, round(side * scale)) for side in mask.shape)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -107,6 +97,7 @@ def _batch(source: Split, config: TrainConfig, step: int) -> tuple[torch.Tensor,
             source.mask(index),
             crop_size=config.data.crop_size,
             scale_range=config.data.scale_range,
+            scale_relative=config.data.scale_relative,
             rng=np.random.default_rng((config.seed, 2, position)),
         )
         images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))

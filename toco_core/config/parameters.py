@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from toco_core.config.sections import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections
+from toco_core.config import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections
 from toco_core.errors import ToCoError
 
 

@@ -12,7 +12,7 @@ from toco_core.data.loader import (
     to_unit,
     training_batches,
 )
-from toco_core.data.source import Layout, open_source, open_train_val, recognise, split_names
+from toco_core.data.source import Layout, open_data, open_source, open_train_val, recognise, split_names
 from toco_core.data.split import Report, Split, TrainVal, holdout
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check",
     "evaluation_items",
     "holdout",
+    "open_data",
     "open_source",
     "open_train_val",
     "read_image",

@@ -7,6 +7,7 @@ The primitives (`brightness` ... `solarise`) follow the definitions of the usual
 blend with black and with the mean grey, saturation blends with the grey image, hue turns the HSV circle.
 """
 
+import math
 from typing import NamedTuple
 
 import cv2
@@ -50,6 +51,7 @@ def training_views(
     crop_size: int | tuple[int, int],
     rng: np.random.Generator,
     scale_range: tuple[float, float] = (0.5, 2.0),
+    scale_relative: bool = False,
     global_area: tuple[float, float] = (0.4, 1.0),
     blur_sigma: tuple[float, float] = (0.1, 2.0),
     image_colour: ColourChance = IMAGE_COLOUR,
@@ -63,6 +65,7 @@ def training_views(
 
     image: rescaled by a factor from `scale_range`, flipped half of the time, cropped to `crop_size` (H = W, or a pair)
         at a random place, padded with `pad_colour` at a random offset where it is smaller; coloured by `image_colour`.
+        With `scale_relative` the factor 1 is the size at which the image has the area of a crop, not its own size.
     local_image: the same crop with its own colours, so that a place in it is the same place in `image` and its region
         map.
     global_view: another window of the original, with a share of its area from `global_area` and an aspect of 3:4 to
@@ -79,6 +82,8 @@ def training_views(
     size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
     _check_ranges(image, size, scale_range=scale_range, global_area=global_area, blur_sigma=blur_sigma)
 
+    if scale_relative:
+        scale_range = scaled_range(scale_range, image.shape[:2], size)
     crop, valid_box = _random_crop(image, size, scale_range, rng)
     flip_image = mirrored_valid_box and rng.random() < 0.5
     flip_local = rng.random() < 0.5 if independent_local_image else flip_image
@@ -89,6 +94,14 @@ def training_views(
     global_view = vary_colour(_random_window(image, size, global_area, rng), global_colour, blur_sigma, rng)
     main, local_image, global_view = (np.ascontiguousarray(view.transpose(2, 0, 1)) for view in (*views, global_view))
     return Views(main, global_view, local_image, np.array(valid_box, dtype=np.int64))
+
+
+def scaled_range(
+    scale_range: tuple[float, float], image_size: tuple[int, int], crop_size: tuple[int, int]
+) -> tuple[float, float]:
+    """Turn factors that count from the size at which an image has the area of a crop into factors of its own size."""
+    unit = math.sqrt(math.prod(crop_size) / math.prod(image_size))
+    return unit * scale_range[0], unit * scale_range[1]
 
 
 def vary_colour(

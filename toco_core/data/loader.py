@@ -71,6 +71,7 @@ def training_batches(
     stop_step: int | None = None,
     workers: int = 0,
     cache: bool = False,
+    views_per_image: int = 0,
     start_method: str | None = None,
     pin_memory: bool = False,
     **view_options,
@@ -83,17 +84,18 @@ def training_batches(
     part: which images of every batch to load, where several processes share it; None: all.
     workers: processes that load; 0 loads here. start_method: "fork", "spawn" or "forkserver", None: Python's default.
     cache: decode every image once, before the first step, and keep it (H W 3 bytes each, once for all workers).
+    views_per_image: in how many ways an image is varied, the same ones again after so many passes; 0: anew in each.
     view_options: keywords of `training_views` besides image, crop size and rng.
 
     Raises ToCoError at once for bad numbers and, while iterating, naming the file, where an image cannot be read.
     """
     _check_at_least(1, batch_size=batch_size)
-    _check_at_least(0, seed=seed, start_step=start_step, workers=workers)
+    _check_at_least(0, seed=seed, start_step=start_step, workers=workers, views_per_image=views_per_image)
     if len(source) < 1:
         raise ToCoError("the data set is empty: at least one image is needed to train")
     options = dict(view_options, crop_size=crop_size)
     training_views(np.zeros((8, 8, 3), np.uint8), rng=np.random.default_rng(0), **options)  # refuses bad options now
-    dataset = _TrainingSamples(source, seed, options, ImageCache(source) if cache else None)
+    dataset = _TrainingSamples(source, seed, options, ImageCache(source) if cache else None, views_per_image)
     loader = DataLoader(
         dataset,
         batch_sampler=_StepSampler(len(source), batch_size, seed, start_step, stop_step, part or slice(None)),
@@ -185,16 +187,20 @@ class _StepSampler:
 
 
 class _TrainingSamples(Dataset):
-    def __init__(self, source: ImageSource, seed: int, options: dict, cache: ImageCache | None):
+    def __init__(self, source: ImageSource, seed: int, options: dict, cache: ImageCache | None, views_per_image: int):
         self.source, self.seed, self.options, self.cache = source, seed, options, cache
+        self.views_per_image = views_per_image
         self.labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32)
 
     def __getitem__(self, key: tuple[int, int]):
         position, index = key
+        draw = (1, position)
+        if self.views_per_image:
+            draw = (2, index, position // len(self.labels) % self.views_per_image)
         name = self.source.names[index]
         try:
             image = (self.cache or self.source).image(index)
-            views = training_views(image, rng=np.random.default_rng((self.seed, 1, position)), **self.options)
+            views = training_views(image, rng=np.random.default_rng((self.seed, *draw)), **self.options)
         except Exception as error:  # noqa: BLE001  whatever it is, it belongs to this file
             return _failure(name, error)
         return name, *(torch.from_numpy(array) for array in views), self.labels[index]

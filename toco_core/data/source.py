@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from toco_core.config import DataConfig
 from toco_core.data.layouts import coco, tags, voc
 from toco_core.data.split import BROKEN, Split, TrainVal, holdout
 from toco_core.errors import ToCoError
@@ -109,6 +110,11 @@ def open_train_val(
         return TrainVal(whole, other, False)
     kept, out = holdout(whole.names, fraction, seed)
     return TrainVal(whole.subset(kept), whole.subset(out), True)
+
+
+def open_data(config: DataConfig) -> TrainVal:
+    """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
+    return open_train_val(config.dataset, train=config.train_split, val=config.val_split)
 
 
 def _kind(dataset: Path | str) -> tuple[str, Path]:

@@ -108,6 +108,13 @@ class Split:
         """The file of one image."""
         return self._images[index]
 
+    def outside(self) -> list[int]:
+        """Images that are links to files outside of the data set: a link farm has them, and so has a folder whose
+        author wants a file of yours."""
+        root = Path(self.root).resolve()
+        root = root if root.is_dir() else root.parent
+        return [i for i, path in enumerate(self._images) if root not in path.resolve().parents]
+
     def mask_source(self, index: int) -> Any:
         """What the mask of one item is read or drawn from: a file, or a record of its annotations; None without."""
         return self._masks[index]

@@ -74,6 +74,7 @@ class Part(NamedTuple):
     n_without_class: int
     n_masks: int
     unreadable: tuple[str, ...]  # what is wrong with each of the others
+    outside: tuple[str, ...] = ()  # names of images that are links out of the data set
 
 
 class Same(NamedTuple):
@@ -123,6 +124,9 @@ class Survey(NamedTuple):
                 + ", ".join(f"{name} {n}" for name, n in named)
             )
         lines.append(f"unreadable: {len(self.unreadable)}" + "".join(f"\n  {m}" for m in self.unreadable))
+        outside = [f"{part.split}/{name}" for part in self.parts for name in part.outside]
+        if outside:
+            lines.append(f"links that lead out of the data set: {len(outside)}, the first is {outside[0]}")
         for title, pairs in (("duplicates within a split", self.duplicates), ("leaks between splits", self.leaks)):
             lines.append(f"{title}: {len(pairs)}")
             for pair in pairs[:10]:
@@ -165,6 +169,7 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
                 n_without_class=int((rows.sum(1) == 0).sum()),
                 n_masks=source.subset(good).n_masks if good else 0,
                 unreadable=tuple(str(error) for _, error in outcomes if error is not None),
+                outside=tuple(source.names[i] for i in source.outside()),
             )
         )
     same = [

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from toco_core.cam import CAMs, multi_scale_cam
+from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.data.fingerprint import file_digests
@@ -32,6 +33,7 @@ from toco_core.evaluation.resume import ImageCounts, KeptEvaluation
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo
 from toco_core.predict.crf_workers import CRFWorkers
 from toco_core.predict.image import eval_size as eval_size
@@ -444,3 +446,38 @@ def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalIt
         batch.append(item)
     if batch:
         yield batch
+
+
+def evaluate_as(
+    config: TrainConfig,
+    model: ToCo,
+    source,
+    *,
+    crf: bool | Mapping = False,
+    crf_workers: int = 0,
+    on_batch: Callable | None = None,
+    progress: bool = True,
+    what: str = "evaluating",
+    share: Share = ALONE,
+    keep: Path | str | None = None,
+) -> Evaluation:
+    """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
+    device = model.classifier.weight.device
+    with attention_of(model, config, device):
+        return evaluate(
+            model,
+            source,
+            size=eval_size(config),
+            **config.labels.cam_options(),
+            seg_scales=config.seg_scales,
+            max_over_scales=config.release.max_over_scales,
+            crf=crf,
+            crf_workers=crf_workers,
+            autocast=autocast_of(config, device),
+            on_batch=on_batch,
+            progress=progress,
+            workers=config.data.workers,
+            what=what,
+            share=share,
+            keep=keep,
+        )

@@ -21,16 +21,19 @@ from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
-from toco_core.data import Split, TrainVal, evaluation_items, open_source
+from toco_core.data import Split, TrainVal, evaluation_items, open_data, open_source
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import carried_named
 from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
+from toco_core.machine.device import resolve_device
+from toco_core.machine.precision import passes_of
 from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf, crf_named
+from toco_core.runs.opened import open_run
 from toco_core.runs.release import from_release
-from toco_core.train.loop import open_data, open_run, passes_of, resolve_device, trained_run
+from toco_core.train.loop import trained_run
 
 KINDS = ("cam", "aux_cam", "pseudo_label", "seg", "seg_ms", "seg_crf")
 MULTI_SCALES = (0.75, 1.0, 1.25)

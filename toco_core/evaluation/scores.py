@@ -19,17 +19,19 @@ import numpy as np
 from jaxtyping import Float64
 
 from toco_core.config import TrainConfig
-from toco_core.data import Split, TrainVal, open_source, split_names
+from toco_core.data import Split, TrainVal, open_data, open_source, split_names
 from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import Evaluation
+from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.labels import pseudo_label
 from toco_core.model import ToCo
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import Opened
 from toco_core.runs.shipped import shipped_run
-from toco_core.train.loop import Opened, evaluate_as, open_data, train, weights_file
+from toco_core.train.kept_tokens import KeptTokens
+from toco_core.train.loop import train
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
 SCORED = ("cam", "aux_cam", "pseudo_label", "seg")
@@ -63,17 +65,19 @@ class Scored(NamedTuple):
     scores: RunScores
 
 
-def scored_run(config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True) -> Scored:
-    """The scores of a config's run: from its folder, or after training it.
+def scored_run(
+    config: TrainConfig, *, data: TrainVal | None = None, progress: bool = True, kept: KeptTokens | None = None
+) -> Scored:
+    """The scores of a config's run: from its folder, or after training it, `kept` as for `train`.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data, run = data or open_data(config.data), shipped_run(config) or Run.of(config)
     if run.finished:
-        run.refuse_other_data(data, weights_file(config))
+        run.refuse_other_data(data, config.model.weights_file)
     found = _scores_of(run, data)
     if found is None:
-        trained = train(config, data=data, progress=progress)
+        trained = train(config, data=data, progress=progress, kept=kept)
         opened = Opened(trained.model, config, trained.run, trained.data)
         found = score_run(opened, validation=trained.validation, progress=progress)
     return Scored(config, run, found)

@@ -1,4 +1,4 @@
-"""What the machine can do: double precision, which not every device has (Apple's MPS), and memory that stays.
+"""What the machine has: devices, double precision, which not every one has (Apple's MPS), and memory that stays.
 
 On Linux, large CPU tensors are mapped anew at each operation unless the process keeps what is freed.
 """
@@ -9,9 +9,31 @@ import sys
 import torch
 from torch import Tensor
 
+from toco_core.errors import ToCoError
+
 WITHOUT_FLOAT64 = ("mps",)  # device types
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 2**31 - 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises ToCoError for a device that is not there.
+
+    On CUDA two settings of the process change: a GPU named by its number becomes the current one, which is what pinned
+    memory goes by, and a convolution in float32 is computed in float32, not in TF32.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    kind, _, number = name.partition(":")
+    if not there.get(kind) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise ToCoError(f"device = {name!r} is not on this machine; there is {', '.join(k for k in there if there[k])}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
 
 
 def widest_float(device: torch.device) -> torch.dtype:

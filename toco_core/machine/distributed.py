@@ -7,7 +7,8 @@ beyond its part: losses that are means over all pairs or pixels of the batch, th
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from toco_core.errors import ToCoError
+from toco_core.machine.device import in_float64
 
 
 class Share(NamedTuple):
@@ -39,6 +41,11 @@ class Share(NamedTuple):
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes, without gradient; all must call it."""
         return self.total(value) / self.n if self.n > 1 else value
+
+    def numbers(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the processes of scalars, by name, as plain numbers; all must call it."""
+        means = self.mean(in_float64(torch.stack([value.detach() for value in values.values()])))
+        return dict(zip(values, means.tolist(), strict=True))
 
     def gathered(self, value: Any) -> list:
         """What each process gives, by rank; all must call it."""
@@ -67,6 +74,7 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+LOST = "gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out waiting|socket"  # how gloo and nccl tell it
 
 
 def current() -> Share:
@@ -121,6 +129,14 @@ def unshared_gradients(compute: Callable) -> contextlib.AbstractContextManager:
     """A context in which what `shared_step` returned leaves gradients unaveraged: the next one outside of it averages
     their sum."""
     return compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def lost_process(error: BaseException) -> str:
+    """What the network says about a process that is gone, in one line; empty for other errors and in a run alone."""
+    if current().n == 1 or not isinstance(error, RuntimeError):
+        return ""
+    text = " ".join(str(error).split())
+    return text[:200] if isinstance(error, torch.distributed.DistError) or re.search(LOST, text, re.I) else ""
 
 
 class _Step(nn.Module):

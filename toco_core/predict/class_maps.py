@@ -37,10 +37,11 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import eval_size
 from toco_core.labels import pseudo_label
+from toco_core.machine.device import resolve_device
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.machine.torchvision_shim import make_importable
 from toco_core.predict.models import NamedModel, is_model, open_model
 from toco_core.runs.packed import MODEL
-from toco_core.train.loop import attention_of, autocast_of, resolve_device
 from toco_core.viz import label_over_image, overlay, titled_row
 
 MOST = 3  # classes that an ImageNet head shows at most

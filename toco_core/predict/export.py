@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_data, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
@@ -40,12 +41,13 @@ from toco_core.data.split import joined
 from toco_core.errors import ToCoError
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
+from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.model import ToCo, Tokens
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claim_folder, weights_hash
-from toco_core.train.loop import open_data, open_run, passes_of
+from toco_core.runs.opened import open_run
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -127,9 +129,22 @@ def export(
                 for done in pool.map(lambda item: write_label(label_path(folder, item[0]), item[1]), bar):
                     assert done is None
         if images != "none":
+            tell_outside(source)
             for i, name in enumerate(source.names):
                 place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
         return write_lists(folder, source, split, settings, len(missing), parts=parts)
+
+
+def tell_outside(source: Split) -> None:
+    """Warn where images are links out of their data set: who gives the export away gives those files away."""
+    outside = source.outside()
+    if outside:
+        path = source.image_path(outside[0])
+        warnings.warn(
+            f"{len(outside)} of {len(source)} images are links to files outside of {source.root}, and the export has "
+            f"those files (the first: {path.name} is {path.resolve()}); images = 'none' leaves them out",
+            stacklevel=3,
+        )
 
 
 def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from toco_core.affinity import carried, token_affinity
 from toco_core.cam import class_activation, normalise_cam, scaled
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
@@ -31,6 +30,7 @@ from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
 from toco_core.model import Inside, ToCo, Tokens
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
+from toco_core.refiners.attention import carried, token_affinity
 from toco_core.refiners.crf import crf_label
 
 AUXILIARY = 0  # the auxiliary CAM where a block's number from 1 is expected

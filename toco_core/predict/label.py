@@ -44,6 +44,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import checked_crf, eval_size
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.machine.writing import remove_parts, write_whole, writing
 from toco_core.model import ToCo
 from toco_core.predict.export import (
@@ -58,7 +59,6 @@ from toco_core.predict.export import (
 )
 from toco_core.predict.models import NamedModel, open_model
 from toco_core.runs.folder import claim_folder, weights_hash
-from toco_core.train.loop import attention_of, autocast_of
 from toco_core.viz import label_over_image
 
 TAGS = {

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from toco_core.config import TrainConfig, override, voc
-from toco_core.data import VOC_CLASSES
+from toco_core.data import VOC_CLASSES, open_data
 from toco_core.errors import ToCoError
+from toco_core.machine.device import resolve_device
 from toco_core.machine.files import refuse_wrong_keys
 from toco_core.model import ToCo, skeleton
 from toco_core.runs.folder import Run
 from toco_core.runs.hub import from_pretrained
 from toco_core.runs.release import from_release
 from toco_core.runs.shipped import shipped_runs
-from toco_core.train.loop import open_data, resolve_device
 
 
 class NamedModel(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toco_core.cam import class_activation, normalise_cam
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.train.loop import open_run
+from toco_core.runs.opened import open_run
 
 INPUT, OUTPUTS = "images", ("scores", "cam", "segmentation")
 TOLERANCE = 1e-4

@@ -1,6 +1,7 @@
-"""What a training step takes of the device's memory, measured before the training starts, and whether that is free.
+"""What a training takes, measured before it starts: the device's memory, and whether that is free; and time.
 
     print(step_memory(config, data))
+    print(estimate_seconds(config, data))
 
 One step is computed with at most two images and everything that is allocated is counted. More images take
 proportionally more (roughly: maps are of an image's classes, lattices of its colours); what is per parameter, weights
@@ -10,6 +11,7 @@ said here, below that by up to 35 MB more (`tests/peak_memory.py`); never compar
 """
 
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +25,15 @@ from torch.utils._pytree import tree_leaves
 from toco_core.config import TrainConfig, override
 from toco_core.data import TrainVal, training_batches
 from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import evaluate_as
+from toco_core.machine.device import keep_freed_memory, resolve_device
+from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
-from toco_core.objective import TERMS, Term, backward, objective
-from toco_core.train.loop import (
-    attention_of,
-    autocast_of,
-    resolve_device,
-    resolve_precision,
-    to_device,
-    view_options,
-)
+from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
+from toco_core.train.backward import backward
+from toco_core.train.batches import to_device, view_options
+from toco_core.train.kept_tokens import KeptTokens, kept_blocks
+from toco_core.train.warm_start import pooled_tokens
 
 MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
 MARGIN = 1.1  # the estimate may be this much too low
@@ -203,3 +204,58 @@ def _free_on_linux(meminfo: Path, group: Path) -> int | None:
     except (OSError, KeyError, ValueError):  # no limit reads "max"
         pass
     return max(0, min(found)) if found else None
+
+
+def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str, Term] = TERMS) -> float:
+    """About how long `train` will take here: three steps of each stage, a few images of the warm start and a few of the
+    validation are measured; where tokens are kept, steps whose pictures are new and steps whose pictures are known."""
+    device = resolve_device(config.device)
+    model = build_model(config, data.train.n_classes).to(device).train()
+    schedule, kept = config.schedule, kept_blocks(config)
+    model.freeze_blocks(schedule.frozen_blocks)
+    autocast = autocast_of(config, device)
+    keep_freed_memory()
+    starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
+    new_steps = config.data.views_per_image * -(-len(data.train) // schedule.batch_size) if kept else schedule.steps
+    total = 0.0
+
+    def seconds_of(batch: StepInput, number: int) -> float:
+        began = _when_done(device)
+        options = {"terms": terms, "generator": torch.Generator().manual_seed(0), "autocast": autocast}
+        backward(objective, model, batch, config, number, **options)
+        model.zero_grad(set_to_none=True)
+        return _when_done(device) - began
+
+    with attention_of(model, config, device), KeptTokens().of(model, blocks=kept):
+        batches = training_batches(
+            data.train,
+            crop_size=config.data.crop_size,
+            batch_size=schedule.batch_size,
+            seed=config.seed,
+            stop_step=3 * len(starts),
+            **view_options(config, model),
+        )
+        for first, last in zip(starts, starts[1:], strict=False):
+            ready = [to_device(next(batches), model, device) for _ in range(3)]
+            new = min(seconds_of(batch, first) for batch in ready)
+            known = min(seconds_of(batch, first) for batch in ready) if kept else new
+            n_new = min(max(new_steps - first, 0), last - first)
+            total += new * n_new + known * (last - first - n_new)
+        if schedule.warm_start_steps:
+            few = data.train.subset(range(min(8, len(data.train))))
+            began = time.perf_counter()
+            pooled_tokens(model, few, config, autocast=autocast, progress=False)
+            total += (time.perf_counter() - began) * len(data.train) / len(few)
+        few = data.val.subset(range(min(8, len(data.val))))
+        began = time.perf_counter()
+        evaluate_as(config, model, few, progress=False)
+        validations = -(-schedule.steps // config.eval_interval) if config.eval_interval else 1
+        total += validations * (time.perf_counter() - began) * len(data.val) / len(few)
+    return total
+
+
+def _when_done(device: torch.device) -> float:
+    """The clock, in seconds, when all that was queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,4 +1,4 @@
-"""A training step whose loss was not finite, brought back from its run's folder: to look into, in a notebook.
+"""A step whose loss is not finite: found, kept in its run's folder, and brought back, to look into in a notebook.
 
 failure = load_failure(run.folder)
 print(failure.message)
@@ -6,25 +6,71 @@ found = replay(failure)                         # found.objective.terms, found.s
 replay(failure, config=override(failure.config, precision="fp32", ptc=0.0))
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from toco_core.config import TrainConfig
 from toco_core.data import Batch
 from toco_core.errors import ToCoError
+from toco_core.machine.device import resolve_device
+from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.files import are_tensors, refuse_wrong_keys
+from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo, build_model, skeleton
-from toco_core.objective import TERMS, Objective, Step, Term, crop_generator, objective
+from toco_core.objective import TERMS, Objective, Step, Term, objective
 from toco_core.runs.folder import Run, read_state
-from toco_core.train.loop import (
-    attention_of,
-    autocast_of,
-    resolve_device,
-    to_device,
-)
+from toco_core.train.backward import crop_generator
+from toco_core.train.batches import to_device
+
+
+def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
+    """ "the loss is nan", of the first whose mean over the processes is not finite; "" where all are.
+
+    Here a step waits for the device, and, where it makes the dense energy's lattices, at its beginning. It must:
+    whether the weights change, and whether the run goes on, hangs on the answer. All kernels of the step are queued by
+    then, so that little more than the launch of the optimizer's is not hidden behind them.
+    """
+    found = share.numbers(values)
+    return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), "")
+
+
+def gradient_length(model: ToCo) -> Tensor:
+    """Euclidean length of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def failed_step(
+    fault: str,
+    run: Run,
+    model: ToCo,
+    parts: list[Batch],
+    result: Objective,
+    config: TrainConfig,
+    step: int,
+    share: Share,
+) -> ToCoError:
+    """Saves the step that failed, over all processes, and tells of it."""
+    names = [name for part in parts for name in part.names]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name != "names"}
+    terms = share.numbers(result.terms)
+    message = f"{fault} on step {step}: {terms}; images {', '.join(names)}"
+    if share.first:
+        run.save_failure(
+            {
+                "step": step,
+                "message": message,
+                "config": config.to_dict(),
+                "model": model.state_dict(),
+                "batch": tensors,
+                "names": names,
+            }
+        )
+    return ToCoError(f"{message}; failures.load_failure({str(run.folder)!r}) brings it back")
 
 
 class Failure(NamedTuple):

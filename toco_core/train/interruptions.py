@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError
+from toco_core.machine.distributed import lost_process
 from toco_core.machine.memory import out_of_memory
 from toco_core.runs.folder import Run
 
@@ -99,6 +100,8 @@ def with_resume_hint(run: Run) -> Iterator[None]:
     except ToCoError as error:
         raise ToCoError(f"{error}; {left()}") from error
     except Exception as error:
+        if lost := lost_process(error):
+            raise ToCoError(f"another process of this training has ended ({lost}); {left()}") from error
         reason = out_of_memory(error)
         if not reason:
             raise

@@ -24,12 +24,14 @@ import torch
 from torch import multiprocessing
 
 from toco_core.config import RECIPES, TrainConfig, changed_batch, configured
-from toco_core.data import TrainVal
+from toco_core.data import TrainVal, open_data
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
+from toco_core.machine.device import resolve_device
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import Opened, open_run
 from toco_core.train.budget import step_memory
-from toco_core.train.loop import Opened, open_data, open_run, resolve_device, train
+from toco_core.train.loop import train
 
 
 def main(argv: list[str] | None = None) -> None:

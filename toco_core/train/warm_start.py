@@ -2,7 +2,8 @@
 
 A classifier that begins at random sends random gradients into a pretrained encoder and distorts what it knows; fitted
 first, it does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022). The tokens of all training
-images are computed once, pooled, and both classifiers are fitted to them in seconds.
+images are computed once, pooled where the pooling is one of channels, and both classifiers are fitted to them in
+seconds.
 """
 
 import contextlib
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from toco_core.config.sections import TrainConfig
+from toco_core.config import TrainConfig
 from toco_core.data import evaluation_items, to_unit
+from toco_core.heads import class_scores, pooled
 from toco_core.losses import classification_loss
-from toco_core.model import ToCo, pooled
+from toco_core.model import ToCo
 
 BATCH, RATE, DECAY = 64, 1e-2, 1e-2
 ENCODED_AT_ONCE = 16
@@ -39,14 +41,16 @@ def warm_start(
     labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32, device=final.device)
     for tokens, classifier in ((final, model.classifier), (aux, model.aux_classifier)):
         generator = torch.Generator().manual_seed(config.seed)
-        fit_classifier(classifier, tokens, labels, steps=config.schedule.warm_start_steps, generator=generator)
+        options = {"steps": config.schedule.warm_start_steps, "pooling": model.config.pooling, "generator": generator}
+        fit_classifier(classifier, tokens, labels, **options)
 
 
 @torch.no_grad()
 def pooled_tokens(
     model: ToCo, source, config: TrainConfig, *, autocast: Callable = contextlib.nullcontext, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What the final and the auxiliary classifier read of every image of a split: two n D, float32."""
+    """What the final and the auxiliary classifier read of every image of a split: two n D, float32; with the pooling
+    `cam_topk`, which has no such vector, all tokens, n N D in bfloat16."""
     found, was_training = ([], []), model.training
     device, waiting = model.classifier.weight.device, []
     model.eval()
@@ -55,7 +59,8 @@ def pooled_tokens(
         with autocast():
             tokens = model.encode(model.normalise(to_unit(torch.cat(waiting).to(device))))
         for kept, patches in zip(found, (tokens.patch_tokens, tokens.aux_patch_tokens), strict=True):
-            kept.append(pooled(patches.float(), model.config.pooling))
+            of_channels = model.config.pooling != "cam_topk"
+            kept.append(pooled(patches.float(), model.config.pooling) if of_channels else patches.bfloat16())
         waiting.clear()
 
     items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers)
@@ -70,14 +75,17 @@ def pooled_tokens(
 
 
 def fit_classifier(
-    classifier: nn.Linear, tokens: Tensor, labels: Tensor, *, steps: int, generator: torch.Generator
+    classifier: nn.Linear, tokens: Tensor, labels: Tensor, *, steps: int, generator: torch.Generator, pooling: str = ""
 ) -> None:
-    """Fit a linear layer to pooled tokens (n D) and image-level labels (n K) by the multi-label loss."""
+    """Fit a linear layer to pooled tokens (n D), or with the pooling `cam_topk` to tokens (n N D), and image-level
+    labels (n K) by the multi-label loss."""
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=DECAY)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
         pick = torch.randint(len(tokens), (BATCH,), generator=generator).to(tokens.device)
         optimizer.zero_grad(set_to_none=True)
-        classification_loss(classifier(tokens[pick]), labels[pick]).backward()
+        picked = tokens[pick].float()
+        logits = class_scores(picked, classifier, pooling) if picked.ndim == 3 else classifier(picked)
+        classification_loss(logits, labels[pick]).backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

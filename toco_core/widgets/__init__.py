@@ -6,6 +6,7 @@
 from toco_core.widgets.background import Background
 from toco_core.widgets.expectations import Expectations, measure_expectations
 from toco_core.widgets.explorer import Explorer
+from toco_core.widgets.gallery import Gallery
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.session import Session
 from toco_core.widgets.settings import Settings
@@ -15,6 +16,7 @@ __all__ = [
     "Background",
     "Expectations",
     "Explorer",
+    "Gallery",
     "Pictures",
     "Session",
     "Settings",

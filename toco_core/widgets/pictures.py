@@ -4,6 +4,7 @@ Nothing here gives up because of one file: what is wrong with an image is told w
 at hand.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +102,7 @@ class Pictures:
         """The number of a name, or of a number written as text. Raises ToCoError where there is none."""
         if name in self.names:
             return self.names.index(name)
-        if str(name).isdigit() and int(name) < len(self):
+        if re.fullmatch(r"[0-9]{1,18}", name) and int(name) < len(self):
             return int(name)
         raise ToCoError(f"image = {name!r} is not in {self.title}: give a name or a number 0..{len(self) - 1}")
 

@@ -15,8 +15,8 @@ from toco_core.data import VOC_CLASSES
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import Opened, open_run
 from toco_core.runs.release import from_release
-from toco_core.train.loop import Opened, open_run
 
 CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
 

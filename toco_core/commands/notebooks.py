@@ -16,8 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import toco_core
-
-from .errors import ToCoError
+from toco_core.errors import ToCoError
 
 
 def notebooks_folder() -> Path:

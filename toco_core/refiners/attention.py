@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import ToCoError
+from toco_core.errors import ToCoError
 
 KINDS = ("attention", "pattern")
 EPSILON = 1e-5  # added to a map's maximum: a map without any activation stays 0

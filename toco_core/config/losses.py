@@ -1,0 +1,49 @@
+"""The total loss and its stages."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from toco_core.config.fields import Config, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Config):
+    """Weights of the terms of the total loss ("Training Objective") and the step from which each counts."""
+
+    cls: float = option(1.0, "Weight of the multi-label classification loss.", at_least=0)
+    aux_cls: float = option(1.0, "Weight of the same loss on the auxiliary classifier.", at_least=0)
+    ptc: float = option(0.2, "Weight of patch token contrast.", at_least=0)
+    ctc: float = option(0.5, "Weight of class token contrast.", at_least=0)
+    seg: float = option(0.1, "Weight of the segmentation loss.", at_least=0)
+    energy: float = option(0.05, "Weight of the dense energy loss.", at_least=0)
+    temperature: float = option(0.5, "Tau of class token contrast.", above=0)
+    ctc_cosine: bool = option(
+        False,
+        """Bring both projections to length 1 before they are compared, so that the logits of class token contrast are
+        cosines over tau. Off: of any length, as in the release; then the loss can also shrink or grow them all.""",
+        added_later=True,
+    )
+    ctc_batch_negatives: bool = option(
+        False,
+        """Count all views of those images of the batch that share no class with an image among its negatives. Off: its
+        own views alone, as published. The batch must be in one piece: no `accumulate`, one process.""",
+        added_later=True,
+    )
+    ptc_start: int = option(0, "First step with patch token contrast.", at_least=0)
+    ctc_start: int = option(0, "First step with class token contrast.", at_least=0)
+    seg_start: int = option(
+        2001, "First step with the segmentation loss. The release warms up on VOC for the steps 0..2000.", at_least=0
+    )
+    energy_start: int = option(2001, "First step with the dense energy loss.", at_least=0)
+    final_cam_start: int = option(
+        0,
+        """First step whose segmentation labels come from the final CAM; until then they come from the auxiliary CAM,
+        which is usable earlier (COCO).""",
+        at_least=0,
+    )
+
+    def at(self, step: int) -> dict[str, float]:
+        """Term -> weight on this step; 0 before the term's start, so that the loop can skip it."""
+        names = [f.name for f in dataclasses.fields(self)]
+        terms = [name for name in names if name in ("cls", "aux_cls") or f"{name}_start" in names]
+        return {term: getattr(self, term) if step >= getattr(self, f"{term}_start", 0) else 0.0 for term in terms}

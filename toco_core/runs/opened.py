@@ -1,0 +1,64 @@
+"""A run to look into: its checkpoint in its model, with its config and its data."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from toco_core.config import TrainConfig
+from toco_core.data import TrainVal, open_data
+from toco_core.errors import ToCoError
+from toco_core.machine.device import resolve_device
+from toco_core.machine.files import are_tensors, refuse_wrong_keys
+from toco_core.model import ToCo, build_model, skeleton
+from toco_core.runs.folder import Run
+
+
+class Opened(NamedTuple):
+    """A run to look into: its model in evaluation mode, its config, its folder, its data."""
+
+    model: ToCo
+    config: TrainConfig
+    run: Run
+    data: TrainVal
+
+
+def open_run(
+    folder: Path | str, *, data: TrainVal | None = None, device: str = "auto", checkpoint: str = "last"
+) -> Opened:
+    """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
+    there is none, or it is of other classes or of another layout, and where `data` are given that it was not trained
+    on."""
+    run = Run(folder)
+    config, state = run.config(), run.load(checkpoint)
+    if state is None:
+        if checkpoint != "last" and run.load() is not None:
+            kept = ", ".join(map(str, run.kept_steps())) or "no steps"
+            raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
+        raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+    given, data = data is not None, data or open_data(config.data)
+    refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
+    model = build_model(config, data.train.n_classes, pretrained=False)
+    load_model_state(model, state["model"], run, data)
+    if given:
+        run.refuse_other_data(data)
+    return Opened(model.to(resolve_device(device)).eval(), config, run, data)
+
+
+def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """Raises ToCoError that says what differs, where a checkpoint is of other classes or of another model."""
+    refuse_other_model(model, found, run, data)
+    model.load_state_dict(found)
+
+
+def refuse_other_model(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
+    """What `load_model_state` raises; the model may be a `skeleton`."""
+    wanted, name = model.state_dict(), "classifier.weight"
+    if not are_tensors(found):
+        raise ToCoError(f"{run.folder}: the checkpoint holds no tensors by name")
+    if name in found and found[name].ndim == 2 and len(found[name]) != len(wanted[name]):
+        raise ToCoError(
+            f"{run.folder}: the checkpoint is of a model for {len(found[name])} classes, but {data.train.root} has "
+            f"{len(wanted[name])}: it needs the data set that it was trained on"
+        )
+    refuse_wrong_keys(f"{run.folder}: the checkpoint is of another model", found, wanted)

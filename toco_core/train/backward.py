@@ -1,0 +1,77 @@
+"""A batch's backward pass, in one part or in several, and the random numbers of its step."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from toco_core.config import TrainConfig
+from toco_core.machine.distributed import unshared_gradients
+from toco_core.model import ToCo
+from toco_core.objective import Objective, Step, StepInput
+
+
+def backward(
+    compute: Callable[[Step], Objective],
+    model: ToCo,
+    batch: StepInput,
+    config: TrainConfig,
+    number: int = 0,
+    **options,
+) -> Objective:
+    """A batch's objective and its backward pass, in `config.schedule.accumulate` parts one after the other.
+
+    Memory holds the graph of one part at a time; losses and gradients are those of the whole batch in one piece. Where
+    there are several parts, the labels of all come first, as some terms are means over all of them: one more pass of
+    the main images through the encoder.
+
+    `compute` as `distributed.shared_step` returns it, `options` as for `Step`. The result has no graph.
+    """
+    n = config.schedule.accumulate
+    parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
+    steps = [Step(model, part, config, number, parts=n, **options) for part in parts]
+    if n > 1:
+        _make_labels(steps)
+    found = []
+    while steps:  # each goes when it is done: what it computed is large
+        step = steps.pop(0)
+        with unshared_gradients(compute) if steps else contextlib.nullcontext():
+            result = compute(step)
+            (result.total / n).backward()
+        found.append(Objective(result.total.detach(), {name: value.detach() for name, value in result.terms.items()}))
+        del step, result
+    if n == 1:
+        return found[0]
+    terms = {name: torch.stack([one.terms[name] for one in found]).mean(0) for name in found[0].terms}
+    return Objective(torch.stack([one.total for one in found]).mean(), terms)
+
+
+def _make_labels(steps: list[Step]) -> None:
+    """The labels of all parts of a batch, and what is counted in them over all parts and processes."""
+    first = steps[0]
+    wanted = {name: term for name, term in first.terms.items() if first.weights.get(name, 0) > 0 and term.label}
+    counted = {name: term for name, term in wanted.items() if term.count}
+    sums: dict[str, Tensor] = {}
+    for step in steps:
+        step.graph, graph = False, step.graph
+        for term in wanted.values():
+            step.made(term.label)
+        for name, term in counted.items():
+            sums[name] = sums[name] + term.counted(step) if name in sums else term.counted(step)
+        step.forget("tokens", "output", "seg_logits", "cams", "unit")
+        step.graph = graph
+    totals = {name: first.share.total(value) for name, value in sums.items()}
+    for step in steps:
+        step.counts = dict(totals)
+
+
+def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:
+    """Draws where local views of a step are cut, from the batch's image number `first` on: the same places, however
+    many processes share the batch. Whatever else is random in the step (dropout, if a backbone has any) is seeded,
+    too."""
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed + first)
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(first, config.crops.n_local, generator=generator, dtype=torch.float64)  # those of the images before
+    return generator

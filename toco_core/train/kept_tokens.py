@@ -1,0 +1,154 @@
+"""Tokens of frozen blocks, computed once for every picture.
+
+Where the first blocks of the encoder are not trained (`frozen_blocks`) and the images come again in the same variation
+(`views_per_image`), what those blocks say about a picture is the same in every step, and in every run with the same
+weights. It is kept by the picture's pixels: main images, their mirrored and scaled copies, the images that a warm start
+and a validation see. A step then runs the trained blocks alone.
+
+    kept = KeptTokens()
+    for weight in (0.0, 0.5, 1.0, 2.0):
+        train(override(tiny(), ptc=weight, views_per_image=2), kept=kept)  # the frozen blocks run in the first run only
+
+Every picture goes through the frozen blocks by itself, so that its tokens do not depend on the batch that it is first
+seen in: kept or computed again, they are the same bits, and a resumed run equals the uninterrupted one.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from toco_core.config import TrainConfig
+from toco_core.errors import ToCoError
+from toco_core.model import ToCo
+
+GIB = 2**30
+
+
+class KeptTokens:
+    """A store of tokens by their picture; `with kept.of(model, blocks=8)` a model's `encode` takes them from it.
+
+    `gib`: how much is kept at most; pictures that come when it is full are computed each time. For a picture of N
+    tokens of width D it is 4 N D bytes: 131 KB at 16 x 16 tokens of width 128.
+    """
+
+    def __init__(self, *, gib: float = 2.0):
+        if not 0 <= gib < float("inf"):
+            raise ToCoError(f"gib = {gib} is not allowed: a number of GiB from 0 on")
+        self.limit = int(gib * GIB)
+        self.blocks = 0
+        self.computed = self.found = 0
+        """How many pictures went through the frozen blocks, and how many did not need to."""
+        self._tokens: dict[tuple, tuple[Tensor, tuple[int, int]]] = {}
+        self._held, self._weights = 0, b""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept."""
+        return self._held
+
+    @contextlib.contextmanager
+    def of(self, model: ToCo, *, blocks: int) -> Iterator["KeptTokens"]:
+        """Within this context `model.encode` begins behind its first `blocks` blocks; 0: nothing changes.
+
+        What was kept of other weights, or behind another block, is given up. Raises ToCoError where these blocks are
+        trained, or draw at random.
+        """
+        if not blocks:
+            yield self
+            return
+        _refuse_changing(model, blocks)
+        weights = _digest(model, blocks)
+        if (weights, blocks) != (self._weights, self.blocks):
+            self._tokens.clear()
+            self._held, self._weights, self.blocks = 0, weights, blocks
+        before, model.kept = model.kept, self
+        try:
+            yield self
+        finally:
+            model.kept = before
+
+    def serves(self, wanted: Iterable[int]) -> bool:
+        """Whether all of these blocks lie behind the kept ones."""
+        return min(wanted) > self.blocks
+
+    @torch.no_grad()
+    def tokens(self, model: ToCo, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], tuple[int, int]]:
+        """All tokens after the kept blocks, prefix tokens first, and the grid."""
+        found = [self._of_one(model, image) for image in images]
+        return torch.cat([tokens for tokens, _ in found]), found[0][1]
+
+    def _of_one(self, model: ToCo, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        key = (*_arithmetic(image.device), tuple(image.shape), _pixels(image))
+        if key in self._tokens:
+            self.found += 1
+            return self._tokens[key]
+        for number, x, grid in model._run_blocks(image[None]):
+            if number == self.blocks:
+                break
+        self.computed += 1
+        size = x.numel() * x.element_size()
+        if self._held + size <= self.limit:
+            self._tokens[key] = (x, grid)
+            self._held += size
+        return x, grid
+
+
+def kept_blocks(config: TrainConfig) -> int:
+    """Behind how many blocks a config keeps tokens: the frozen ones before the first whose tokens or attention are
+    asked for; 0 where images are varied anew in every pass."""
+    first_wanted = min((config.model.layer, *config.labels.attended()))
+    return min(config.schedule.frozen_blocks, first_wanted - 1) if config.data.views_per_image else 0
+
+
+def _pixels(image: Tensor) -> bytes:
+    return hashlib.sha1(image.contiguous().cpu().numpy(), usedforsecurity=False).digest()
+
+
+def _arithmetic(device: torch.device) -> tuple:
+    """What the numbers of a pass depend on besides weights and picture."""
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else None
+    return device, dtype, torch.get_float32_matmul_precision()
+
+
+def _frozen_parts(model: ToCo, blocks: int) -> list[torch.nn.Module]:
+    return [model.encoder.patch_embed, model.encoder.norm_pre, *model.encoder.blocks[:blocks]]
+
+
+def _frozen_tensors(model: ToCo, blocks: int) -> Iterator[tuple[str, Tensor]]:
+    for number, part in enumerate(_frozen_parts(model, blocks)):
+        for name, tensor in part.state_dict(keep_vars=True).items():
+            yield f"{number}.{name}", tensor
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if isinstance(getattr(model.encoder, name, None), Tensor):
+            yield name, getattr(model.encoder, name)
+
+
+def _digest(model: ToCo, blocks: int) -> bytes:
+    digest = hashlib.sha256(repr((model.config.pos_embed_antialias, model.dropped_border)).encode())
+    for name, tensor in _frozen_tensors(model, blocks):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.digest()
+
+
+def _refuse_changing(model: ToCo, blocks: int) -> None:
+    for name, tensor in _frozen_tensors(model, blocks):
+        if tensor.requires_grad:
+            raise ToCoError(
+                f"tokens of the first {blocks} blocks cannot be kept: {name} is trained (see freeze_blocks)"
+            )
+    for part in _frozen_parts(model, blocks):
+        for module in part.modules():
+            chance = getattr(module, "drop_prob", None) or (module.p if isinstance(module, torch.nn.Dropout) else 0)
+            if chance:
+                raise ToCoError(
+                    f"tokens of the first {blocks} blocks cannot be kept: {type(module).__name__} draws at random"
+                )
