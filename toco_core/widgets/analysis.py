@@ -54,6 +54,7 @@ class Analysis:
         with torch.no_grad(), subject.lock:
             output = subject.model.heads(self.inside.tokens, segmentation=False)
         self.class_scores: np.ndarray = output.class_logits[0].sigmoid().cpu().numpy()  # K, probability of each class
+        self.par_kept: dict = {}  # of `predict.pixel.trace_par`
         self._segmentations: dict[bool, np.ndarray] = {}
 
     # ---- classes

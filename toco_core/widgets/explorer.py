@@ -20,7 +20,7 @@ import numpy as np
 
 from toco_core.data.split import inside_name
 from toco_core.errors import ToCoError
-from toco_core.widgets import draw, report
+from toco_core.widgets import draw, report, why
 from toco_core.widgets.canvas import Canvas, Chips, Filmstrip
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScores, SplitScoring
@@ -197,6 +197,11 @@ class Explorer(w.VBox):
         self.maps[0].words = "cosine; click another patch to compare it"
         self.maps[1].label = "attention of the class token"
         self.curve, self.map_titles = Panel(), [Panel(), Panel()]
+        self.why, self.votes = Panel(), Panel()
+        self.why_maps = [Canvas(width=176) for _ in range(3)]
+        labels = ("neighbours that vote", "where the score comes from", "patches that token contrast pulls and pushes")
+        for canvas, label in zip(self.why_maps, labels, strict=True):
+            canvas.label = label
         self.score, self.stop = _button("score the split", "all images"), _button("stop", "stop scoring")
         self.stop.disabled = True
         self.progress = w.IntProgress(layout=w.Layout(width="160px", visibility="hidden"))
@@ -231,7 +236,9 @@ class Explorer(w.VBox):
         self.tabs.add_class("toco-tabs")
         split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
         counts = w.VBox([self.numbers, split, self.split_numbers], layout=w.Layout(width="376px", max_width="100%"))
-        self.right = w.HBox([self.tabs, counts], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
+        self.pinned = w.VBox([self.why, w.HBox(self.why_maps, layout=spread), self.votes])
+        self.pinned.add_class("toco-pinned")
+        self.right = w.HBox([self.tabs, self.pinned, counts], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
         self.stage = w.VBox([order, self.row, self.reading, self.right])
         narrow = {"layout": w.Layout(width=f"{SMALL + 6}px")}
         left = w.VBox([self.map_titles[0], self.maps[0]], **narrow)
@@ -549,6 +556,7 @@ class Explorer(w.VBox):
         self.crop_table.put(report.crops_html(crops, threshold))
         if tokens:
             self._draw_tokens()
+        self._draw_reasons()
         self._show_notes()
 
     def _draw_tiles(self) -> None:
@@ -606,6 +614,27 @@ class Explorer(w.VBox):
         always |= {"outline"} if session.picture.mask is not None else set()
         for name, control in self.controls.items():
             control.disabled = name not in seen | always
+
+    def _draw_reasons(self) -> None:
+        """The panel about the clicked pixel, for the active side."""
+        session = self.session
+        found, image = session.why(session.active), session.picture.image
+        self.pinned.layout.display = None if found else "none"
+        if not found:
+            return
+        self.why.put(why.why_html(found, session.sides[session.active].settings))
+        self.votes.put(why.votes_html(found) if found.trace else Markup())
+        pictures: list[np.ndarray | None] = [None, None, None]
+        if found.trace:
+            pictures[:2] = why.votes_picture(found, image), why.influence_picture(found, image)
+        if found.pairs:
+            patch = session.analysis(session.active).patch_at(*session.place)
+            pictures[2] = why.pairs_picture(found, image, patch)
+        titles = ("who votes in a step", f"counts after {session.sides[session.active].settings.par_iterations} steps")
+        for canvas, picture, title in zip(self.why_maps, pictures, (*titles, "PTC pulls, pushes"), strict=True):
+            canvas.layout.display = "none" if picture is None else None
+            if picture is not None:
+                canvas.picture, canvas.title = draw.encoded(picture), title
 
     def _draw_tokens(self) -> None:
         session = self.session

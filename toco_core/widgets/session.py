@@ -39,6 +39,7 @@ from toco_core.widgets.settings import (
     settings_of,
 )
 from toco_core.widgets.subjects import CLASSIFIER, Subject, Subjects
+from toco_core.widgets.why import Reasons, reasons
 
 KEPT = 16  # images whose passes are kept
 PLACES = 4  # decimals of a place in the image: less than a tenth of a pixel, and what a line of parameters can hold
@@ -323,6 +324,13 @@ class Session:
             analysis.attention(settings.block),
             patch,
         )
+
+    def why(self, side: int) -> Reasons | None:
+        """What is known about the pixel that was clicked; None where none was."""
+        if self.place is None:
+            return None
+        settings, (classes, _) = self.sides[side].settings, self.classes(side)
+        return reasons(self.analysis(side), settings, classes, self.joint(side), self.place)
 
     def read_out(self, side: int, y: float, x: float) -> str:
         """In words: what is at a place, in fractions of the image."""
