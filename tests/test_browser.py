@@ -55,7 +55,7 @@ def changed(page, what, before):
 
 PICTURE = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.src).join('|')"
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
-CURVE = "document.querySelector('.toco-explorer svg')?.outerHTML"
+CURVE = "document.querySelector(`.toco-explorer svg[aria-label='similarity by block']`)?.outerHTML"
 
 
 def shoot(page, name):
@@ -99,7 +99,7 @@ def test_a_person_explores(page):
     page.keyboard.press("ArrowUp")
     changed(page, CURVE, curve)
     shoot(page, "patch")
-    page.locator(".toco-explorer svg").scroll_into_view_if_needed()
+    page.locator(".toco-explorer svg").last.scroll_into_view_if_needed()
     page.screenshot(path=page.folder / "tokens.png")
 
     page.keyboard.press("n")

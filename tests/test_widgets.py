@@ -554,10 +554,11 @@ def test_visitors_write_nowhere_else(session, tmp_path):
 def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
     explorer = Explorer(session, folder=tmp_path / "explored")
-    assert explorer.save_png.disabled and explorer.save_name.disabled
-    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
-        button.click()  # as a message of a visitor's browser may do
-        assert "nothing is saved where the notebook is served" in explorer.notes.value
+    assert explorer.save_name.disabled
+    with pytest.raises(Exception, match="Invalid selection"):
+        explorer.save_to.value = "folder"  # as a message of a visitor's browser may do
+    with pytest.raises(ToCoError, match="nothing is saved where the notebook is served"):
+        explorer._place("label.png")
     assert not (tmp_path / "explored").exists()
     Explorer(session, folder=tmp_path / "explored", may_save=True).save_label.click()
     assert len(files_below(tmp_path / "explored")) == 1

@@ -40,7 +40,12 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     applied. Raises ToCoError, naming the file, where it is missing, truncated, not an image, or beyond a limit (see
     `machine.intake`) of bytes, pixels or scans.
     """
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode a file that is in memory, as `read_image`; `path` names it in messages."""
+    refuse_above("image_bytes", len(data), path, "bytes")
     _open(path, data, IMAGE_FORMATS)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

@@ -42,6 +42,17 @@ class Filmstrip(anywidget.AnyWidget):
     clipboard = traitlets.List(["", 0]).tag(sync=True)  # a text for the browser's clipboard, and its number
 
 
+class Door(anywidget.AnyWidget):
+    """Photographs from the browser, chosen, dropped or pasted, come as messages {name} with one buffer; `offer` sends a
+    download to it."""
+
+    _esm, _css = HERE / "door.js", HERE / "look.css"
+
+    def offer(self, name: str, data: bytes, kind: str) -> None:
+        """Download bytes under a name; `kind` is their MIME type."""
+        self.send({"name": name, "kind": kind}, [data])
+
+
 class Chips(anywidget.AnyWidget):
     """Names to switch on and off: `items` have name and on, and may have colour (CSS), number and tip."""
 

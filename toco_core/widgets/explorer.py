@@ -10,7 +10,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import ipywidgets as w
 import matplotlib as mpl
 import numpy as np
 
+from toco_core.data.files import palette_png
 from toco_core.data.split import inside_name
 from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report, why
-from toco_core.widgets.canvas import Canvas, Chips, Filmstrip
+from toco_core.widgets.address import address_parameters
+from toco_core.widgets.canvas import Canvas, Chips, Door, Filmstrip
 from toco_core.widgets.markup import Markup, Panel, element, joined
+from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import SHARED, Session, Tile, View, written
 from toco_core.widgets.settings import (
@@ -36,7 +39,7 @@ from toco_core.widgets.settings import (
     Settings,
     fields_seen,
 )
-from toco_core.widgets.subjects import DECODER
+from toco_core.widgets.subjects import DECODER, open_subject
 
 PER_PAGE = 10  # thumbnails
 HINT = "point: values · click or arrow keys: choose a place · n, p: next, previous image · + - 0: zoom · e: enlarge"
@@ -62,8 +65,11 @@ class Explorer(w.VBox):
         others: dict[str, Any] | None = None,
         folder: str | Path = "explored",
         may_save: bool | None = None,
+        datasets: Mapping[str, Callable[[], Pictures]] | None = None,
     ):
         super().__init__()
+        pictures = session.pictures
+        self.datasets = {pictures.title: lambda: pictures} | dict(datasets or {})
         self.session, self.folder = session, Path(folder)
         self.may_save = not is_served() if may_save is None else may_save
         self.others = {name: value for name, value in (others or {}).items() if value}
@@ -82,6 +88,8 @@ class Explorer(w.VBox):
         self._fill_film()
         self.redraw()
         self._hover(0, [])
+        if is_served():
+            self._do(lambda: self.visit(os.environ.get("QUERY_STRING", "")))
 
     # ---- for Python
 
@@ -94,6 +102,17 @@ class Explorer(w.VBox):
     def go(self, image: int | str) -> None:
         """Another image, by number or name. Raises ToCoError where it cannot be read."""
         self.session.go(image)
+        self._went()
+
+    def visit(self, query: str) -> None:
+        """Go where an address leads, by the part behind its question mark (`address_parameters`). Model and data set
+        are names of those that are offered. Raises ToCoError for what is not."""
+        found = address_parameters(query)
+        if "dataset" in found:
+            self._show_data(found["dataset"])
+        if "model" in found:
+            self.session.use(found["model"], side=0)
+        self.session.restore(found)
         self._went()
 
     def settle(self, timeout: float = 60.0) -> None:
@@ -139,6 +158,13 @@ class Explorer(w.VBox):
         self.back, self.forth = (_button(word, tip) for word, tip in (("‹", "previous page"), ("›", "next page")))
         self.position = Panel()
         self.model = w.Dropdown(options=session.subjects.names, description="model", **narrow_label)
+        self.data = w.Dropdown(options=list(self.datasets), description="images", **narrow_label)
+        self.door = Door()
+        self.open_model = w.Text(placeholder="a run's folder, a checkpoint, a timm name", description="model", **full)
+        self.open_weights = w.Text(placeholder="file of a timm model, else a download", description="weights", **full)
+        self.open_data = w.Text(placeholder="a data set, or any folder of images", description="images", **full)
+        self.open_split = w.Text(value="val", description="split", **full)
+        self.open = _button("open", "open this model, these images, or both")
         self.compare = w.ToggleButton(
             description="compare", tooltip="a second model, or other settings, beside", layout=w.Layout(width="86px")
         )
@@ -211,13 +237,17 @@ class Explorer(w.VBox):
         self.save_name = w.Text(description="folder", placeholder=f"below {self.folder.name}", **full)
         self.save_png, self.save_svg = _button("figure PNG", "save"), _button("figure SVG", "save")
         self.save_label, self.saved = _button("label PNG", "save the label with VOC's palette"), Panel()
-        for widget in (self.save_name, self.save_png, self.save_svg, self.save_label):
+        goals = ["folder", "browser"] if self.may_save else ["browser"]
+        self.save_to = w.ToggleButtons(options=goals, description="to", style={"button_width": "80px"})
+        self.save_to.tooltips = ["below the notebook's folder", "as a download"][-len(goals) :]
+        for widget in (self.open_model, self.open_weights, self.open_data, self.open_split, self.open):
             widget.disabled = not self.may_save
+        self.save_name.disabled = not self.may_save
 
     def _arrange(self) -> None:
         c, wrap = self.controls, w.Layout(flex_flow="row wrap", align_items="center")
         spread = w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="14px")
-        choose = w.HBox([self.model, self.compare, self.side, self.linked], layout=wrap)
+        choose = w.HBox([self.model, self.data, self.door, self.compare, self.side, self.linked], layout=wrap)
         find = w.HBox([self.back, self.forth, self.position, self.search, self.sort], layout=wrap)
         self.row = w.Box()
         self.row.add_class("toco-row")
@@ -229,8 +259,9 @@ class Explorer(w.VBox):
         crop_buttons = w.HBox([self.sample, self.clear], layout=wrap)
         crops = [self.click_means, c["crop_size"], c["n_crops"], c["crop_seed"], crop_buttons, self.crop_table]
         saves = w.HBox([self.save_png, self.save_svg, self.save_label], layout=wrap)
-        keep = [self.copy, self.line, self.save_name, saves, self.saved]
-        names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep}
+        keep = [self.copy, self.line, self.save_to, self.save_name, saves, self.saved]
+        opens = [self.open_model, self.open_weights, self.open_data, self.open_split, self.open]
+        names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep, "open": opens}
         self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
         self.tabs.layout = w.Layout(width="376px", max_width="100%")
         self.tabs.add_class("toco-tabs")
@@ -238,13 +269,14 @@ class Explorer(w.VBox):
         counts = w.VBox([self.numbers, split, self.split_numbers], layout=w.Layout(width="376px", max_width="100%"))
         self.pinned = w.VBox([self.why, w.HBox(self.why_maps, layout=spread), self.votes])
         self.pinned.add_class("toco-pinned")
-        self.right = w.HBox([self.tabs, self.pinned, counts], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
-        self.stage = w.VBox([order, self.row, self.reading, self.right])
+        left = w.VBox([self.tabs, counts], layout=w.Layout(width="380px", max_width="100%"))
         narrow = {"layout": w.Layout(width=f"{SMALL + 6}px")}
-        left = w.VBox([self.map_titles[0], self.maps[0]], **narrow)
-        tokens = [left, self.curve, w.VBox([self.map_titles[1], self.maps[1], c["head"]], **narrow)]
-        self.lower = w.HBox(tokens, layout=spread)
-        self.children = [choose, find, self.film, self.classes, self.notes, self.stage, self.lower]
+        similar = w.VBox([self.map_titles[0], self.maps[0]], **narrow)
+        tokens = [similar, self.curve, w.VBox([self.map_titles[1], self.maps[1], c["head"]], **narrow)]
+        self.tokens = w.HBox(tokens, layout=spread)
+        self.tokens.add_class("toco-tokens")
+        below = w.HBox([left, self.pinned, self.tokens], layout=spread)
+        self.children = [choose, find, self.film, self.classes, order, self.notes, self.row, self.reading, below]
         for table in (self.numbers, self.split_numbers):  # many classes must not push the maps below out of sight
             table.add_class("toco-scrolls")
         self.add_class("toco-explorer")
@@ -262,6 +294,8 @@ class Explorer(w.VBox):
             (self.class_choice, self._choose_classes),
             (self.class_names, self._name_classes),
             (self.arrange, self._arrange_views),
+            (self.data, self._show_data),
+            (self.save_to, self._save_elsewhere),
             *((dropdown, self._draw_curtain) for dropdown in self.curtain),
         ):
             widget.observe(lambda change, action=action: self._do(lambda: action(change["new"])), "value")
@@ -273,12 +307,14 @@ class Explorer(w.VBox):
             (self.score, self._start_scoring),
             (self.stop, self._stop_scoring),
             (self.copy, self._copy),
+            (self.open, self._open),
             (self.save_png, lambda: self._save("png")),
             (self.save_svg, lambda: self._save("svg")),
             (self.save_label, self._save_label),
         ):
             button.on_click(lambda _, action=action: self._do(action))
         self.film.observe(lambda change: self._do(lambda: self._go(change["new"][0])), "wanted")
+        self.door.on_msg(lambda _, content, buffers: self._do(lambda: self._bring(content, buffers)))
         for chips, action in ((self.classes, self._toggle_class), (self.views, self._toggle_view)):
             chips.observe(lambda change, action=action: self._do(lambda: action(change["new"][0])), "toggled")
         for canvas in self.maps:
@@ -331,6 +367,45 @@ class Explorer(w.VBox):
 
     def _use(self, name: str) -> None:
         self.session.use(name, side=self.session.active)
+        self._fill_controls()
+        self.redraw()
+
+    def _bring(self, content: Any, buffers: list) -> None:
+        """A photograph from the browser: as little is taken for granted as of a file from outside."""
+        name = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(name, str) or len(buffers) != 1:
+            raise ToCoError("a photograph is one file with a name")
+        self.session.bring(name, bytes(buffers[0]))
+        self.search.value = ""
+        self.order = list(range(len(self.session.pictures)))
+        self._went()
+
+    def _show_data(self, name: str) -> None:
+        titles = [title for title in self.datasets if name in (title, title.rpartition(" [")[0])]
+        if not titles:
+            raise ToCoError(f"dataset = {name!r:.90} is not offered here: one of {', '.join(self.datasets)}")
+        self.session.show_pictures(self.datasets[titles[0]]())
+        self._stop_scoring()
+        self.split, self._drawn, self._thumbnails = None, {}, {}
+        self.split_numbers.put()
+        self.order, self.page = list(range(len(self.session.pictures))), 0
+        self._went()
+
+    def _open(self) -> None:
+        """The model and the images that are named, by whoever owns this machine."""
+        if not self.may_save:
+            raise ToCoError("nothing is opened where the notebook is served: choose from the lists")
+        spec, data = self.open_model.value.strip(), self.open_data.value.strip()
+        if not spec and not data:
+            raise ToCoError("nothing to open: name a model, images, or both")
+        if spec:
+            opened = open_subject(spec, weights=self.open_weights.value.strip() or None)
+            name = self.session.subjects.add(opened)
+            self.session.use(name)
+        if data:
+            pictures = open_pictures(data, self.open_split.value.strip() or "val")
+            self.datasets[pictures.title] = lambda: pictures
+            self._show_data(pictures.title)
         self._fill_controls()
         self.redraw()
 
@@ -471,18 +546,33 @@ class Explorer(w.VBox):
         self.redraw(tokens=False)
 
     def _copy(self) -> None:
+        if self.session.index >= self.session.pictures.n_listed:
+            raise ToCoError("a photograph of yours is in no folder: put it in one, and open that with -p dataset")
         self.line.value = self.parameters_line()
         self.film.clipboard = [self.line.value, self.film.clipboard[1] + 1]
 
     def _save(self, kind: str) -> None:
-        path = self._place(f"{self._file_name()}.{kind}")
+        file = io.BytesIO()
         with mpl.rc_context({"svg.hashsalt": "toco"}):
             options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
-            self._tell_saved(written(path, lambda p: self.figure().savefig(p, **options)))
+            self.figure().savefig(file, format=kind, **options)
+        self._hand_over(f"{self._file_name()}.{kind}", file.getvalue(), {"svg": "image/svg+xml"}.get(kind, "image/png"))
 
     def _save_label(self) -> None:
-        path = self._place(f"{self._file_name()}-label.png")
-        self._tell_saved(self.session.save_label(path, side=self.session.active))
+        label = palette_png(self.session.label(self.session.active))
+        self._hand_over(f"{self._file_name()}-label.png", label, "image/png")
+
+    def _hand_over(self, name: str, data: bytes, kind: str) -> None:
+        """A file to the folder or to the browser, as the reader wishes."""
+        if self.save_to.value == "browser":
+            self.door.offer(name, data, kind)
+            return self.saved.put(f"downloaded {name}")
+        path = self._place(name)
+        written(path, lambda place: place.write_bytes(data))
+        self.saved.put(f"saved {self.folder.name}/{path.relative_to(self.folder).as_posix()}")
+
+    def _save_elsewhere(self, to: str) -> None:
+        self.save_name.disabled = to == "browser"
 
     def _place(self, name: str) -> Path:
         """Where a file of this name goes. Raises ToCoError where nothing may be saved, or not there."""
@@ -494,9 +584,6 @@ class Explorer(w.VBox):
             raise ToCoError(f"folder: {below!r:.200} leads out of {self.folder.name}")
         return folder / name
 
-    def _tell_saved(self, path: Path) -> None:
-        self.saved.put(f"saved {self.folder.name}/{path.relative_to(self.folder).as_posix()}")
-
     def _file_name(self) -> str:
         name = self.session.picture.name.replace("/", "_")
         return f"{name}-{self.session.sides[self.session.active].settings.show.replace(' ', '_')}"
@@ -504,6 +591,8 @@ class Explorer(w.VBox):
     # ---- scoring the split
 
     def _start_scoring(self) -> None:
+        if self.session.subject(self.session.active).head:
+            raise ToCoError("an ImageNet head ranks its classes for each image: a split cannot be scored with it")
         if self.scoring and self.scoring.running:
             raise ToCoError("the split is being scored already: stop it first")
         session, side = self.session, self.session.active
@@ -573,8 +662,11 @@ class Explorer(w.VBox):
                 canvas.pin = list(session.place or ())
                 canvas.width = 0 if in_row or len(self._tiles) > 1 else ALONE
                 canvas.chosen = in_row and tile.show == session.sides[tile.side].settings.show
-        n = len(self._tiles)
-        self.row.layout.grid_template_columns = f"repeat({min(n, len(session.views)) if in_row else n}, minmax(0, 1fr))"
+        n, columns = len(self._tiles), list(dict.fromkeys(tile.show for tile in self._tiles))
+        for tile, pane in zip(self._tiles, self._panes, strict=False):  # one side below the other
+            pane.layout.grid_row = str(tile.side + 1) if in_row else None
+            pane.layout.grid_column = str(columns.index(tile.show) + 1) if in_row else None
+        self.row.layout.grid_template_columns = f"repeat({len(columns) if in_row else n}, minmax(0, 1fr))"
         (self.row.add_class if n == 1 else self.row.remove_class)("toco-single")
         if len(self.row.children) != n:
             self.row.children = self._panes[:n]
@@ -610,6 +702,8 @@ class Explorer(w.VBox):
             seen |= {*LABEL_FIELDS["CAM label"]}
         if all(len(session.classes(side)[0]) < 2 for side in sides):
             seen -= {"class_colours"}
+        if all(session.subject(side).head for side in sides):
+            seen -= {"cam", "cam_scales", "flip"}
         always = {"show", "block", "head", "crop_size", "n_crops", "crop_seed"}
         always |= {"outline"} if session.picture.mask is not None else set()
         for name, control in self.controls.items():
@@ -724,7 +818,10 @@ class Explorer(w.VBox):
         self._filling = True
         try:
             two = len(session.sides) == 2
+            self.model.options = session.subjects.names
             self.compare.value, self.side.value, self.model.value = two, session.active, side.subject
+            self.data.options = list(self.datasets)
+            self.data.value = session.pictures.title if session.pictures.title in self.datasets else None
             for widget in (self.side, self.linked):
                 widget.layout.display = None if two else "none"
             self.arrange.value = session.arrange

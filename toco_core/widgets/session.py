@@ -117,6 +117,25 @@ class Session:
                 self._decoded.popitem(last=False)
         self.index, self.picture, self.centres = index, self._decoded[index], []
 
+    def bring(self, name: str, data: bytes) -> None:
+        """Go to a photograph of the reader's, given as the bytes of a file. Raises ToCoError for what is no image."""
+        self.go(self.pictures.bring(name, data))
+
+    def show_pictures(self, pictures: Pictures) -> None:
+        """Another data set, whose first readable image is shown; the photographs that were brought stay. Raises
+        ToCoError, and leaves all as it was, where none can be read."""
+        before = self.pictures, self.index, self.picture, self._decoded
+        try:
+            pictures.adopt(self.pictures)
+            self.pictures, self._decoded = pictures, OrderedDict()
+            self._go_to_first_readable()
+        except ToCoError:
+            self.pictures, self.index, self.picture, self._decoded = before
+            raise
+        for kept in (self._analyses, self._labels, self._colourings):
+            kept.clear()
+        self.place = None
+
     def set(self, **values: Any) -> None:
         """Change settings of the active side; while `linked`, of both, each from its own values."""
         targets = range(len(self.sides)) if self.linked else [self.active]
@@ -132,8 +151,9 @@ class Session:
     def use(self, name: str, *, side: int | None = None) -> None:
         """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
         side = self.active if side is None else side
-        depth = self.subjects.get(name).model.depth
-        self.sides[side] = Side(name, _within(self.sides[side].settings, depth))
+        subject = self.subjects.get(name)
+        settings = _within(self.sides[side].settings, subject.model.depth)
+        self.sides[side] = Side(name, replace(settings, cam="final") if subject.head else settings)
 
     def compare(self, on: bool) -> None:
         """Two sides, the second one a copy at first; or one."""
@@ -192,7 +212,9 @@ class Session:
 
     def joint(self, side: int) -> Joint:
         """The classes of data set and model together."""
-        return joint_classes(self.pictures.class_names, self.subject(side).class_names)
+        ranked = self.subject(side).head is not None  # per image
+        names = self.analysis(side).class_names if ranked else self.subject(side).class_names
+        return joint_classes(self.pictures.class_names, names)
 
     def analysis(self, side: int) -> Analysis:
         """Image and model of a side; the passes of the last `KEPT` are kept."""

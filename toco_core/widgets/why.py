@@ -173,8 +173,8 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
     for y, name in sorted(ends):
         last = max(y + 4, last + 11)
         parts.append(element("text", _short(name), x=width - right + 5, y=f"{last:.1f}"))
-    words = f"step of PAR, 0 to {steps} (solid: against beta_h, dashed: beta_l)"
-    parts.append(element("text", words, x=left, y=height - 6))
+    words = f"step 0 to {steps} of PAR; solid: against beta_h, dashed: beta_l"
+    parts.append(element("text", words, x=left - 26, y=height - 6))
     return _svg(parts, width, height, "scores at the pixel after each step of PAR")
 
 
