@@ -1,13 +1,18 @@
-"""What the contrasts do for a small folder of photographs and an ImageNet backbone.
+"""What the contrasts do for a folder of photographs and an ImageNet backbone, from one warm start.
 
-    python experiments/photographs.py --dataset <folder> --weights vit_tiny.safetensors --seeds 0 1 2
+    python experiments/photographs.py --dataset <VOC folder> --weights vit_tiny.safetensors --name voc_six --seeds 0 1 2
 
-A fixed fifth of the images is held out (`data.holdout`) and only scored; the threshold of each CAM is the one that is
-best on the images that were trained on. The pseudo label (final CAM, the recipe's two thresholds, PAR) leaves pixels
-open; they count as missed. Expected: with classification only the final CAM stays behind the auxiliary one; PTC lifts
-it. Cost: a training of the recipe `photographs` for each variant and seed, five minutes or more on a CPU core, then one
-pass over all images. Finished runs are not trained again, and what the record knows is not scored again. Writes
-experiments/records/photographs.json.
+Scores the split `val`, or a fixed fifth of the images where there is none (`data.holdout`): the images are looked at
+once, with the recipe's thresholds, which were chosen on parts of the training images. The pseudo label (final CAM, two
+thresholds, PAR) leaves pixels open; they count as missed. `--multi-scale` adds the segmentation over three scales and
+after a dense CRF. `--confused person horse` also tells which share of the one class's pixels is given to the other.
+
+A class's CAM lies on the object by this share: pixels that the final CAM gives to the class (labels of the image known)
+and that show it, of all that it gives to the class, void pixels left out.
+
+Cost: a training of the recipe `photographs` for each variant and seed, some minutes on a CPU core. Finished runs are
+not trained again, and what the record knows is not scored again. Writes
+experiments/records/photographs_<name>.json.
 """
 
 import argparse
@@ -15,35 +20,62 @@ import json
 from pathlib import Path
 
 import torch
-from common import RECORDS, mean_and_spread
+from common import RECORDS, mean_and_spread, use_threads
 from loss_terms import VARIANTS
 
-from toco_core.config import override, photographs
-from toco_core.evaluation.evaluate import evaluate_as
+from toco_core.config import TrainConfig, configured, photographs
 from toco_core.evaluation.protocols import assess
 from toco_core.machine.writing import write_whole
+from toco_core.train.kept_tokens import KeptTokens
 from toco_core.train.loop import trained_run
 
-RECORD = RECORDS / "photographs.json"
 KINDS = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}
+SEVERAL = {"seg_ms": "segmentation, scales 0.75, 1, 1.25 + flip", "seg_crf": "the same + dense CRF"}
 
 
-def run_variant(config) -> dict:
-    """mIoU in percent on the held-out images."""
-    model, _, _, data = trained_run(config)
-    chosen = evaluate_as(config, model, data.train, what="choosing thresholds")
-    thresholds = {"beta": chosen.cam.best_beta, "aux_beta": chosen.aux_cam.best_beta}
-    found = assess(model, data.val, config, **thresholds, part="held out", chosen_on="train", scales=(1.0,), crf=False)
-    miou = {kind: round(100 * float(found.scores(kind).miou), 2) for kind in KINDS}
-    return {"seed": config.seed, **thresholds, "miou": miou, "run": config.short_hash()}
-
-
-def known_results() -> dict[str, dict]:
-    """Hash of the config -> its result in the record, if that has every kind of label."""
-    runs = json.loads(RECORD.read_text(encoding="utf-8"))["runs"] if RECORD.is_file() else {}
-    return {
-        result["run"]: result for results in runs.values() for result in results if set(result["miou"]) == set(KINDS)
+def run_variant(config: TrainConfig, *, several: bool, confused: list[str], kept: KeptTokens | None = None) -> dict:
+    """Train, and score on the images held apart: everything in percent."""
+    model, _, _, data = trained_run(config, kept=kept)
+    names = data.val.class_names
+    options = {} if several else {"scales": (1.0,), "crf": False}
+    thresholds = {"beta": config.labels.beta, "aux_beta": config.labels.beta}
+    found = assess(model, data.val, config, **thresholds, part="held out", chosen_on="parts of train", **options)
+    kinds = [*KINDS, *(SEVERAL if several else ())]
+    result = {
+        "seed": config.seed,
+        "miou": {kind: round(100 * float(found.scores(kind).miou), 2) for kind in kinds},
+        "iou": {kind: by_class(found.scores(kind).iou, names) for kind in kinds},
+        "cam_on_object": by_class(found.scores("cam").precision, names),
+        "images": len(data.val),
+        "run": config.short_hash(),
     }
+    if confused:
+        one, other = (names.index(name) for name in confused)
+        counts = {kind: found.total(kind) for kind in kinds}
+        result["confused"] = {
+            kind: {
+                f"{names[a]} labelled {names[b]}": round(100 * float(n[a, b] / n[a].sum()), 2)
+                for a, b in ((one, other), (other, one))
+            }
+            for kind, n in counts.items()
+        }
+    return result
+
+
+def by_class(scores, names) -> dict[str, float]:
+    """Class -> percent."""
+    return {name: round(100 * float(score), 1) for name, score in zip(names, scores, strict=True)}
+
+
+def known_results(record: Path, kinds) -> dict[str, dict]:
+    """Hash of the config -> its result in the record, if that has these kinds of label."""
+    runs = read(record)["runs"].values()
+    return {run["run"]: run for results in runs for run in results if set(kinds) <= set(run["miou"])}
+
+
+def read(record: Path) -> dict:
+    """What the record says."""
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"runs": {}}
 
 
 def table(runs: dict[str, list[dict]]) -> str:
@@ -59,24 +91,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--weights", required=True, help="file of vit_tiny_patch16_224's ImageNet weights")
+    parser.add_argument("--name", required=True, help="of the data set, in the record's name")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=photographs().schedule.steps)
+    parser.add_argument("--multi-scale", action="store_true")
+    parser.add_argument("--confused", nargs=2, default=[], metavar="CLASS")
+    parser.add_argument("--precision", default="auto", help="as in the config; bf16 halves the time on many CPUs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out-dir", type=Path, default=Path("runs"))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    recipe = override(photographs(args.dataset), weights=args.weights, steps=args.steps, out_dir=str(args.out_dir))
-    runs, known = {}, known_results()
+    use_threads(args.threads)
+    common = {"weights": args.weights, "steps": args.steps, "out_dir": str(args.out_dir), "eval_interval": 0}
+    common |= {"precision": args.precision}
+    record_file = RECORDS / f"photographs_{args.name}.json"
+    kinds = [*KINDS, *(SEVERAL if args.multi_scale else ())]
     for seed in args.seeds:
+        kept = KeptTokens(gib=3)  # all variants see the same pictures
         for name in args.variants:
-            config = override(recipe, seed=seed, **VARIANTS[name])
-            runs.setdefault(name, []).append(known.get(config.short_hash()) or run_variant(config))
-            lines = table(runs)
-            record = {"steps": args.steps, "thresholds": "chosen on the training images", "runs": runs}
-            record["table"] = lines.splitlines()
-            write_whole(RECORD, json.dumps(record, indent=1) + "\n")
-            print(lines, flush=True)
+            config = configured(photographs(args.dataset), **common, seed=seed, **VARIANTS[name])
+            result = known_results(record_file, kinds).get(config.short_hash()) or run_variant(
+                config, several=args.multi_scale, confused=args.confused, kept=kept
+            )
+            state = read(record_file)  # as it is now: other seeds may be computed beside these
+            others = [run for run in state["runs"].get(name, []) if run["seed"] != seed]
+            state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
+            state |= {"steps": args.steps, "thresholds": "the recipe's", "torch": torch.__version__}
+            state["table"] = table(state["runs"]).splitlines()
+            write_whole(record_file, json.dumps(state, indent=1) + "\n")
+            print(table(state["runs"]), flush=True)
 
 
 if __name__ == "__main__":

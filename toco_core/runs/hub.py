@@ -13,11 +13,13 @@ README.md           the model card: scores with their protocol, data set, versio
 No data set is needed to read one. Paths of the machine that trained are left out: of a data set its name is kept.
 """
 
-import argparse
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from toco_core import __version__
 from toco_core.config import TrainConfig, override
@@ -45,22 +47,33 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
 
     Raises ToCoError for a run that is not finished, and for a folder that holds other files.
     """
-    from safetensors.torch import save_file
-
     run = run if isinstance(run, Run) else Run(run)
     if not run.finished:
         raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
+    config, manifest = _without_paths(run.config()), run.manifest()
+    names = [str(name) for name in manifest["data"]["classes"]]
+    card = model_card(config, manifest, run.metrics(), run.scores())
+    return write_pretrained(folder, run.load()["model"], config, names, card)
+
+
+def write_pretrained(
+    folder: str | Path, state: Mapping[str, Tensor], config: TrainConfig, class_names: Sequence[str], card: str
+) -> Path:
+    """Write a model's weights, its config without paths, and a card into `folder`; the folder.
+
+    Raises ToCoError for a folder that holds other files.
+    """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
     folder.mkdir(parents=True, exist_ok=True)
-    config, manifest = _without_paths(run.config()), run.manifest()
-    names = [str(name) for name in manifest["data"]["classes"]]
-    tensors = {name: value.detach().cpu().contiguous() for name, value in run.load()["model"].items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    facts = {"toco_core": __version__, "class_names": names, "config": config.to_dict()}
+    facts = {"toco_core": __version__, "class_names": list(class_names), "config": _without_paths(config).to_dict()}
     write_whole(folder / "config.json", json.dumps(facts, indent=2) + "\n")
-    write_whole(folder / "README.md", model_card(config, manifest, run.metrics(), run.scores()))
+    write_whole(folder / "README.md", card)
     return folder
 
 
@@ -155,22 +168,6 @@ model, config, class_names = from_pretrained("<this folder or repository>")
 
 The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
 """
-
-
-def share_command(arguments: list[str]) -> int:
-    """Run `toco share`."""
-    parser = argparse.ArgumentParser(
-        prog="toco share", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("folder", help="folder to write")
-    parser.add_argument("--push", metavar="NAME/MODEL", help="also upload it to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", help="where the repository is made: only for you")
-    chosen = parser.parse_args(arguments)
-    print(save_pretrained(chosen.run, chosen.folder))
-    if chosen.push:
-        print(push_to_hub(chosen.run, chosen.push, private=chosen.private))
-    return 0
 
 
 def _without_paths(config: TrainConfig) -> TrainConfig:

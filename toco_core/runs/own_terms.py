@@ -4,14 +4,14 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 
-from toco_core.objective import TERMS, Term
+from toco_core.objective import PAPER, TERMS, Term
 
 
 def own_terms(terms: Mapping[str, Term]) -> dict[str, str]:
     """Name -> digest of the source, weight and start of every term that is not the package's, and "absent" for those of
     the package that are left out: what a run's config does not say."""
     found = {name: _digest(term) for name, term in terms.items() if TERMS.get(name) != term}
-    return found | {name: "absent" for name in TERMS if name not in terms}
+    return found | {name: "absent" for name in PAPER if name not in terms}
 
 
 def variant(terms: Mapping[str, Term]) -> str:

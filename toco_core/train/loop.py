@@ -25,6 +25,7 @@ from toco_core.runs.shipped import shipped_run
 from toco_core.train.backward import backward, crop_generator
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.failures import failed_step, gradient_length, not_finite
+from toco_core.train.film import Film
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.optimizer import build_training, load_optimizer_state, set_rates
@@ -70,6 +71,7 @@ def train(
     save_minutes: float = 10.0,
     keep_every: int = 0,
     skip_nonfinite: int = 0,
+    film: int = 0,
     kept: KeptTokens | None = None,
 ) -> Trained:
     """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
@@ -86,6 +88,8 @@ def train(
         keep_every: steps whose checkpoints are kept for good, multiples of this number; 0: none. The last one and that
             of the best validation (final CAM; image labels where there are no masks) are always kept.
         skip_nonfinite: so many steps may be left out because their loss or its gradient is not finite.
+        film: steps between two frames of the training's film, small CAMs of four validation images in the run's folder
+            (see `film`); 0: none. A finished run gets none.
         kept: tokens of frozen blocks that earlier runs computed, where `config` keeps them (see `train.kept_tokens`).
             It moves no bit.
 
@@ -108,6 +112,7 @@ def train(
     keep_freed_memory()
 
     run = Run.of(config, variant(terms))
+    camera = Film(run, data.val, config, every=film if share.first else 0)
     state = share.from_first(run.load() if resume and share.first else None)
     start, best, skipped, saved_at, unvalidated = 0, -1.0, 0, time.monotonic(), False
     if state is not None:
@@ -208,6 +213,8 @@ def train(
             disable=not progress,
             file=sys.stdout,
         )
+        if camera.due(start) and start < schedule.steps and not camera.has(start):
+            camera.take(model, start)
         model.train()
         for step, loaded in enumerate(bar, start):
             guard.begin()
@@ -239,6 +246,8 @@ def train(
                 bar.set_postfix(loss=f"{record['total']:.3f}")
             unvalidated = done == schedule.steps or bool(config.eval_interval) and done % config.eval_interval == 0
             guard.end(done)
+            if camera.due(done, last=done == schedule.steps):
+                camera.take(model, done)
             validates, is_best = unvalidated, False
             if validates:
                 bar.set_description("validating")

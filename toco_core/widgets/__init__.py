@@ -8,6 +8,7 @@ from toco_core.widgets.expectations import Expectations, measure_expectations
 from toco_core.widgets.explorer import Explorer
 from toco_core.widgets.gallery import Gallery
 from toco_core.widgets.pictures import Pictures, open_pictures
+from toco_core.widgets.player import Player
 from toco_core.widgets.session import Session
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import Subject, Subjects, finished_runs, of_run, open_subject
@@ -18,6 +19,7 @@ __all__ = [
     "Explorer",
     "Gallery",
     "Pictures",
+    "Player",
     "Session",
     "Settings",
     "Subject",

@@ -15,6 +15,7 @@ import numpy as np
 from toco_core.data import Split, open_source, read_image, recognise
 from toco_core.data.files import IMAGE_SUFFIXES, decode_image, index_files
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import refuse_above
 
 LONGEST_SIDE = 1024  # pixels; larger photographs are reduced, so that every answer stays quick
 THUMBNAIL_SIDE = 72
@@ -59,7 +60,8 @@ class Pictures:
         if len(self.own) >= MOST_OWN:
             raise ToCoError(f"{MOST_OWN} photographs of yours are here: no more fit, begin anew")
         name = Path(name.replace("\\", "/")).name[:100] or "photograph"
-        image, stem, number = decode_image(data, name), Path(name).stem or name, 1
+        refuse_above("image_bytes", len(data), name, "bytes")
+        image, stem, number = decode_image(name, data), Path(name).stem or name, 1
         while (name := f"{stem} ({number})" if number > 1 else stem) in self.names:
             number += 1
         self.own.append((name, _reduced(image)))

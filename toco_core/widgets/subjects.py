@@ -60,7 +60,7 @@ def of_release(path: str | Path) -> Subject:
 def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None = None) -> Subject:
     """A pretrained backbone as it is: tokens and attention, no trained head."""
     recipe = tiny() if backbone in SHIPPED else photographs()
-    config = override(recipe, backbone=backbone, weights=weights)
+    config = override(recipe, backbone=backbone, weights=weights, attention_steps=0)  # without heads there is no CAM
     model = ToCo(ModelConfig(backbone=backbone, weights=weights, layer=1), n_classes=1).eval()
     layer = min(layer or config.model.layer, model.depth)
     model.layer = layer
