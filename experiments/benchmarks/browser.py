@@ -119,16 +119,21 @@ def _start_server(folder: Path) -> tuple[subprocess.Popen, str]:
 
 def run_all_cells(page) -> None:
     """Run the notebook; every cell has its number when this returns, and none has written to stderr."""
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
-    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    start_all_cells(page)
     n_cells = page.locator(".jp-CodeCell").count()
     numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(p => /\\d/.test(p.textContent))"
     page.wait_for_function(f"{numbered}.length === {n_cells}")
     told = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
     assert not told, told
+
+
+def start_all_cells(page) -> None:
+    """Let the notebook run."""
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
+    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
 
 
 def slider(page, name: str):
