@@ -116,6 +116,7 @@ def test_another_data_set_is_chosen_and_own_photographs_stay(session, tmp_path):
     explorer.open_data.value = str(loose)
     explorer.open_model.value = "scenes_vit_nano"
     explorer.open.click()
+    assert f"-p dataset {loose}" in explorer.parameters_line()
     assert explorer.data.value == "loose" and explorer.model.value == "scenes_vit_nano (pretrained)"
 
 

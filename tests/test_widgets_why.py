@@ -92,6 +92,9 @@ def test_what_the_model_lacks_is_left_out(folder):  # noqa: F811
     assert explorer.why_maps[2].layout.display == "none" and explorer.why_maps[0].picture
     explorer.set(classes="none")
     assert "no class is chosen" in explorer.why.value and explorer.votes.value == ""
+    explorer.controls["cam"].value = "auxiliary"
+    explorer.class_choice.value = "all"
+    assert explorer.pinned.layout.display == "none" and "no auxiliary CAM" in explorer.notes.value
 
 
 def test_votes_picture_shows_the_heaviest_largest():

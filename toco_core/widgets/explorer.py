@@ -68,11 +68,14 @@ class Explorer(w.VBox):
         datasets: Mapping[str, Callable[[], Pictures]] | None = None,
     ):
         super().__init__()
-        pictures = session.pictures
-        self.datasets = {pictures.title: lambda: pictures} | dict(datasets or {})
         self.session, self.folder = session, Path(folder)
         self.may_save = not is_served() if may_save is None else may_save
         self.others = {name: value for name, value in (others or {}).items() if value}
+        pictures = session.pictures
+        self.data_name = self.first_data = str(self.others.get("dataset", pictures.title))
+        self.datasets = {self.data_name: lambda: pictures}
+        self.datasets |= {name: made for name, made in (datasets or {}).items() if name != self.data_name}
+        self._data_places: dict[str, str] = {}  # of those that were opened by the reader
         self.scoring: SplitScoring | None = None
         self.split: SplitScores | None = None
         self.order = list(range(len(session.pictures)))
@@ -130,6 +133,8 @@ class Explorer(w.VBox):
         others = dict(self.others)
         if self.session.sides[0].subject != self.session.first:
             others.pop("weights", None)  # they belong to the model that was there first
+        if self.data_name != self.first_data:
+            others["dataset"] = self._data_places.get(self.data_name, self.data_name)
         return self.session.papermill_line(**others)
 
     def __repr__(self) -> str:
@@ -385,6 +390,7 @@ class Explorer(w.VBox):
         if not titles:
             raise ToCoError(f"dataset = {name!r:.90} is not offered here: one of {', '.join(self.datasets)}")
         self.session.show_pictures(self.datasets[titles[0]]())
+        self.data_name = titles[0]
         self._stop_scoring()
         self.split, self._drawn, self._thumbnails = None, {}, {}
         self.split_numbers.put()
@@ -404,7 +410,7 @@ class Explorer(w.VBox):
             self.session.use(name)
         if data:
             pictures = open_pictures(data, self.open_split.value.strip() or "val")
-            self.datasets[pictures.title] = lambda: pictures
+            self.datasets[pictures.title], self._data_places[pictures.title] = (lambda: pictures), data
             self._show_data(pictures.title)
         self._fill_controls()
         self.redraw()
@@ -552,22 +558,26 @@ class Explorer(w.VBox):
         self.film.clipboard = [self.line.value, self.film.clipboard[1] + 1]
 
     def _save(self, kind: str) -> None:
-        file = io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": "toco"}):
-            options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
-            self.figure().savefig(file, format=kind, **options)
-        self._hand_over(f"{self._file_name()}.{kind}", file.getvalue(), {"svg": "image/svg+xml"}.get(kind, "image/png"))
+        def make() -> bytes:
+            file = io.BytesIO()
+            with mpl.rc_context({"svg.hashsalt": "toco"}):
+                options = {"bbox_inches": "tight", "metadata": {"Date": None} if kind == "svg" else {}}
+                self.figure().savefig(file, format=kind, **options)
+            return file.getvalue()
+
+        self._hand_over(f"{self._file_name()}.{kind}", make, {"svg": "image/svg+xml"}.get(kind, "image/png"))
 
     def _save_label(self) -> None:
         label = palette_png(self.session.label(self.session.active))
-        self._hand_over(f"{self._file_name()}-label.png", label, "image/png")
+        self._hand_over(f"{self._file_name()}-label.png", lambda: label, "image/png")
 
-    def _hand_over(self, name: str, data: bytes, kind: str) -> None:
+    def _hand_over(self, name: str, make: Callable[[], bytes], kind: str) -> None:
         """A file to the folder or to the browser, as the reader wishes."""
         if self.save_to.value == "browser":
-            self.door.offer(name, data, kind)
+            self.door.offer(name, make(), kind)
             return self.saved.put(f"downloaded {name}")
-        path = self._place(name)
+        path = self._place(name)  # first: a figure takes a second
+        data = make()
         written(path, lambda place: place.write_bytes(data))
         self.saved.put(f"saved {self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
@@ -712,7 +722,10 @@ class Explorer(w.VBox):
     def _draw_reasons(self) -> None:
         """The panel about the clicked pixel, for the active side."""
         session = self.session
-        found, image = session.why(session.active), session.picture.image
+        try:
+            found, image = session.why(session.active), session.picture.image
+        except ToCoError:  # a view tells what the model lacks
+            found = None
         self.pinned.layout.display = None if found else "none"
         if not found:
             return
@@ -788,8 +801,9 @@ class Explorer(w.VBox):
     def _crf_is_pending(self) -> bool:
         """The dense CRF takes seconds: it runs beside, and what it has found is drawn when it is there."""
         session = self.session
-        for i, side in enumerate(session.sides):
-            if not (side.settings.show == "segmentation" and side.settings.crf and DECODER in session.subject(i).has):
+        tiles = session.curtain_tiles() if session.arrange == "curtain" else session.tiles()
+        for i in sorted({tile.side for tile in tiles if tile.show == "segmentation"}):
+            if not (session.sides[i].settings.crf and DECODER in session.subject(i).has):
                 continue
             analysis = session.analysis(i)
             if analysis.has_crf():
@@ -821,7 +835,7 @@ class Explorer(w.VBox):
             self.model.options = session.subjects.names
             self.compare.value, self.side.value, self.model.value = two, session.active, side.subject
             self.data.options = list(self.datasets)
-            self.data.value = session.pictures.title if session.pictures.title in self.datasets else None
+            self.data.value = self.data_name
             for widget in (self.side, self.linked):
                 widget.layout.display = None if two else "none"
             self.arrange.value = session.arrange
