@@ -531,7 +531,9 @@ class Session:
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(","))
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def _within(settings: Settings, depth: int) -> Settings:
