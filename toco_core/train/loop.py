@@ -17,10 +17,10 @@ from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Term, check_terms, objective
+from toco_core.objective import TERMS, Term, objective
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
-from toco_core.runs.own_terms import own_terms, variant
+from toco_core.runs.own_terms import check_terms, own_terms, variant
 from toco_core.runs.shipped import shipped_run
 from toco_core.train.backward import backward, crop_generator
 from toco_core.train.batches import to_device, view_options
@@ -66,6 +66,7 @@ def train(
     terms: Mapping[str, Term] = TERMS,
     data: TrainVal | None = None,
     on_record: Callable[[dict], None] | None = None,
+    on_step: Callable[[ToCo, int], None] | None = None,
     resume: bool = True,
     progress: bool = True,
     save_every: int = 0,
@@ -82,6 +83,8 @@ def train(
             of the run's name.
         data: the two splits, by default `open_data(config.data)`.
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
+        on_step: called after each step with the model and the number of steps that it has learned for. It may evaluate
+            the model and must not change it; what it raises ends the training.
         resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
             repeated. False: start anew.
         save_every, save_minutes: checkpoints between those of the validations, after so many steps and after so much
@@ -260,6 +263,8 @@ def train(
             guard.end(done)
             if camera.due(done, last=done == schedule.steps):
                 camera.take(model, done)
+            if on_step:
+                on_step(model, done)
             validates, is_best = unvalidated, False
             if validates:
                 bar.set_description("validating")

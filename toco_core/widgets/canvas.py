@@ -61,3 +61,14 @@ class Chips(anywidget.AnyWidget):
     label = traitlets.Unicode("").tag(sync=True)  # for readers of the screen
     disabled = traitlets.Bool(False).tag(sync=True)
     toggled = traitlets.List([]).tag(sync=True)  # [name, number of the click]
+
+
+class RowTable(anywidget.AnyWidget):
+    """A table whose rows are chosen by a click, or by Enter: texts, and a colour in front of each row."""
+
+    _esm, _css = HERE / "rows.js", HERE / "look.css"
+    head = traitlets.List([]).tag(sync=True)
+    rows = traitlets.List([]).tag(sync=True)  # lists of texts, as long as `head`
+    colours = traitlets.List([]).tag(sync=True)
+    chosen = traitlets.Int(-1).tag(sync=True)
+    wanted = traitlets.List([]).tag(sync=True)  # [row, number of the click]

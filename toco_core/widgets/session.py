@@ -52,7 +52,7 @@ RESTORED = ("image", "patch", "crop_places", "compare", "other", "linked", "view
 
 
 @dataclass(frozen=True)
-class Side:
+class SideChoice:
     """One of the two pictures: which model, and which settings."""
 
     subject: str
@@ -91,7 +91,7 @@ class Session:
         self.pictures, self.subjects = pictures, subjects
         self.first = first or subjects.names[0]
         subject = subjects.get(self.first)
-        self.sides: list[Side] = [Side(self.first, settings_of(subject.config, subject.model.depth))]
+        self.sides: list[SideChoice] = [SideChoice(self.first, settings_of(subject.config, subject.model.depth))]
         self.active, self.linked = 0, True
         self.views: tuple[str, ...] = VIEWS
         self.arrange = ARRANGEMENTS[0]
@@ -153,7 +153,7 @@ class Session:
         side = self.active if side is None else side
         subject = self.subjects.get(name)
         settings = _within(self.sides[side].settings, subject.model.depth)
-        self.sides[side] = Side(name, replace(settings, cam="final") if subject.head else settings)
+        self.sides[side] = SideChoice(name, replace(settings, cam="final") if subject.head else settings)
 
     def compare(self, on: bool) -> None:
         """Two sides, the second one a copy at first; or one."""
