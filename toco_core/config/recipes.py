@@ -88,7 +88,7 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
         labels=LabelConfig(
             beta_l=0.3, beta_h=0.4, beta=0.4, cam_scales=(1.0,), attention_steps=1, par_dilations=(1, 2, 4, 8)
         ),
-        loss=LossConfig(ptc=2.0, ctc=0.0, seg=0.2, energy=0.0, ctc_start=20, seg_start=20, energy_start=20),
+        loss=LossConfig(ptc=4.0, ctc=0.0, seg=0.2, energy=0.0, ctc_start=20, seg_start=20, energy_start=20),
         crops=CropConfig(local_size=64),
         data=DataConfig(
             dataset=dataset,
