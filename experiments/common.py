@@ -6,7 +6,6 @@ not cover the file of the backbone's weights: with new weights give another --ou
 """
 
 import argparse
-import ast
 import json
 import statistics
 import time
@@ -16,6 +15,7 @@ import cv2
 import torch
 
 from toco_core.config import TrainConfig, configured, tiny
+from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
 from toco_core.evaluation.scores import RunScores, read_scores, scored_run
 from toco_core.machine.writing import write_whole
@@ -68,16 +68,12 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
     args = parser.parse_args(argv)
     args.variants = {name: variants[name] for name in args.variants}
     args.common = {} if args.steps is None else {"steps": args.steps}
-    for pair in args.set:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            parser.error(f"--set {pair}: NAME=VALUE is wanted")
-        args.common[name] = _literal(value)
-    for overrides in args.variants.values():  # a wrong field is refused before the first run
-        try:
+    try:
+        args.common |= named_values(args.set)
+        for overrides in args.variants.values():  # a wrong field is refused before the first run
             configured(tiny(), **{**args.common, **overrides})
-        except ToCoError as error:
-            parser.error(str(error))
+    except ToCoError as error:
+        parser.error(str(error))
     return args
 
 
@@ -187,10 +183,3 @@ def mean_and_spread(values: list[float], digits: int = 1) -> str:
     """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _literal(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text

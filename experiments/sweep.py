@@ -14,6 +14,7 @@ import argparse
 import ast
 import csv
 import hashlib
+import io
 import itertools
 import json
 import sys
@@ -24,9 +25,9 @@ from typing import Any, NamedTuple
 import nbformat
 import papermill
 import submitit
-from common import _literal
 
 from toco_core.config import RECIPES, TrainConfig, did_you_mean, field_sections, override
+from toco_core.config.parameters import literal, named_texts, named_values
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json
 from toco_core.machine.writing import write_whole
@@ -232,12 +233,11 @@ def write_results(path: Path, points: list[Point], records: list[dict]) -> None:
     """results.csv, as a whole."""
     rows = rows_of(points, records)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def parquet_library():
@@ -271,16 +271,6 @@ def table(points: list[Point], records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise ToCoError(f"{text!r} is not allowed: NAME=VALUE is wanted")
-        pairs[name] = value
-    return pairs
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=Path, nargs="?")
@@ -304,10 +294,10 @@ def main(argv=None) -> int:
     try:
         if args.parquet:
             parquet_library()  # refused before hours of work
-        grid = {name: [_literal(v) for v in values.split(",")] for name, values in _pairs(args.grid).items()}
-        common = {name: _literal(value) for name, value in _pairs(args.set).items()}
+        grid = {name: [literal(v) for v in values.split(",")] for name, values in named_texts(args.grid).items()}
+        common = named_values(args.set)
         points = points_of(args.notebook, args.out, grid, common)
-        options = {name: _literal(value) for name, value in _pairs(args.slurm_options).items()}
+        options = named_values(args.slurm_options)
     except ToCoError as error:
         parser.error(str(error))
     jobs = args.jobs or (len(points) if args.slurm else 1)

@@ -32,9 +32,10 @@ from safetensors.torch import save
 from sbd_files import sbd_bytes
 from voc_folder import CLASSES, rectangle_mask, smooth_image, write_voc_folder
 
-from toco_core.config import ModelConfig, TrainConfig, override, tiny
+from toco_core.commands.check import check_command as look_over
+from toco_core.config import ModelConfig, TrainConfig, configured, override, tiny
+from toco_core.config.parameters import named_values
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_train_val, read_image, read_mask
-from toco_core.data.__main__ import main as look_over
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.data.survey import inventory
 from toco_core.errors import ToCoError
@@ -47,7 +48,6 @@ from toco_core.model import ToCo
 from toco_core.runs.folder import Run
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure
-from toco_core.train.launch import with_fields
 from toco_core.train.optimizer import load_optimizer_state
 from toco_core.widgets import Session, Subject, Subjects, open_pictures
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
@@ -271,7 +271,7 @@ def labelled(voc, path):
 def command_line(path):
     """Words of a command line, a line each, up to the name of the run that they ask for."""
     fields = read_bytes(path, "text_bytes").decode("utf-8", "surrogateescape").split("\n")
-    config = with_fields(tiny(), fields)
+    config = configured(tiny(), **named_values(fields))
     return Run.of(TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))).folder
 
 
@@ -321,7 +321,7 @@ def built(path) -> tuple[Path, list]:
 
 
 def looked_over(path):
-    """A folder as `python -m toco_core.data`, a training and the explorer open it."""
+    """A folder as `toco check`, a training and the explorer open it."""
     root, folder = built(path)
     try:
         print_to = io.StringIO()

@@ -3,18 +3,21 @@
 Skipped, with the reason, where playwright or a browser is not found. Screenshots are left in pytest's temporary folder.
 """
 
+import base64
 import re
 import statistics
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from small_config import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
-from browser import NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch  # noqa: E402
+from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch  # noqa: E402
 
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")
@@ -148,3 +151,39 @@ def test_dark_theme_is_legible(page):
         "return c[0] + c[1] + c[2] < 300 }).map(e => e.className + e.textContent)"
     )
     assert dim == []
+
+
+SCRIPT = "window.pwned = 1; fetch('/api/contents', {method: 'POST', body: '{}'})"
+
+
+def test_a_hostile_name_runs_nothing(page):
+    """A photograph and its class whose names are HTML with a script, which created a notebook with the reader's cookie.
+
+    No dialog, no request for the script's image, no element of it, no new file.
+    """
+    code = base64.b64encode(SCRIPT.encode()).decode()
+    assert "/" not in code  # which no file name can hold
+    evil = f"<img src=x onerror=eval(atob('{code}'))>"
+    data = page.folder / "photographs"
+    for name in (evil, "dog"):
+        (data / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((48, 64, 3), 60 * i + 40, np.uint8)).save(data / name / f"{evil}{i}.jpg")
+    write_notebook(page.folder / "hostile.ipynb", model=str(page.models[0]), dataset=str(data), image="", n_images=2)
+    before, dialogs, requests = sorted(page.folder.glob("*.ipynb")), [], []
+    address = page.url.partition("/lab/")[0]
+    with page.context.browser.new_page(viewport=page.viewport_size) as other:  # on the server of the tests before
+        other.set_default_timeout(PATIENCE)
+        other.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
+        other.on("request", lambda request: requests.append((request.method, request.url.partition("?")[0])))
+        other.goto(f"{address}/lab/workspaces/other/tree/hostile.ipynb")
+        run_all_cells(other)
+        other.wait_for_selector(".toco-canvas img")
+        other.locator(".toco-film button").nth(1).click()
+        text = "text => document.querySelector('.toco-explorer').textContent.includes(text)"
+        other.wait_for_function(text, arg=f"{evil}1")  # the name stands there, letter by letter
+        assert other.evaluate("document.querySelectorAll('img[src=x], [onerror]').length") == 0
+        assert other.evaluate("window.pwned") is None and dialogs == []
+    assert [url for _, url in requests if url.rsplit("/", 1)[-1] == "x"] == []
+    assert [url for method, url in requests if method == "POST" and url.endswith("/api/contents")] == []
+    assert sorted(page.folder.glob("*.ipynb")) == before

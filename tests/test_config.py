@@ -20,8 +20,8 @@ from toco_core.config import (
     tiny,
     voc,
 )
+from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
-from toco_core.train.launch import with_fields
 
 VOC = {
     "model": {
@@ -412,7 +412,7 @@ def test_any_number_of_steps_makes_a_schedule(recipe):
 def test_words_of_a_command_line_are_refused_by_name(fields, words):
     """They ended in re.error, in OverflowError and, the last two, in torch's own words or on device 44."""
     with pytest.raises(ToCoError, match=words):
-        with_fields(tiny(), fields)
+        configured(tiny(), **named_values(fields))
 
 
 def test_a_device_by_its_number():

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
 from toco_core import losses
+from toco_core.__main__ import main
 from toco_core.config import override, tiny
 from toco_core.data import open_train_val
 from toco_core.errors import ToCoError
@@ -256,16 +257,6 @@ def test_shares():
     assert distributed.current() == ALONE and ALONE.gathered(5) == [5] and ALONE.from_first("a") == "a"
 
 
-def test_fields_of_the_command_line():
-    config = launch.with_fields(tiny(), ["layer=9", "cam_scales=(1.0, 0.5)", "dataset=my data", "out_dir=x=y"])
-    assert (config.model.layer, config.labels.cam_scales) == (9, (1.0, 0.5))
-    assert (config.data.dataset, config.out_dir) == ("my data", "x=y")
-    with pytest.raises(ToCoError, match="'layer' is not allowed: NAME=VALUE is wanted"):
-        launch.with_fields(tiny(), ["layer"])
-    with pytest.raises(SystemExit, match="error: there is no parameter 'layr': did you mean layer"):
-        launch.main(["tiny", "layr=9"])
-
-
 def test_the_command_line_trains(tmp_path, capsys):
     data = write_voc_folder(tmp_path / "data", n=4)
     config = override(config_of(data, tmp_path / "runs"), steps=1, warmup_steps=0)
@@ -275,7 +266,7 @@ def test_the_command_line_trains(tmp_path, capsys):
     for section, values in ours.items():
         if isinstance(values, dict):
             changed |= {name: value for name, value in values.items() if base[section][name] != value}
-    launch.main(["tiny", *(f"{name}={value!r}" for name, value in changed.items())])
+    main(["train", "tiny", *(f"{name}={value!r}" for name, value in changed.items())])
     said = capsys.readouterr().out
     assert str(Run.of(config).folder) in said and Run.of(config).finished
     assert "a step takes about" in said and f"batch_size = {B} is not the recipe's" in said

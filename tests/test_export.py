@@ -258,17 +258,18 @@ def test_the_archive_for_the_evaluation_server(model, config, tmp_path):
 
 
 def test_the_command(model, source, config, tmp_path, capsys):
+    from toco_core.commands.export import export_command
     from toco_core.train.loop import train
 
     write_list(source.root, "val", ["img_4"])
     short = override(config, dataset=str(source.root), steps=1, batch_size=2, warmup_steps=0, out_dir=str(tmp_path))
     run = train(short, progress=False).run
-    assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "val", "--method", "cam"]) == 0
+    assert export_command([str(run.folder), str(tmp_path / "out"), "--split", "val", "--method", "cam"]) == 0
     assert "1 label maps, 1 of them new" in capsys.readouterr().out
     assert VOCFolder(tmp_path / "out", "val").names == ("img_4",)
     everything = [str(run.folder), str(tmp_path / "all"), "--split", "all", "--beta-l", "0.1", "--beta-h", "0.9"]
     write_list(source.root, "train", [f"img_{i}" for i in range(4)])  # img_4 is held out
-    assert exporting.main(everything) == 0
+    assert export_command(everything) == 0
     parts = {name: VOCFolder(tmp_path / "all", name) for name in ("train", "val", "all")}
     assert {name: len(part) for name, part in parts.items()} == {"train": 4, "val": 1, "all": 5}
     in_json = COCOFolder(tmp_path / "all" / "annotations" / "instances_val.json", unlabelled=True)
@@ -278,9 +279,10 @@ def test_the_command(model, source, config, tmp_path, capsys):
     assert (settings["beta_l"], settings["beta_h"]) == (0.1, 0.9)
     copied = tmp_path / "all" / "JPEGImages" / "img_0.jpg"
     assert copied.stat().st_ino != source.image_path(0).stat().st_ino  # to edit it leaves the data set alone
-    assert exporting.main([*everything[:-1], "0.05"]) == 1  # beta_l above beta_h
-    assert exporting.main([str(run.folder), str(tmp_path / "out"), "--split", "nope"]) == 1
-    assert "split 'nope'" in capsys.readouterr().out
+    with pytest.raises(ToCoError, match="beta_l"):
+        export_command([*everything[:-1], "0.05"])  # beta_l above beta_h
+    with pytest.raises(ToCoError, match="split 'nope'"):
+        export_command([str(run.folder), str(tmp_path / "out"), "--split", "nope"])
 
 
 # ---- the second stage

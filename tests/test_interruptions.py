@@ -49,6 +49,18 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     assert found["kills"] >= KILLS and found["saving"] >= 3 and found["halves"] >= 1 and all(found["equal"]), found
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are made by fork")
+@pytest.mark.parametrize(("what", "n_files"), [("export", 18), ("drawing", 33)])
+def test_killed_at_any_moment_a_folder_becomes_whole(tmp_path, what, n_files):
+    """Exports, and the first drawing of the data: the next call leaves every file as if nothing had happened."""
+    command = [sys.executable, str(HERE / "killed_writing.py"), what, str(tmp_path), str(KILLS // 3), "0"]
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] >= KILLS // 3 and found["files"] == n_files and all(found["equal"]), found
+
+
 def stop_at(step, action):
     def on_record(record):
         if record["step"] == step and "total" in record:

@@ -63,11 +63,13 @@ def test_scores_begin_with_the_background(images, name):
     """Certain classes stay what they are under every refiner; sets of different background scores are kept apart."""
     certain = torch.zeros(B, 2, H, W)
     certain[:, 1, :, : W // 2] = 0.98
-    low, high = build_refiner(name)(images, [certain, 0.5 * certain])
+    halves = torch.stack([certain[0, 1] > 0, certain[0, 1] == 0])
+    settings = {"masks": [halves] * B} if name == "masks" else {}
+    low, high = build_refiner(name, **settings)(images, [certain, 0.5 * certain])
     for scores in (low, high):
         assert scores.shape == (B, 3, H, W)
     assert (low.argmax(1)[:, :, 2 : W // 2 - 8] == 2).all() and not low.argmax(1)[:, :, -3:].any()
-    assert not torch.equal(low, high)
+    assert not torch.equal(low, high) or name == "masks"  # whose scores are 0 and 1
 
 
 def test_a_config_chooses_by_name(images, cam):
@@ -100,7 +102,7 @@ def test_a_row_of_ones_own_is_all_that_is_needed(images, cam, monkeypatch):
 
 
 def test_what_is_refused(images, cam):
-    with pytest.raises(ToCoError, match="refiner = 'pra' is not allowed: one of par, crf, none"):
+    with pytest.raises(ToCoError, match="refiner = 'pra' is not allowed: one of par, crf, masks, none"):
         labels.refined_labels(images, cam, IMAGE_LABELS, betas=BETAS, refiner="pra")
     with pytest.raises(ToCoError, match="scale = 1.5 of crf"):
         labels.refined_labels(images, cam, IMAGE_LABELS, betas=BETAS, refiner="crf", scale=1.5)

@@ -8,8 +8,8 @@ import scipy.io
 from sbd_files import sbd_bytes
 from voc_folder import SIZES, rectangle_mask, write_list, write_voc_folder
 
+from toco_core.commands.check import check_command as main
 from toco_core.data import VOC_CLASSES, VOCFolder, check, open_source, split_names
-from toco_core.data.__main__ import main
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.data.survey import inventory
 from toco_core.errors import ToCoError

@@ -5,8 +5,8 @@ from coco_folder import write_coco_folder, write_images
 from PIL import Image
 from voc_folder import CLASSES, rectangle_mask, save_palette_mask, write_list, write_voc_folder
 
+from toco_core.commands.check import check_command as main
 from toco_core.data import VOC_CLASSES, open_source
-from toco_core.data.__main__ import main
 from toco_core.data.survey import fingerprint, how_to_get, inventory, near_pairs, survey
 from toco_core.errors import ToCoError
 

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +64,31 @@ def test_a_sweep_lists_what_failed_and_goes_on(notebook, tmp_path, monkeypatch, 
     assert started == [points[1].name] and done.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_a_sweep_killed_at_any_moment_goes_on(notebook, tmp_path):
+    """SIGKILL of the sweep alone: its jobs live on, or not; the same command again ends with every row."""
+    out, chance = tmp_path / "out", random.Random(4)
+    script, grid = ROOT / "experiments" / "sweep.py", ["--grid", "divisor=1,2,0", "seed=0,1", "--jobs", "2"]
+    command, kills = [sys.executable, str(script), str(notebook), *grid, "--out", str(out)], 0
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(2 + 8 * chance.random())
+        except subprocess.TimeoutExpired:
+            kills += 1
+            if kills % 2:
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert kills
+    subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300)
+    found = [(row["divisor"], row["seed"], row["state"], row["error"]) for row in rows(out)]
+    failed = ("failed", "ZeroDivisionError: division by zero")
+    assert found == [(d, s, *(failed if d == "0" else ("done", ""))) for d in "120" for s in "01"]
+    assert not list(out.glob("**/*.part"))
+
+
 def test_points(notebook, tmp_path):
     points = sweep.points_of(notebook, tmp_path, {"layer": [9, 10], "seed": [0, 1]}, {"steps": 50})
     assert [p.parameters for p in points][1] == {"steps": 50, "layer": 9, "seed": 1}
@@ -77,11 +106,14 @@ def test_a_point_comes_back(notebook, tmp_path):
     assert point.record == {"state": "waiting"}
     assert sweep.read_point(sweep._written(point)) == point
     point.note(state="done", seconds=1.5, numbers={"cam_miou": 30.0})
+    (tmp_path / "mine").write_text("precious")
+    (point.folder / "results.part").symlink_to(tmp_path / "mine")  # what comes from a stranger is not written through
     sweep.write_results(point.folder / "results.csv", [point], [point.record])
     assert rows(point.folder) == [
         {"divisor": "2", "state": "done", "run": "", "seconds": "1.5", "cam_miou": "30.0", "cell": "", "error": ""}
     ]
     assert json.loads((point.folder / f"{point.name}.json").read_text())["state"] == "done"
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_parquet_where_its_packages_are_installed(notebook, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ from coco_folder import SIZES, write_images
 from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, write_voc_folder
 
+from toco_core.commands.check import check_command as main
 from toco_core.data import ClassFolders, TagList, VOCFolder, open_source, open_train_val, recognise, split_names
-from toco_core.data.__main__ import main
 from toco_core.data.layouts.tags import write_tag_list
 from toco_core.errors import ToCoError
 

@@ -1,33 +1,26 @@
-"""One command line: `toco ...`, `python -m toco_core ...` and `torchrun -m toco_core ...`.
-
-toco notebooks <folder>    copies the notebooks
-toco lab <folder>          opens JupyterLab on them
-toco label <run> <photographs> <folder>
-                           labels new photographs: VOC, COCO RLE, overlays
-toco second <run> <labels> <folder>
-                           trains a second network on label maps, edited or not
-toco page <run> <photograph> <file>
-                           writes one image under all settings as an HTML page
-toco film <run> <file>      writes the film of a run (train with --film 20) as GIF or MP4
-toco share <run> <folder>  writes a run's model with a model card, for the Hugging Face Hub
-toco onnx <run> <file>     writes the model of a run as ONNX
-toco <recipe> ...          trains: see `train.launch`
-"""
+"""One command line: `toco ...`, `python -m toco_core ...` and `torchrun -m toco_core ...`."""
 
 import importlib
 import sys
 
 from .errors import ToCoError
 
-COMMANDS = {  # name -> "module:function", which takes the arguments after the name and returns the exit status
-    "notebooks": "toco_core.commands.notebooks:copy_command",
-    "lab": "toco_core.commands.notebooks:lab_command",
-    "label": "toco_core.predict.label:label_command",
-    "page": "toco_core.predict.page:page_command",
-    "film": "toco_core.train.film:film_command",
-    "second": "toco_core.analysis.second_stage:second_command",
-    "share": "toco_core.runs.hub:share_command",
-    "onnx": "toco_core.predict.portable:onnx_command",
+COMMANDS = {  # name -> "module:function" in toco_core, and what it does
+    "train": ("commands.train:train_command", "train a recipe; `toco train --help` lists every field of a config"),
+    "check": ("commands.check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
+    "export": ("commands.export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
+    "label": ("commands.label:label_command", "label new photographs: VOC, COCO RLE, overlays"),
+    "corrected": (
+        "commands.corrected:corrected_command",
+        "read label maps back in that were corrected in Label Studio or CVAT",
+    ),
+    "page": ("commands.page:page_command", "write one image under all settings as an HTML page"),
+    "film": ("train.film:film_command", "write the film of a run (train with --film 20) as GIF or MP4"),
+    "second": ("analysis.second_stage:second_command", "train a second network on label maps, edited or not"),
+    "share": ("commands.share:share_command", "write a run's model with a model card, for the Hugging Face Hub"),
+    "onnx": ("commands.onnx:onnx_command", "write the model of a run as ONNX"),
+    "notebooks": ("commands.notebooks:copy_command", "copy the notebooks"),
+    "lab": ("commands.notebooks:lab_command", "open JupyterLab on them"),
 }
 
 STOPPED = 130  # the exit status of what Ctrl-C ended
@@ -35,11 +28,16 @@ STOPPED = 130  # the exit status of what Ctrl-C ended
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; every other first word is a recipe to train."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = COMMANDS.get(arguments[0] if arguments else "")
-    module, _, function = (command or "toco_core.train.launch:main").partition(":")
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("\n".join([__doc__, *(f"  toco {command:10} {said}" for command, (_, said) in COMMANDS.items())]))
+        print("\n`toco <command> --help` says more; `toco tiny layer=9` is short for `toco train tiny layer=9`.")
+        return 0
+    if name not in COMMANDS:
+        name, rest = "train", [name, *rest]
+    module, function = COMMANDS[name][0].split(":")
     try:
-        return getattr(importlib.import_module(module), function)(arguments if command is None else arguments[1:]) or 0
+        return getattr(importlib.import_module(f"toco_core.{module}"), function)(rest)
     except ToCoError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ background, C = K + 1 with it, P width of a projection, V views, G global views 
 import numpy as np
 
 IGNORE = 255
+IGNORED = "ignored"  # what pixels of this value are called where labels have names
 BACKGROUND, UNCERTAIN, FOREGROUND = 0, 1, 2
 
 

@@ -34,7 +34,7 @@ from toco_core.conventions import BACKGROUND, IGNORE
 
 from . import par
 from .errors import ToCoError
-from .refiners import build_refiner
+from .refiners import OfImages, build_refiner
 
 
 def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:
@@ -181,8 +181,9 @@ def refined_labels(
         classes, present = _on(cam.device, classes, present)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
         against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
+        refine_part = refine.of(part) if isinstance(refine, OfImages) else refine
         with torch.no_grad():
-            refined = refine(_resize(images[part], small), against)
+            refined = refine_part(_resize(images[part], small), against)
         for t, scores in enumerate(refined):
             label[t, part] = _slot_to_class(upsampled_argmax(scores, size), classes)
     return label

@@ -1,1 +1,1 @@
-"""What `toco` runs that is not a room's own: the notebooks that come with the package."""
+"""The one command line, a module per command."""

@@ -162,12 +162,15 @@ def _check_bounds(f, value):
         bad |= "at_most" in allowed and not item <= allowed["at_most"]
         bad |= "below" in allowed and not item < allowed["below"]
     if bad:
-        words = []
-        if "length" in allowed:
-            words.append(f"{allowed['length']} numbers")
-        if "one_of" in allowed:
-            words.append(f"one of {', '.join(map(str, allowed['one_of']))}")
-        words += [
-            f"{k.replace('_', ' ')} {allowed[k]}" for k in ("at_least", "above", "at_most", "below") if k in allowed
-        ]
-        raise ToCoError(f"{f.name} = {value!r} is not allowed: {', '.join(words)}")
+        raise ToCoError(f"{f.name} = {value!r} is not allowed: {limits(allowed)}")
+
+
+def limits(allowed: dict[str, Any]) -> str:
+    """Put what a field allows into words; "" where it allows everything of its type."""
+    words = []
+    if "length" in allowed:
+        words.append(f"{allowed['length']} numbers")
+    if "one_of" in allowed:
+        words.append(f"one of {', '.join(map(str, allowed['one_of']))}")
+    words += [f"{k.replace('_', ' ')} {allowed[k]}" for k in ("at_least", "above", "at_most", "below") if k in allowed]
+    return ", ".join(words)

@@ -1,4 +1,4 @@
-"""What notebooks need of papermill: parameters that are checked.
+"""Parameters as text, from papermill and from a shell, that are checked.
 
 papermill writes `-p name value` into a cell of its own behind the cell tagged `parameters` and only warns about names
 that this cell does not have. So a notebook begins with
@@ -8,8 +8,10 @@ that this cell does not have. So a notebook begins with
     config = parameters.config()           # behind it
 """
 
+import ast
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,28 @@ class Parameters:
         if changed := changed_batch(config, RECIPES[recipe]()):
             print(changed)
         return config
+
+
+def named_values(texts: Iterable[str]) -> dict[str, Any]:
+    """Read texts such as "layer=9": name -> `literal`. Raises ToCoError for what is no NAME=VALUE."""
+    return {name: literal(value) for name, value in named_texts(texts).items()}
+
+
+def named_texts(texts: Iterable[str]) -> dict[str, str]:
+    """The same with the values as they are written."""
+    parts = {text: text.partition("=") for text in texts}
+    for text, (_, sign, _) in parts.items():
+        if not sign:
+            raise ToCoError(f"{text!r} is not allowed: NAME=VALUE is wanted")
+    return {name: value for name, _, value in parts.values()}
+
+
+def literal(text: str) -> Any:
+    """Read a Python literal; a text that is none stands for itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def as_list(name: str, value: Any, kind: type = str) -> list:

@@ -40,7 +40,11 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     applied. Raises ToCoError, naming the file, where it is missing, truncated, not an image, or beyond a limit (see
     `machine.intake`) of bytes, pixels or scans.
     """
-    data = _read_bytes(path)
+    return decode_image(path, _read_bytes(path))
+
+
+def decode_image(path: Path | str, data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """The same of bytes that were read; `path` names them in messages."""
     _open(path, data, IMAGE_FORMATS)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -56,7 +60,16 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "H W"]:
 
     Raises ToCoError, naming the file, as `read_image`, and where the file holds colours or values above 255.
     """
-    data = _read_bytes(path)
+    return decode_mask(path, _read_bytes(path))
+
+
+def is_grey(path: Path | str, data: bytes) -> bool:
+    """Whether a PNG or BMP holds one number a pixel and no palette."""
+    return _open(path, data, ("PNG", "BMP")).mode in ("1", "L", "I", "I;16", "I;16B", "LA")
+
+
+def decode_mask(path: Path | str, data: bytes) -> UInt8[np.ndarray, "H W"]:
+    """The same of bytes that were read; `path` names them in messages."""
     image = _open(path, data, ("PNG", "BMP"))
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "LA", "PA"):
         raise ToCoError(f"{path} is a colour image ({image.mode}): a mask is a palette or grey PNG of class values")

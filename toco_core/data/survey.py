@@ -1,7 +1,7 @@
 """Look a data set over before training on it: what is there and what is missing, broken files, duplicates, leaks.
 
 `inventory` counts folders and lists, and says for VOC and COCO how many there should be and where the rest comes from.
-`survey` decodes everything once. From a shell, both: `python -m toco_core.data <folder>`.
+`survey` decodes everything once. From a shell, both: `toco check <folder>`.
 """
 
 import hashlib

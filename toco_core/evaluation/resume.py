@@ -9,7 +9,6 @@ Each file is written whole or not at all, the counts last.
 
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int64, UInt8
 from toco_core.data.files import palette_png
 from toco_core.data.layouts.npy import plain_array
 from toco_core.errors import ToCoError
-from toco_core.machine.intake import limit, read_bytes
+from toco_core.machine.intake import limit, open_archive, read_bytes
 from toco_core.machine.writing import remove_parts, write_whole, writing
 from toco_core.runs.folder import claim_folder
 
@@ -60,7 +59,7 @@ class KeptEvaluation:
         path = self._counts(name)
         data = read_bytes(path, "counts_bytes")
         try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            with open_archive(path, io.BytesIO(data)) as archive:
                 parts = [archive.getinfo(f"{field}.npy") for field in ImageCounts._fields]
                 if sum(part.file_size for part in parts) > limit("counts_bytes"):
                     raise ValueError("its parts are too large")

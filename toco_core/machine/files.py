@@ -11,7 +11,6 @@ import math
 import pathlib
 import pickle
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from toco_core.errors import ToCoError
-from toco_core.machine.intake import limit, open_file, refuse_above
+from toco_core.machine.intake import limit, open_archive, open_file, refuse_above
 
 MAX_DEPTH = 100
 LEGACY = 0x1950A86A20F9469CFC6C  # the number with which files of old versions of torch begin
@@ -50,7 +49,7 @@ def load_tensors(path: Path | str) -> Any:
 
             return load_file(path)
         if file.read(4) == b"PK\x03\x04":
-            _inspect_archive(file)
+            _inspect_archive(path, file)
         else:
             _inspect_legacy(file)
     content = torch.load(path, map_location="cpu", weights_only=True)
@@ -150,9 +149,9 @@ class _Inspector(pickle._Unpickler):
         return _Storage(key, n * storage.item, storage.item)
 
 
-def _inspect_archive(file: io.BufferedReader) -> None:
+def _inspect_archive(path: Path, file: io.BufferedReader) -> None:
     size = file.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
+    with open_archive(path, file) as archive:
         listed = archive.infolist()
         parts = {part.filename.lower(): part for part in listed}  # torch finds them whatever their case
         if sum(part.file_size for part in listed) > size or len(parts) < len(listed):

@@ -5,7 +5,7 @@ the limit of its kind. Whatever is wrong becomes one ToCoError that names the fi
 
 The limits are `DEFAULTS`. The environment variable TOCO_LIMITS raises them by name, also in processes that are started:
 
-    TOCO_LIMITS="image_bytes=2e9,image_pixels=5e8" python -m toco_core.data scans
+    TOCO_LIMITS="image_bytes=2e9,image_pixels=5e8" toco check scans
     set_limits(image_pixels=500_000_000)                       # the same from Python
 """
 
@@ -14,6 +14,7 @@ import io
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ DEFAULTS = {
     "painted_pixels": 2**31,  # area of all objects of one image
     "counts_bytes": 2**28,  # what a kept evaluation unpacks for one image
     "checkpoint_bytes": 2**35,
+    "archive_bytes": 2**33,
+    "archive_list_bytes": 2**24,  # the list of files at an archive's end: a hundred for each
     "pickle_bytes": 2**24,  # names and shapes of a checkpoint's tensors
     "folder_entries": 5_000_000,
 }
@@ -121,6 +124,21 @@ def read_bytes(path: Path | str, limit_name: str) -> bytes:
         raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise ToCoError(f"{path} does not fit into the memory") from error
+
+
+def open_archive(path: Path | str, file: io.BufferedIOBase) -> zipfile.ZipFile:
+    """A ZIP archive in an open file, whose list of files is of a size that can be held.
+
+    Raises ToCoError, naming the file, for a longer list, and zipfile.BadZipFile for what is no archive.
+    """
+    try:
+        end = zipfile._EndRecData(file)  # as ZipFile finds it, which then reads the whole list
+    except (OSError, ValueError) as error:
+        raise zipfile.BadZipFile(str(error)) from error
+    if not end:
+        raise zipfile.BadZipFile("it is no ZIP archive")
+    refuse_above("archive_list_bytes", end[zipfile._ECD_SIZE], f"{path}: its list of files", "bytes")
+    return zipfile.ZipFile(file)
 
 
 def read_text(path: Path | str, what: str, limit_name: str = "text_bytes") -> str:

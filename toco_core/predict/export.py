@@ -10,10 +10,9 @@
 Only label maps touch the disk, each file is written whole or not at all, and an interrupted export goes on where it
 stopped. From a shell:
 
-    python -m toco_core.predict.export <folder of a run> <new folder> --split train --method par
+    toco export <folder of a run> <new folder> --split train --method par
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -33,11 +32,10 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_data, open_source, read_mask
+from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
-from toco_core.data.split import joined
 from toco_core.errors import ToCoError
 from toco_core.machine.locks import alone
 from toco_core.machine.memory import memory_errors
@@ -47,7 +45,6 @@ from toco_core.model import ToCo, Tokens
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claim_folder, weights_hash
-from toco_core.runs.opened import open_run
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -57,7 +54,6 @@ METHODS = {
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
 IMAGES = ("copy", "link", "none")
-ALL = "all"  # the split of all images of a run
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
 
@@ -377,61 +373,3 @@ def voc_archive(
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     return len(source)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m toco_core.predict.export`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m toco_core.predict.export", description="Write pseudo labels of a run."
-    )
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("folder", help="new folder, or one whose export was interrupted")
-    parser.add_argument(
-        "--split",
-        default="train",
-        help="split of the run's data set (default train); all: what it trains and what it validates on, with a list "
-        "each",
-    )
-    parser.add_argument(
-        "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
-    )
-    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
-        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
-    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
-    parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
-    chosen = parser.parse_args(arguments)
-    try:
-        opened = open_run(chosen.run)
-        parts = {}
-        if chosen.split == ALL:
-            parts = {name: getattr(opened.data, name) for name in ("train", "val")}
-            source = joined(list(parts.values()), ALL)
-        else:
-            source = split_of_run(opened.config, chosen.split)
-        found = export(
-            opened.model, source, chosen.folder, opened.config,
-            method=chosen.method, beta=chosen.beta, beta_l=chosen.beta_l, beta_h=chosen.beta_h, images=chosen.images,
-            split=chosen.split, parts={name: part.names for name, part in parts.items()},
-        )  # fmt: skip
-        print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
-        print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
-        if chosen.archive:
-            voc_archive(found.folder, chosen.archive, split=chosen.split)
-    except ToCoError as error:
-        print(f"export: {error}")
-        return 1
-    except KeyboardInterrupt:
-        print("export: stopped; the same call goes on from here")
-        return 130
-    return 0
-
-
-def split_of_run(config: TrainConfig, split: str) -> Split:
-    """A split of the data set of a config; "train" and "val" are exactly the images that it trains and validates on."""
-    data = open_data(config.data)
-    known = {config.data.train_split: data.train, config.data.val_split: data.val}
-    return known[split] if split in known else open_source(config.data.dataset, split)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

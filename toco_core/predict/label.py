@@ -17,7 +17,6 @@ Any folder will do, with folders in it. An interrupted call goes on where it sto
 has changed.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -461,32 +460,3 @@ def _check(**chosen: tuple[str, Mapping | Sequence[str]]) -> None:
     for name, (value, allowed) in chosen.items():
         if value not in allowed:
             raise ToCoError(f"{name} = {value!r} is not allowed: one of {', '.join(allowed)}")
-
-
-def label_command(arguments: list[str]) -> int:
-    """Run `toco label`."""
-    parser = argparse.ArgumentParser(
-        prog="toco label", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
-    parser.add_argument("photographs", help="a folder of photographs, a list of tags (tags.csv), or one photograph")
-    parser.add_argument("folder", help="new folder, or one of an earlier call")
-    methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
-    parser.add_argument("--method", default="par", choices=METHODS, help=f"{methods} (default par)")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="probability above which the classifier names a class (0.5)"
-    )
-    parser.add_argument("--tags", default="auto", choices=TAGS, help="; ".join(f"{k}: {v}" for k, v in TAGS.items()))
-    for name, of in (("beta", "cam"), ("beta-l", "par and crf"), ("beta-h", "par and crf")):
-        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the run's)")
-    parser.add_argument("--images", default="copy", choices=IMAGES, help="the photographs beside the labels (copy)")
-    parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write no overlays")
-    chosen = vars(parser.parse_args(arguments))
-    made = label_photographs(chosen.pop("run"), chosen.pop("photographs"), chosen.pop("folder"), **chosen)
-    print(f"{made.folder}: {made.n_photographs} photographs with labels, {made.n_new} of them new")
-    print(", ".join(f"{name} {n}" for name, n in made.images_per_class.items()))
-    if made.skipped:
-        print(f"{len(made.skipped)} skipped, see {made.folder / 'skipped.txt'}:")
-        for file, reason in list(made.skipped.items())[:5]:
-            print(f"  {ToCoError(reason if reason.startswith(file) else f'{file}: {reason}')}")
-    return 0

@@ -9,7 +9,6 @@ mask; thresholds, pixel-adaptive refinement, overlay and scores are worked out b
 from files is data to it, never markup, and its policy allows no script but its own and no address at all.
 """
 
-import argparse
 import base64
 import hashlib
 import html
@@ -29,12 +28,9 @@ from torch import Tensor
 
 from toco_core import par
 from toco_core.conventions import voc_palette
-from toco_core.data import read_image
 from toco_core.errors import ToCoError
-from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole, writing
 from toco_core.predict.image import AUXILIARY, ImagePredictor
-from toco_core.predict.models import open_model
 
 HERE = Path(__file__).parent
 MOST_BYTES = 3_000_000
@@ -201,20 +197,3 @@ def _png(values: np.ndarray) -> str:
 
 def _address(kind: str, data: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
-
-
-def page_command(arguments: list[str]) -> int:
-    """Run `toco page`."""
-    parser = argparse.ArgumentParser(
-        prog="toco page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
-    parser.add_argument("photograph", help="a picture")
-    parser.add_argument("file", help="the page, .html")
-    chosen = parser.parse_args(arguments)
-    opened, image = open_model(chosen.run), read_image(Path(chosen.photograph))
-    predictor = ImagePredictor(opened.model, opened.config, passes=passes_of(opened.model, opened.config))
-    predictor.set_image(image)
-    title = Path(chosen.photograph).name
-    print(write_page(predictor, chosen.file, title=title, class_names=opened.class_names, model=opened.name))
-    return 0

@@ -7,7 +7,6 @@ The graph has one input, `images` (B 3 H W, RGB in [0, 1], H and W multiples of 
 `segmentation` (B C H W, logits, background first). Labels from scores, several scales, PAR and the CRF stay outside.
 """
 
-import argparse
 import importlib
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from toco_core.cam import class_activation, normalise_cam
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.runs.opened import open_run
 
 INPUT, OUTPUTS = "images", ("scores", "cam", "segmentation")
 TOLERANCE = 1e-4
@@ -98,18 +96,6 @@ def onnx_difference(model: ToCo, path: Path) -> float:
                 return float("inf")
             worst = max(worst, float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max()))
     return worst
-
-
-def onnx_command(arguments: list[str]) -> int:
-    """Run `toco onnx`."""
-    parser = argparse.ArgumentParser(
-        prog="toco onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("file", help="the ONNX file to write")
-    chosen = parser.parse_args(arguments)
-    print(write_onnx(open_run(chosen.run, device="cpu").model, chosen.file))
-    return 0
 
 
 def _traced_with(model: ToCo) -> tuple[Tensor, dict]:

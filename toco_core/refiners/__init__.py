@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toco_core.errors import ToCoError
 from toco_core.refiners.crf import DenseCRF
+from toco_core.refiners.masks import MaskVote
 from toco_core.refiners.none import NoRefinement
 from toco_core.refiners.par import PAR
 
@@ -35,7 +36,15 @@ class Refiner(Protocol):
         """
 
 
-REFINERS: dict[str, Callable[..., Refiner]] = {"par": PAR, "crf": DenseCRF, "none": NoRefinement}
+@runtime_checkable
+class OfImages(Protocol):
+    """A refiner that holds something for each image of the batch for which it was built."""
+
+    def of(self, part: slice) -> Refiner:
+        """Return that of some of the images."""
+
+
+REFINERS: dict[str, Callable[..., Refiner]] = {"par": PAR, "crf": DenseCRF, "masks": MaskVote, "none": NoRefinement}
 
 
 def build_refiner(name: str, **settings: Any) -> Refiner:

@@ -13,7 +13,6 @@ README.md           the model card: scores with their protocol, data set, versio
 No data set is needed to read one. Paths of the machine that trained are left out: of a data set its name is kept.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -169,22 +168,6 @@ model, config, class_names = from_pretrained("<this folder or repository>")
 
 The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
 """
-
-
-def share_command(arguments: list[str]) -> int:
-    """Run `toco share`."""
-    parser = argparse.ArgumentParser(
-        prog="toco share", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("folder", help="folder to write")
-    parser.add_argument("--push", metavar="NAME/MODEL", help="also upload it to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", help="where the repository is made: only for you")
-    chosen = parser.parse_args(arguments)
-    print(save_pretrained(chosen.run, chosen.folder))
-    if chosen.push:
-        print(push_to_hub(chosen.run, chosen.push, private=chosen.private))
-    return 0
 
 
 def _without_paths(config: TrainConfig) -> TrainConfig:

@@ -1,7 +1,6 @@
 """Training over several processes: from a shell, over machines too, and from a notebook. One process is a special case.
 
-    torchrun --nproc-per-node 4 -m toco_core voc dataset=VOCdevkit/VOC2012 seed=1
-    python -m toco_core tiny layer=9 steps=100
+    torchrun --nproc-per-node 4 -m toco_core train voc dataset=VOCdevkit/VOC2012 seed=1
 
 In a notebook (or any module that is imported, not executed):
 
@@ -12,10 +11,7 @@ The run is that of the config wherever it was trained: the notebook that asks fo
 that of the whole, over all processes. Machines must share `out_dir` or, at least, the first one must keep its own.
 """
 
-import argparse
-import ast
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,63 +19,13 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
-from toco_core.config import RECIPES, TrainConfig, changed_batch, configured
-from toco_core.data import TrainVal, open_data
+from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
 from toco_core.machine.device import resolve_device
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
-from toco_core.train.budget import step_memory
 from toco_core.train.loop import train
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train a recipe; with `torchrun`, as one of its processes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m toco_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of the config that differ")
-    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
-    parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")
-    parser.add_argument("--film", type=int, default=0, metavar="STEPS", help="frames of the training's film between")
-    args = vars(parser.parse_args(argv))
-    recipe, fields = args.pop("recipe"), args.pop("fields")
-    try:
-        config = with_fields(RECIPES[recipe](), fields)
-        with distributed.joined(config.device) as share:
-            data = open_data(config.data)
-            if share.first and not Run.of(config).finished:
-                say_before(config, RECIPES[recipe](), data, share.n)
-            trained = train(config, data=data, **args)
-            if share.first:
-                print(trained.run.folder)
-    except ToCoError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, processes: int) -> None:
-    """What one would like to know before hours of training: memory, and a batch that is not the recipe's."""
-    print(step_memory(config, data, processes=processes))
-    if changed := changed_batch(config, recipe):
-        print(changed)
-    sys.stdout.flush()
-
-
-def with_fields(config: TrainConfig, fields: list[str]) -> TrainConfig:
-    """`configured` by texts such as "layer=9". Raises ToCoError for what is no NAME=VALUE, no field, or not allowed."""
-    values = {}
-    for field in fields:
-        name, sign, value = field.partition("=")
-        if not sign:
-            raise ToCoError(f"{field!r} is not allowed: NAME=VALUE is wanted")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            values[name] = value
-    return configured(config, **values)
 
 
 def train_on(

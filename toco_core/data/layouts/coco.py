@@ -11,12 +11,12 @@ visible; crowds count as their category. Polygons are drawn by `pycocotools`, as
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, image_size
@@ -343,6 +343,17 @@ def _given_counts(shape: dict, H: int, W: int, where: str) -> Int64[np.ndarray, 
     if counts is None or counts.min(initial=0) < 0 or counts.sum() != H * W:
         raise ToCoError(f"{where}: the counts of an RLE do not add up to {H} x {W}")
     return counts
+
+
+def rle_mask(shape: Mapping, where: str = "a mask") -> Bool[np.ndarray, "H W"]:
+    """The pixels of an RLE, packed or not, of the size that it says. Raises ToCoError for one that is none."""
+    size, counts = shape.get("size"), shape.get("counts")
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise ToCoError(f"{where}: an RLE of size {size!r:.60}: rows and columns are wanted")
+    refuse_above("image_pixels", size[0] * size[1], where, "pixels")
+    counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
+    runs = _given_counts({"size": list(size), "counts": counts}, *size, where)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0]).T
 
 
 def _counts(text: bytes) -> Int64[np.ndarray, " R"]:

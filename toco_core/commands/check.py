@@ -1,4 +1,4 @@
-"""`python -m toco_core.data <data set>`: what is there, what is missing, what is broken."""
+"""Look a data set over: what is there, what is missing, what is broken, what lies in two splits."""
 
 import argparse
 import sys
@@ -8,9 +8,9 @@ from toco_core.data.survey import how_to_get, inventory, survey
 from toco_core.errors import ToCoError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the inventory and, unless told otherwise, decode everything. 0 where nothing is wrong, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m toco_core.data", description=__doc__)
+def check_command(arguments: list[str]) -> int:
+    """Run `toco check`: print the inventory and, unless told otherwise, decode everything; 0 where nothing is wrong."""
+    parser = argparse.ArgumentParser(prog="toco check", description=__doc__)
     parser.add_argument("dataset", help="folder or file of a data set, or 'scenes'")
     parser.add_argument("--split", action="append", help="only these splits (may be repeated)")
     parser.add_argument("--names-only", action="store_true", help="decode nothing")
@@ -29,7 +29,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(seen)
     return int(bool(seen.unreadable or seen.leaks))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

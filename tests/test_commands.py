@@ -1,0 +1,80 @@
+"""The one command line."""
+
+import dataclasses
+import re
+
+import pytest
+
+from toco_core.__main__ import COMMANDS, main
+from toco_core.commands.fields import field_help
+from toco_core.config import configured, field_sections, tiny, voc
+from toco_core.config.parameters import named_values
+from toco_core.errors import ToCoError
+
+
+def test_help_lists_every_field_with_its_value_and_what_it_allows(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "tiny", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    config, n = tiny(), 0
+    for name, section in field_sections().items():
+        record = getattr(config, section) if section else config
+        field = next(f for f in dataclasses.fields(record) if f.name == name)
+        if not section and dataclasses.is_dataclass(getattr(config, name)):
+            assert f"{name}: {field.metadata['help']}" in said
+            continue
+        n += 1
+        assert f" {name}={getattr(record, name)!r} [" in said and field.metadata["help"] in said, name
+    assert n > 60
+    for entry in (
+        "layer=10 [int; at least 1, at most 1000]",
+        "pooling='max' [str; one of max, mean, topk, cam_topk]",
+        "mean=None [tuple[float, ...] | None; 3 numbers, at least 0, at most 1]",
+        "cam_scales=(1.0,) [tuple[float, ...]; above 0, at most 16]",
+        "device='auto' [str]",
+    ):
+        assert f" {entry} " in said, entry
+
+
+def test_help_shows_the_values_of_the_recipe():
+    assert "  batch_size=8  [" in field_help(tiny()) and "  batch_size=4  [" in field_help(voc())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_how_it_is_called(name, capsys):
+    main(["--help"])
+    assert re.search(rf"^  toco {name} +\S", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "-h"])
+    assert f"usage: toco {name}" in capsys.readouterr().out
+
+
+def test_no_command_at_all_lists_them(capsys):
+    assert main([]) == 0 and "toco export" in capsys.readouterr().out
+
+
+def test_fields_are_read_as_literals():
+    texts = ["layer=9", "cam_scales=(1.0, 0.5)", "dataset=my data", "out_dir=x=y"]
+    config = configured(tiny(), **named_values(texts))
+    assert (config.model.layer, config.labels.cam_scales) == (9, (1.0, 0.5))
+    assert (config.data.dataset, config.out_dir) == ("my data", "x=y")
+    with pytest.raises(ToCoError, match="'layer' is not allowed: NAME=VALUE is wanted"):
+        named_values(["seed=1", "layer"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny", "layr=9"], "there is no parameter 'layr': did you mean layer"),
+        (["train", "tiny", "layer=0"], "layer = 0 is not allowed: at least 1, at most 1000"),
+        (["train", "tiny", "--layer", "9"], "--layer is not allowed: fields are given as NAME=VALUE"),
+        (["train", "tiny", "layer"], "'layer' is not allowed: NAME=VALUE is wanted"),
+        (["export", "nowhere", "out"], "nowhere"),
+        (["label", "nowhere", "photos", "out"], "nowhere"),
+    ],
+)
+def test_refusals_are_one_line(words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert "\n" not in str(stopped.value)

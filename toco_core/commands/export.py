@@ -1,0 +1,68 @@
+"""Write the pseudo labels of a run."""
+
+import argparse
+
+from toco_core.config import TrainConfig
+from toco_core.data import Split, open_data, open_source
+from toco_core.data.split import joined
+from toco_core.predict.corrections import FORMATS, write_for_annotation
+from toco_core.predict.export import IMAGES, METHODS, export, voc_archive
+from toco_core.runs.opened import open_run
+
+ALL = "all"  # the split of all images of a run
+
+
+def export_command(arguments: list[str]) -> int:
+    """Run `toco export`."""
+    parser = argparse.ArgumentParser(prog="toco export", description="Write pseudo labels of a run.")
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("folder", help="new folder, or one whose export was interrupted")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of the run's data set (default train); all: what it trains and what it validates on, with a list "
+        "each",
+    )
+    parser.add_argument(
+        "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
+    )
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
+        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
+    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
+    parser.add_argument(
+        "--format",
+        default="voc",
+        choices=["voc", *FORMATS],
+        help="; ".join(f"{k}: also {v}, to be corrected (see toco corrected)" for k, v in FORMATS.items()),
+    )
+    parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
+    chosen = parser.parse_args(arguments)
+    try:
+        opened = open_run(chosen.run)
+        parts = {}
+        if chosen.split == ALL:
+            parts = {name: getattr(opened.data, name) for name in ("train", "val")}
+            source = joined(list(parts.values()), ALL)
+        else:
+            source = split_of_run(opened.config, chosen.split)
+        found = export(
+            opened.model, source, chosen.folder, opened.config,
+            method=chosen.method, beta=chosen.beta, beta_l=chosen.beta_l, beta_h=chosen.beta_h, images=chosen.images,
+            split=chosen.split, parts={name: part.names for name, part in parts.items()},
+        )  # fmt: skip
+        print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
+        print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
+        if chosen.format != "voc":
+            print(write_for_annotation(found.folder, chosen.format, split=chosen.split))
+        if chosen.archive:
+            voc_archive(found.folder, chosen.archive, split=chosen.split)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("stopped; the same call goes on from here") from stop
+    return 0
+
+
+def split_of_run(config: TrainConfig, split: str) -> Split:
+    """A split of the data set of a config; "train" and "val" are exactly the images that it trains and validates on."""
+    data = open_data(config.data)
+    known = {config.data.train_split: data.train, config.data.val_split: data.val}
+    return known[split] if split in known else open_source(config.data.dataset, split)

@@ -1,0 +1,19 @@
+"""Write ONNX from a shell."""
+
+import argparse
+
+from toco_core.predict import portable
+from toco_core.predict.portable import write_onnx
+from toco_core.runs.opened import open_run
+
+
+def onnx_command(arguments: list[str]) -> int:
+    """Run `toco onnx`."""
+    parser = argparse.ArgumentParser(
+        prog="toco onnx", description=portable.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("file", help="the ONNX file to write")
+    chosen = parser.parse_args(arguments)
+    print(write_onnx(open_run(chosen.run, device="cpu").model, chosen.file))
+    return 0
