@@ -83,6 +83,7 @@ class Step:
         boxes: crops.CropBoxes | None = None,
         share: Share = ALONE,
         parts: int = 1,
+        teacher: ToCo | None = None,
     ):
         """
         Args:
@@ -94,9 +95,11 @@ class Step:
             boxes: where to cut them instead.
             share: of several processes, whose batches make one whole. The mean of their totals is the whole's total.
             parts: how many such steps on each process make a whole batch.
+            teacher: the network whose CAMs make the labels, by default the model itself.
         """
         self.model, self.batch, self.config, self.number = model, batch, config, number
         self.autocast, self.generator, self.share, self.parts = autocast, generator, share, parts * share.n
+        self.teacher = teacher
         self.terms = TERMS if terms is None else terms
         self.weights = dict(term_weights(config, number, self.terms) if weights is None else weights)
         self.graph = torch.is_grad_enabled()
@@ -163,9 +166,10 @@ class Step:
     @cached_property
     def cams(self) -> CAMs:
         """CAM and auxiliary CAM of the main images, over the configured scales."""
-        tokens, batch, options = self.tokens, self.batch, self.config.labels.cam_options()
+        batch, options = self.batch, self.config.labels.cam_options()
+        model, tokens = (self.model, self.tokens) if self.teacher is None else (self.teacher, None)
         with torch.no_grad(), self.autocast():
-            return multi_scale_cam(self.model, batch.images, **options, tokens=tokens, image_labels=batch.image_labels)
+            return multi_scale_cam(model, batch.images, **options, tokens=tokens, image_labels=batch.image_labels)
 
     @cached_property
     def token_label(self) -> Int[Tensor, "B h w"]:
@@ -291,7 +295,12 @@ def ctc(step: Step) -> Float[Tensor, ""]:
         local = model.encode(views.flatten(0, 1), keep=False).class_token.unflatten(0, (len(views), -1))
         both = torch.stack([step.tokens.class_token, second], dim=1)
         student = model.project(torch.cat([both, local], dim=1))
-        teacher = model.project_ema(both.detach())
+        if step.teacher is not None and step.config.loss.ctc_whole_teacher:
+            with torch.no_grad():
+                seen = step.teacher.encode(torch.cat([batch.images, batch.global_view])).class_token
+                teacher = step.teacher.project(torch.stack(seen.chunk(2), dim=1))
+        else:
+            teacher = model.project_ema(both.detach())
     return losses.ctc_loss(
         student.float(),
         teacher.float(),

@@ -74,6 +74,8 @@ class TrainConfig(Config):
             raise ToCoError(f"device = {self.device!r} is not allowed: one of {', '.join(DEVICES)}, cuda:<number>")
         if self.crops.local_size > self.data.crop_size:
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
+        if self.loss.ctc_whole_teacher and not self.schedule.teacher_momentum:
+            raise ToCoError("ctc_whole_teacher = True with teacher_momentum = 0 is not allowed: above 0")
         if self.loss.ctc_batch_negatives and self.schedule.accumulate > 1:
             raise ToCoError(f"accumulate = {self.schedule.accumulate} with ctc_batch_negatives is not allowed: 1")
 

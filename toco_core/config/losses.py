@@ -29,6 +29,12 @@ class LossConfig(Config):
         own views alone, as published. The batch must be in one piece: no `accumulate`, one process.""",
         added_later=True,
     )
+    ctc_whole_teacher: bool = option(
+        False,
+        """Compare with the global views as the averaged network sees them (`teacher_momentum`), encoder and head. Off:
+        the teacher shares the encoder, only its head is averaged, as published.""",
+        added_later=True,
+    )
     ptc_start: int = option(0, "First step with patch token contrast.", at_least=0)
     ctc_start: int = option(0, "First step with class token contrast.", at_least=0)
     seg_start: int = option(

@@ -56,6 +56,14 @@ class ScheduleConfig(Config):
     momentum: float = option(
         0.9, "Momentum of the projection head's moving average (the teacher's head).", at_least=0, at_most=1
     )
+    teacher_momentum: float = option(
+        0.0,
+        """Momentum of a moving average of the whole network, whose CAMs then make all labels (see `train.teacher`). It
+        costs a second network and one more pass of the images. 0: none, as published.""",
+        at_least=0,
+        below=1,
+        added_later=True,
+    )
 
     def check(self):
         if self.warmup_steps > self.steps:

@@ -24,11 +24,18 @@ class Opened(NamedTuple):
 
 
 def open_run(
-    folder: Path | str, *, data: TrainVal | None = None, device: str = "auto", checkpoint: str = "last"
+    folder: Path | str,
+    *,
+    data: TrainVal | None = None,
+    device: str = "auto",
+    checkpoint: str = "last",
+    teacher: bool = False,
 ) -> Opened:
     """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
     there is none, or it is of other classes or of another layout, and where `data` are given that it was not trained
-    on."""
+    on.
+
+    teacher: open the averaged network of a run with `teacher_momentum` instead."""
     run = Run(folder)
     config, state = run.config(), run.load(checkpoint)
     if state is None:
@@ -36,10 +43,13 @@ def open_run(
             kept = ", ".join(map(str, run.kept_steps())) or "no steps"
             raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+    if teacher and "teacher" not in state:
+        raise ToCoError(f"{run.folder} has no teacher: its teacher_momentum is {config.schedule.teacher_momentum}")
+    weights = state["teacher" if teacher else "model"]
     given, data = data is not None, data or open_data(config.data)
-    refuse_other_model(skeleton(config.model, data.train.n_classes), state["model"], run, data)
+    refuse_other_model(skeleton(config.model, data.train.n_classes), weights, run, data)
     model = build_model(config, data.train.n_classes, pretrained=False)
-    load_model_state(model, state["model"], run, data)
+    load_model_state(model, weights, run, data)
     if given:
         run.refuse_other_data(data)
     return Opened(model.to(resolve_device(device)).eval(), config, run, data)

@@ -33,6 +33,7 @@ from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
 from toco_core.train.backward import backward
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
+from toco_core.train.teacher import build_teacher, teacher_of
 from toco_core.train.warm_start import pooled_tokens
 
 MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
@@ -109,7 +110,8 @@ def step_memory(
         if summed:  # they wait for the next part
             for p in trained:
                 p.grad = torch.zeros_like(p)
-        step = _allocated_by_a_step(model, config, data, measured, place, terms)
+        teacher = build_teacher(model, config)
+        step = _allocated_by_a_step(model, config, data, measured, place, terms, teacher_of(teacher))
     except torch.OutOfMemoryError as error:
         raise ToCoError(
             f"{device} has {free / GIB:.2f} GiB free, too little for {measured} images at a time: a larger accumulate, "
@@ -123,7 +125,7 @@ def step_memory(
         images=images,
         equal_parts=tuple(n for n in range(schedule.accumulate, whole + 1) if whole % n == 0),
         gradients=gradients,
-        fixed=weights + (2 + summed + (processes > 1)) * gradients,
+        fixed=(1 if teacher is None else 2) * weights + (2 + summed + (processes > 1)) * gradients,
         step=round(step * images / measured),
         free=free,
         precision=resolve_precision(config.precision, device),
@@ -131,7 +133,13 @@ def step_memory(
 
 
 def _allocated_by_a_step(
-    model: ToCo, config: TrainConfig, data: TrainVal, images: int, device: torch.device, terms: Mapping[str, Term]
+    model: ToCo,
+    config: TrainConfig,
+    data: TrainVal,
+    images: int,
+    device: torch.device,
+    terms: Mapping[str, Term],
+    teacher: ToCo | None,
 ) -> int:
     """The most that one forward and backward pass holds at any time, without what was there before."""
     last = config.schedule.steps - 1
@@ -144,7 +152,7 @@ def _allocated_by_a_step(
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        backward(objective, model, batch, config, last, terms=terms, **options)
+        backward(objective, model, batch, config, last, terms=terms, teacher=teacher, **options)
         return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else counted.most
 
 
@@ -213,7 +221,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
     model = build_model(config, data.train.n_classes).to(device).train()
     schedule, kept = config.schedule, kept_blocks(config)
     model.freeze_blocks(schedule.frozen_blocks)
-    autocast = autocast_of(config, device)
+    autocast, teacher = autocast_of(config, device), build_teacher(model, config)
     keep_freed_memory()
     starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
     new_steps = config.data.views_per_image * -(-len(data.train) // schedule.batch_size) if kept else schedule.steps
@@ -222,7 +230,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
     def seconds_of(batch: StepInput, number: int) -> float:
         began = _when_done(device)
         options = {"terms": terms, "generator": torch.Generator().manual_seed(0), "autocast": autocast}
-        backward(objective, model, batch, config, number, **options)
+        backward(objective, model, batch, config, number, teacher=teacher_of(teacher), **options)
         model.zero_grad(set_to_none=True)
         return _when_done(device) - began
 

@@ -48,6 +48,7 @@ def failed_step(
     fault: str,
     run: Run,
     model: ToCo,
+    teacher: ToCo | None,
     parts: list[Batch],
     result: Objective,
     config: TrainConfig,
@@ -66,6 +67,7 @@ def failed_step(
                 "message": message,
                 "config": config.to_dict(),
                 "model": model.state_dict(),
+                **({} if teacher is None else {"teacher": teacher.state_dict()}),
                 "batch": tensors,
                 "names": names,
             }
@@ -82,6 +84,8 @@ class Failure(NamedTuple):
     batch: Batch
     message: str
     """What was not finite, every term, the names of the images."""
+    teacher: ToCo | None = None
+    """The averaged network, where the config has one."""
 
 
 def load_failure(run: Run | Path | str) -> Failure:
@@ -95,16 +99,24 @@ def load_failure(run: Run | Path | str) -> Failure:
     state = read_state(path, ("step", "message", "config", "model", "batch", "names"))
     try:
         config, batch = TrainConfig.from_dict(state["config"]), Batch(names=tuple(state["names"]), **state["batch"])
-        if not are_tensors(state["model"]):
-            raise ToCoError(f"{path}: it holds no tensors by name")
-        refuse_wrong_keys(str(path), state["model"], skeleton(config.model, batch.image_labels.shape[1]).state_dict())
-        model = build_model(config, batch.image_labels.shape[1], pretrained=False)
-        model.load_state_dict(state["model"])
+        model = _loaded(path, config, batch, state["model"])
+        teacher = _loaded(path, config, batch, state.get("teacher")) if config.schedule.teacher_momentum else None
     except ToCoError:
         raise
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{path} cannot be read as a failed step: {type(error).__name__}: {error}") from error
-    return Failure(model.train(), config, state["step"], batch, state["message"])
+    teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+    return Failure(model.train(), config, state["step"], batch, state["message"], teacher)
+
+
+def _loaded(path: Path, config: TrainConfig, batch: Batch, found: object) -> ToCo:
+    n_classes = batch.image_labels.shape[1]
+    if not are_tensors(found):
+        raise ToCoError(f"{path}: it holds no tensors by name")
+    refuse_wrong_keys(str(path), found, skeleton(config.model, n_classes).state_dict())
+    model = build_model(config, n_classes, pretrained=False)
+    model.load_state_dict(found)
+    return model
 
 
 class Replay(NamedTuple):
@@ -135,7 +147,9 @@ def replay(
     batch, generator = to_device(failure.batch, model, device), crop_generator(config, failure.step)
     with attention_of(model, config, device):
         autocast = autocast_of(config, device)
-        step = Step(model, batch, config, failure.step, terms=terms, generator=generator, autocast=autocast)
+        options = {"terms": terms, "generator": generator, "autocast": autocast}
+        teacher = None if failure.teacher is None else failure.teacher.to(device)
+        step = Step(model, batch, config, failure.step, teacher=teacher, **options)
         return Replay(step, objective(step))
 
 

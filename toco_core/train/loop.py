@@ -29,6 +29,7 @@ from toco_core.train.film import Film
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.optimizer import build_training, load_optimizer_state, set_rates
+from toco_core.train.teacher import build_teacher, load_teacher, teacher_of, teaching
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
 
@@ -105,7 +106,7 @@ def train(
     required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     model, optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
-    schedule = config.schedule
+    schedule, teacher = config.schedule, build_teacher(model, config)
     if schedule.compile_blocks:
         model.compile_blocks()
     autocast = autocast_of(config, device)
@@ -118,6 +119,8 @@ def train(
     if state is not None:
         load_model_state(model, state["model"], run, data)
         load_optimizer_state(optimizer, state["optimizer"], run)
+        if teacher is not None:
+            load_teacher(teacher, state, run, data)
         if share.first:
             run.refuse_other_data(data, config.model.weights_file)
         start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
@@ -141,6 +144,8 @@ def train(
     if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
         with attention_of(model, config, device), kept.of(model, blocks=kept_blocks(config)):
             warm_start(model, data.train, config, autocast=autocast, progress=progress)
+    if teacher is not None and not start:
+        teacher.update_parameters(model)
     compute = distributed.shared_step(objective, model, share)
 
     def validate() -> Evaluation:
@@ -172,6 +177,7 @@ def train(
     def save(done: int, **which: bool) -> None:
         if share.first:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
+            state |= {"teacher": teacher.module.state_dict()} if teacher is not None else {}
             numbers = {"step": done, "best": best, "skipped": skipped}
             run.save(state | numbers | ({"unvalidated": True} if unvalidated else {}), **which)
 
@@ -182,6 +188,7 @@ def train(
     with (
         attention_of(model, config, device),
         kept.of(model, blocks=kept_blocks(config)),
+        teaching(teacher, config, device, kept),
         with_resume_hint(run),
         contextlib.closing(tracker),
         guard,
@@ -225,18 +232,23 @@ def train(
             generator = crop_generator(config, step, part.start)
             optimizer.zero_grad(set_to_none=True)
             options = {"terms": terms, "generator": generator, "autocast": autocast, "share": share}
+            options |= {"teacher": teacher_of(teacher)}
             result = backward(compute, model, batch, config, step, **options)
             fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
             if fault:  # it must not reach the weights, nor the next checkpoint
                 skipped += 1
                 if skipped > skip_nonfinite:
-                    raise failed_step(fault, run, model, share.gathered(loaded), result, config, step, share)
+                    raise failed_step(
+                        fault, run, model, teacher_of(teacher), share.gathered(loaded), result, config, step, share
+                    )
                 if progress:
                     bar.write(f"step {step} is left out: {fault}", file=sys.stdout)
             if not config.release.average_before_teacher:
                 model.update_ema(schedule.momentum)
             if not fault:
                 optimizer.step()
+                if teacher is not None:
+                    teacher.update_parameters(model)
 
             done = step + 1
             if step % config.log_interval == 0 or done == schedule.steps:
