@@ -64,6 +64,7 @@ VOC = {
         "temperature": 0.5,
         "ctc_cosine": False,
         "ctc_batch_negatives": False,
+        "ctc_whole_teacher": False,
         "ptc_start": 0,
         "ctc_start": 0,
         "seg_start": 2001,
@@ -105,6 +106,7 @@ VOC = {
         "warmup_ratio": 1e-6,
         "power": 0.9,
         "momentum": 0.9,
+        "teacher_momentum": 0.0,
     },
     "release": {
         "mirrored_valid_box": False,
@@ -233,6 +235,7 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     for name in ("attention_steps", "attention_blocks", "attention_kind", "refiner"):
         del values["labels"][name]
     del values["loss"]["ctc_cosine"], values["loss"]["ctc_batch_negatives"], values["crops"]["local_resized"]
+    del values["loss"]["ctc_whole_teacher"], values["schedule"]["teacher_momentum"]
     del values["data"]["scale_relative"]
     del values["data"]["views_per_image"]
     for name in ("exchange", "consistency", "prototypes"):
