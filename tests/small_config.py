@@ -4,41 +4,31 @@ from pathlib import Path
 
 import torch
 
-from toco_core.config import ModelConfig, TrainConfig, override, tiny
+from toco_core.config import (
+    CropConfig,
+    DataConfig,
+    LabelConfig,
+    LossConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TrainConfig,
+    override,
+)
 from toco_core.model import ToCo
 from toco_core.train.loop import train
 
 
 def small_recipe() -> TrainConfig:
-    return override(
-        tiny(),
-        beta_l=0.25,
-        beta_h=0.7,
-        cam_scales=(1.0, 0.5, 1.5),
-        ptc=0.2,
-        ctc=0.5,
-        ptc_start=0,
-        ctc_start=0,
-        seg_start=100,
-        energy_start=100,
-        n_local=8,
-        scale_range=(0.5, 2.0),
-        blur_sigma=(0.1, 2.0),
-        cache=False,
-        steps=400,
-        lr=1e-4,
-        warmup_steps=30,
+    return TrainConfig(
+        model=ModelConfig(
+            backbone="scenes_vit_nano", proj_hidden=256, proj_bottleneck=64, proj_dim=128, decoder_width=64
+        ),
+        labels=LabelConfig(par_dilations=(1, 2, 4, 8)),
+        loss=LossConfig(seg_start=100, energy_start=100),
+        crops=CropConfig(local_size=32, positive_threshold=1.0),
+        data=DataConfig(crop_size=96),
+        schedule=ScheduleConfig(steps=400, batch_size=8, lr=0.0001, warmup_steps=30),
         eval_interval=100,
-        head_lr_scale=10.0,
-        classifier_lr_scale=None,
-        frozen_blocks=0,
-        warm_start_steps=0,
-        decoder_dilation=5,
-        seg=0.1,
-        energy=0.05,
-        local_size=32,
-        crop_size=96,
-        beta=0.5,
     )
 
 

@@ -6,19 +6,16 @@ Skipped, with the reason, where playwright or a browser is not found. Screenshot
 import base64
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
 from PIL import Image
 from small_config import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
-from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch  # noqa: E402
-
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")
 

@@ -2,7 +2,6 @@
 
 import html
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from toco_core.objective import TERMS
 from toco_core.predict.export import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
 import build_site  # noqa: E402
 
 PAGES = [

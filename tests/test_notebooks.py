@@ -5,11 +5,11 @@ What they print is compared by nbval (see pyproject.toml); `python notebooks/ref
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import refresh
 
 from toco_core.config import field_sections
 from toco_core.widgets.session import RESTORED
@@ -20,8 +20,6 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_800_000
 MAX_PARAMETERS = 35  # lines: one for each
 
-sys.path.insert(0, str(FOLDER))
-import refresh  # noqa: E402
 
 if PATHS:
     every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -4,13 +4,13 @@ import base64
 import json
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from browser import BROWSERS
 from test_widgets import make_subject
 from voc_folder import CLASSES, smooth_image, write_voc_folder
 
@@ -21,9 +21,6 @@ from toco_core.predict.image import AUXILIARY, ImagePredictor
 from toco_core.predict.page import page_html, write_page
 from toco_core.widgets import Session, Subjects, open_pictures
 from toco_core.widgets.page import session_page
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
-from browser import BROWSERS  # noqa: E402
 
 HOSTILE = '</script><img src=x onerror="window.hurt = 1">\u2028 & \'"'
 

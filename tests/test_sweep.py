@@ -11,13 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import sweep
+
+from toco_core.config import override, tiny
+from toco_core.errors import ToCoError
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import sweep  # noqa: E402
-
-from toco_core.config import override, tiny  # noqa: E402
-from toco_core.errors import ToCoError  # noqa: E402
 
 CELLS = [
     "layer: int = 10  # block\nseed: int = 0\ndivisor: int = 1  # own parameter\nsteps: int = None",

@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ MOST = {"image": 8192, "patch": 1024, "width": 16384, "depth": 64, "heads": 1024
 FAMILIES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
-def rotary_positions(rope: nn.Module, grid: tuple[int, int]) -> Tensor:
+def rotary_positions(rope: Any, grid: tuple[int, int]) -> Tensor:
     """Sine and cosine of the rotary positions of a grid, as timm makes them.
 
     For DINOv3 timm makes Python numbers of the grid's sides, which torch.export would take for constants: in a graph
@@ -80,24 +80,24 @@ class PlainViT(NamedTuple):
 SHIPPED = {"scenes_vit_nano": PlainViT(image=128, patch=8, width=128, depth=12, heads=4, mlp=512)}
 
 
-def build_encoder(config: ModelConfig) -> nn.Module:
+def build_encoder(config: ModelConfig) -> Any:
     """The encoder that `config` names, with its weights: a timm `VisionTransformer` or `Eva` for images of any size,
     with a class token."""
     if config.backbone in SHIPPED or config.backbone.startswith("plain_vit"):
         encoder = _plain_encoder(SHIPPED.get(config.backbone) or PlainViT.parse(config.backbone))
-        path = config.weights or WEIGHTS_FOLDER / f"{config.backbone}.safetensors"
+        shipped = WEIGHTS_FOLDER / f"{config.backbone}.safetensors"
         if config.pretrained and not config.weights and config.backbone not in SHIPPED:
             raise ToCoError(
                 f"backbone = {config.backbone!r} has no pretrained weights: "
                 "give a file as `weights`, or pretrained=False"
             )
-        if config.pretrained and not config.weights and not path.is_file():
+        if config.pretrained and not config.weights and not shipped.is_file():
             raise ToCoError(
-                f"the weights of {config.backbone} are not in this installation ({path} is missing): "
+                f"the weights of {config.backbone} are not in this installation ({shipped} is missing): "
                 "reinstall, or set pretrained=False"
             )
         if config.pretrained:
-            load_weights(encoder, path, antialias=config.pos_embed_antialias)
+            load_weights(encoder, config.weights or shipped, antialias=config.pos_embed_antialias)
         return encoder
     encoder = build_timm(config.backbone, download=config.pretrained and not config.weights)
     if config.pretrained and config.weights:
@@ -109,7 +109,7 @@ def _plain_encoder(spec: PlainViT) -> nn.Module:
     make_importable()
     from timm.models.vision_transformer import VisionTransformer
 
-    encoder = VisionTransformer(
+    encoder: Any = VisionTransformer(
         img_size=spec.image, patch_size=spec.patch, embed_dim=spec.width, depth=spec.depth, num_heads=spec.heads,
         mlp_ratio=spec.mlp / spec.width, num_classes=0, class_token=True, dynamic_img_size=True,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def build_timm(name: str, *, download: bool, head: bool = False) -> nn.Module:
     if name != architecture and name not in tagged:
         raise ToCoError(f"backbone = {name!r} is not known{did_you_mean(name, tagged)}")
     try:
-        options = {} if head else {"num_classes": 0}
+        options: dict[str, Any] = {} if head else {"num_classes": 0}
         with quick_hub():
             encoder = timm.create_model(name, pretrained=download, dynamic_img_size=True, **options)
     except Exception as error:
@@ -162,7 +162,7 @@ def build_timm(name: str, *, download: bool, head: bool = False) -> nn.Module:
     return encoder
 
 
-def load_weights(encoder: nn.Module, path: str | pathlib.Path, *, antialias: bool = False) -> None:
+def load_weights(encoder: Any, path: str | pathlib.Path, *, antialias: bool = False) -> None:
     """Load an encoder's weights from a file with timm's key names.
 
     Keys of the pretraining classifier are ignored; position embeddings of another size are resized. Any other missing,

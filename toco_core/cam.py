@@ -6,7 +6,7 @@ tokens of block `layer` and the auxiliary classifier.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,8 @@ def multi_scale_cam(
     attend = tuple(attention_blocks) if attention_steps else ()
     if tokens is not None and attend and tokens.attention is None:
         tokens = None
-    total = aux_total = 0
+    total: Any = 0
+    aux_total: Any = 0
     for scale in scales:
         views = scaled(model, images, scale)
         if scale == 1 and tokens is not None:
@@ -95,7 +96,10 @@ def multi_scale_cam(
             parts = [(_half(both, 0), False), (_half(both, 1), True)]
         else:
             parts = [(model.encode(views, attend=attend), False)]
-        affinities = [token_affinity(t.attention, attention_kind) if attend else None for t, _ in parts]
+        affinities = [
+            token_affinity(t.attention, attention_kind) if attend and t.attention is not None else None
+            for t, _ in parts
+        ]
         pairs = [
             _maps(model, *part, labelled, size, affinity=affinity, steps=attention_steps)
             for part, affinity in zip(parts, affinities, strict=True)
@@ -135,9 +139,12 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
 
 def _half(tokens: Tokens, which: int) -> Tokens:
     """The first or the second half of a batch."""
-    halves = (None if t is None else t.chunk(2)[which] for t in (*tokens[:3], tokens.attention))
-    class_token, patch_tokens, aux_patch_tokens, attention = halves
-    return Tokens(class_token, patch_tokens, aux_patch_tokens, tokens.grid, attention)
+
+    def half(part: Tensor) -> Tensor:
+        return part.chunk(2)[which]
+
+    attention = None if tokens.attention is None else half(tokens.attention)
+    return Tokens(*map(half, tokens[:3]), tokens.grid, attention)
 
 
 def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, *, affinity, steps: int) -> list[Tensor]:

@@ -206,7 +206,7 @@ def affinity_mask(label: Int[Tensor, "B h w"]) -> Int[Tensor, "B N N"]:
 
 
 def inside_box(
-    valid_box: Int[Tensor, "B 4"], grid: tuple[int, int], *, box_size: tuple[int, int] | None = None
+    valid_box: Int[Tensor, "B 4"], grid: Sequence[int], *, box_size: Sequence[int] | None = None
 ) -> Bool[Tensor, "B h w"]:
     """True where the centre of a cell of the grid lies in the box.
 
@@ -219,7 +219,7 @@ def inside_box(
     return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
 
 
-def upsampled_argmax(scores: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Int[Tensor, "B H W"]:
+def upsampled_argmax(scores: Float[Tensor, "B C h w"], size: Sequence[int]) -> Int[Tensor, "B H W"]:
     """argmax over C of the scores resized bilinearly to `size` (H, W), without holding all of them at that size."""
     scores = scores.detach()
     return _running_argmax(_resize(scores[:, c : c + 1], size)[:, 0] for c in range(scores.shape[1]))[1]
@@ -237,11 +237,10 @@ def merged_logits(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scale
 
 def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Largest value and the first index that has it, map by map: no argmax over a strided axis."""
-    value, index = None, None
-    for i, candidate in enumerate(maps):
-        if value is None:
-            value, index = candidate, torch.zeros_like(candidate, dtype=torch.long)
-            continue
+    rest = iter(maps)
+    value = next(rest)
+    index = torch.zeros_like(value, dtype=torch.long)
+    for i, candidate in enumerate(rest, 1):
         index.masked_fill_(candidate > value, i)
         value = torch.maximum(value, candidate)
     return value, index
@@ -287,7 +286,7 @@ def _take(cam: Tensor, classes: Int[Tensor, "B k"]) -> Tensor:
     return cam.detach()[torch.arange(len(cam), device=cam.device)[:, None], classes]
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     maps = par.full_precision(maps)
     if not maps.shape[1]:  # no class at all: nothing that torch would resize
         return maps.new_zeros(*maps.shape[:2], *size)

@@ -12,6 +12,7 @@ twice.
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 from .heads import LargeFOV, ProjectionHead, class_scores
 from .refiners.attention import mean_attention
-from .tokens import Inside, Kept, Output, Tokens
+from .tokens import BlockTokens, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):
@@ -40,6 +41,10 @@ class ToCo(nn.Module):
     Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had
     or do not fit.
     """
+
+    encoder: Any  # one of timm's plain vision transformers
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False):
         super().__init__()
@@ -217,7 +222,8 @@ class ToCo(nn.Module):
     @torch.no_grad()
     def update_ema(self, momentum: float) -> None:
         """Teacher's head <- momentum * teacher's head + (1 - momentum) * student's head."""
-        teacher, student = list(self.proj_head_ema.parameters()), list(self.proj_head.parameters())
+        teacher: list[Tensor] = list(self.proj_head_ema.parameters())
+        student: list[Tensor] = list(self.proj_head.parameters())
         torch._foreach_mul_(teacher, momentum)
         torch._foreach_add_(teacher, student, alpha=1 - momentum)
 
@@ -250,7 +256,7 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "Inside":
+    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "BlockTokens":
         """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode` with the
         same `attend`."""
         n_prefix = self.encoder.num_prefix_tokens
@@ -262,7 +268,7 @@ class ToCo(nn.Module):
         tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
         if maps:
             tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
-        return Inside([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
+        return BlockTokens([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
     def attention(
@@ -304,7 +310,7 @@ class ToCo(nn.Module):
         bf16. `fused_without_gradient`: only passes that keep a graph are computed so. The innermost context counts.
         """
 
-        def choose(attention: nn.Module, _) -> None:
+        def choose(attention: Any, _) -> None:
             attention.fused_attn = fused_without_gradient and not torch.is_grad_enabled()
 
         attentions = [block.attn for block in self.encoder.blocks]

@@ -36,7 +36,7 @@ the whole's.
 import contextlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,11 @@ class Step:
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
         batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
-        options = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels, **self.config.labels.thresholds()}
+        options: dict[str, Any] = {
+            "valid_box": batch.valid_box,
+            "pixel_box_on_tokens": pixels,
+            **self.config.labels.thresholds(),
+        }
         return labels.token_label(self.cams.aux_cam, batch.image_labels, self.tokens.grid, **options)
 
     @cached_property
@@ -190,7 +194,7 @@ class Step:
         cam = self.cams.cam if self.number >= self.config.loss.final_cam_start else self.cams.aux_cam
         if self.config.release.truncated_denormalisation:
             image = (image * 255).floor() / 255
-        options = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
+        options: dict[str, Any] = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
         return labels.pseudo_label(image, cam, batch.image_labels, **options)
 
     # ---- views and images
@@ -351,7 +355,6 @@ TERMS: dict[str, Term] = {
     "prototypes": Term(methods.prototypes, "token_label"),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
-RESERVED = ("step", "total", "skipped")  # in a run's records
 
 
 def term_weights(config: TrainConfig, step: int, terms: Mapping[str, Term] = TERMS) -> dict[str, float]:
@@ -363,20 +366,6 @@ def stage_starts(config: TrainConfig, terms: Mapping[str, Term] = TERMS) -> list
     """The first steps of all terms that count at some time, in order."""
     found = (term.schedule(name, config) for name, term in terms.items())
     return sorted({start for weight, start in found if weight > 0})
-
-
-def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
-    """Raise ToCoError for a term that cannot be trained with."""
-    for name, term in terms.items():
-        if not str(name).isidentifier() or name in RESERVED:
-            raise ToCoError(f"a term cannot be called {name!r}: a name of letters, not one of {', '.join(RESERVED)}")
-        if not isinstance(term, Term) or not callable(term.loss):
-            raise ToCoError(f"the term {name!r} is {term!r:.60}: Term(function of a step, ...) is wanted")
-        if isinstance(term.label, str) and not hasattr(Step, term.label):
-            raise ToCoError(f"the term {name!r} learns from {term.label!r}: it is no property of Step")
-        weight, start = term.schedule(name, config)
-        if not 0 <= weight < float("inf") or start < 0:
-            raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
 
 
 # ---- their sum
@@ -402,4 +391,5 @@ def objective(step: Step) -> Objective:
     zero = step.batch.images.new_zeros(())
     shown = [name for name in step.terms if name in weights or name in PAPER or step.has(name)]
     terms = {name: step.terms[name].loss(step) if name in weights else zero for name in shown}
-    return Objective(sum(weight * terms[name] for name, weight in weights.items()), terms)
+    total: Any = sum(weight * terms[name] for name, weight in weights.items())
+    return Objective(total, terms)

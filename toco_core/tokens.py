@@ -39,7 +39,7 @@ class Output(NamedTuple):
     tokens: Tokens
 
 
-class Inside(NamedTuple):
+class BlockTokens(NamedTuple):
     """The patch tokens after every block, to look at."""
 
     blocks: list[Float[Tensor, "B N D"]]
@@ -49,14 +49,14 @@ class Inside(NamedTuple):
     tokens: Tokens
     """What `encode` gives."""
 
-    def images(self) -> "list[Inside]":
+    def images(self) -> "list[BlockTokens]":
         """Each image of the batch by itself."""
         found = []
         for b in range(len(self.tokens.class_token)):
             one = slice(b, b + 1)
             *parts, grid, attention = self.tokens
             tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
-            found.append(Inside([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
+            found.append(BlockTokens([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
         return found
 
 

@@ -104,6 +104,11 @@ def test_the_root_is_the_method():
     assert len(root) <= MOST_IN_ROOT
 
 
+def test_no_module_of_the_root_is_long():
+    long = {path.name: n for path in PACKAGE.glob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert not long, long
+
+
 def test_packages_say_what_they_are_for():
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path

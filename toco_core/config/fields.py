@@ -6,8 +6,8 @@ import numbers
 import os
 import sys
 import typing
-from dataclasses import field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 from toco_core.errors import ToCoError
 
@@ -48,6 +48,7 @@ def option(
     return field(default=default, metadata=facts)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """What all records share: conversion, refusal of wrong values, dictionaries."""
 
@@ -85,8 +86,11 @@ class Config:
         for name in values:
             if name not in known:
                 raise ToCoError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
+        kinds = {name: f.type for name, f in known.items()}
         nested = {
-            n: known[n].type.from_dict(v) for n, v in values.items() if is_config(known[n].type) and isinstance(v, dict)
+            name: kind.from_dict(value)
+            for name, value in values.items()
+            if is_config(kind := kinds[name]) and isinstance(value, dict)
         }
         return cls(**values | nested)
 
@@ -104,7 +108,7 @@ def did_you_mean(name: str, known, otherwise: str | None = None) -> str:
     return f": known are {', '.join(sorted(known))}" if otherwise is None else otherwise
 
 
-def is_config(kind) -> bool:
+def is_config(kind: Any) -> TypeGuard[type[Config]]:
     return isinstance(kind, type) and issubclass(kind, Config)
 
 
@@ -146,7 +150,7 @@ def _scalar(name, kind, value):
 def _is_finite(value) -> bool:
     """Whether it is a number that a float can hold; a whole number may be too large for one."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max
+    return real and abs(value) <= sys.float_info.max  # ty: ignore[unsupported-operator]
 
 
 def _check_bounds(f, value):

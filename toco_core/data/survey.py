@@ -33,7 +33,7 @@ SBD_HOME = (
 COCO_HOME = "images.cocodataset.org/zips"
 
 
-class Entry(NamedTuple):
+class InventoryItem(NamedTuple):
     """One thing that a data set holds or should hold."""
 
     what: str
@@ -51,10 +51,10 @@ class Inventory(NamedTuple):
     """What `inventory` found."""
 
     layout: Layout
-    entries: tuple[Entry, ...]
+    entries: tuple[InventoryItem, ...]
 
     @property
-    def missing(self) -> tuple[Entry, ...]:
+    def missing(self) -> tuple[InventoryItem, ...]:
         """What there is less of than there should be."""
         return tuple(e for e in self.entries if e.expected is not None and e.found < e.expected)
 
@@ -63,7 +63,7 @@ class Inventory(NamedTuple):
         return "\n".join([head, *map(str, self.entries)])
 
 
-class Part(NamedTuple):
+class SplitSurvey(NamedTuple):
     """One split, after every file of it was decoded."""
 
     split: str
@@ -77,7 +77,7 @@ class Part(NamedTuple):
     outside: tuple[str, ...] = ()  # names of images that are links out of the data set
 
 
-class Same(NamedTuple):
+class DuplicatePair(NamedTuple):
     """Two pictures that show the same."""
 
     one: tuple[str, str]  # split, name
@@ -89,11 +89,11 @@ class Same(NamedTuple):
 class Survey(NamedTuple):
     """What `survey` found in one or more splits."""
 
-    parts: tuple[Part, ...]
-    same: tuple[Same, ...]
+    parts: tuple[SplitSurvey, ...]
+    same: tuple[DuplicatePair, ...]
 
     @property
-    def leaks(self) -> tuple[Same, ...]:
+    def leaks(self) -> tuple[DuplicatePair, ...]:
         """Pairs of which one is in another split than the other: what is scored was learned from.
 
         VOC's lists that hold each other by design (`NESTED`) share their images.
@@ -106,7 +106,7 @@ class Survey(NamedTuple):
         )
 
     @property
-    def duplicates(self) -> tuple[Same, ...]:
+    def duplicates(self) -> tuple[DuplicatePair, ...]:
         """Pairs within one split."""
         return tuple(pair for pair in self.same if pair.one[0] == pair.other[0])
 
@@ -160,7 +160,7 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
             origin.append((source.split, source.names[i]))
             labels.append(row)
         parts.append(
-            Part(
+            SplitSurvey(
                 split=source.split,
                 names=tuple(source.names[i] for i in good),
                 sizes=np.array([outcomes[i][0][0] for i in good], np.int64).reshape(-1, 2),
@@ -173,7 +173,9 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
             )
         )
     same = [
-        Same(origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j])))
+        DuplicatePair(
+            origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j]))
+        )
         for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), GRID * GRID // 64), near)
     ]
     return Survey(tuple(parts), tuple(same))
@@ -211,7 +213,7 @@ def inventory(dataset: Path | str) -> Inventory:
     return Inventory(layout, tuple(entries))
 
 
-def _voc_entries(layout: Layout) -> list[Entry]:
+def _voc_entries(layout: Layout) -> list[InventoryItem]:
     root = layout.root
     try:
         official = any(VOCFolder(root, s, require_masks=False).class_source == "PASCAL VOC" for s in layout.splits[:1])
@@ -232,18 +234,20 @@ def _voc_entries(layout: Layout) -> list[Entry]:
     for what, folder, kinds, number, how in folders:
         found = len(index_files(folder, kinds))
         if found or official:
-            entries.append(Entry(what, found, number if official else None, how))
+            entries.append(InventoryItem(what, found, number if official else None, how))
     for split in dict.fromkeys([*layout.splits, *(lists if official else ())]):
         path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         found = _count_lines(path)
         if split in layout.splits and not path.is_file():
             found = len(VOCFolder(root, split, require_masks=False))
         how = f"follows from SBD, or from masks in {AUGMENTED}/" if split == "train_aug" else VOC_HOME
-        entries.append(Entry(f"ImageSets/Segmentation/{split}.txt", found, lists.get(split) if official else None, how))
+        entries.append(
+            InventoryItem(f"ImageSets/Segmentation/{split}.txt", found, lists.get(split) if official else None, how)
+        )
     return entries if official else [*entries, _classes_entry(root)]
 
 
-def _coco_entries(layout: Layout) -> list[Entry]:
+def _coco_entries(layout: Layout) -> list[InventoryItem]:
     root = layout.root
     paths = (
         [root] if root.is_file() else sorted([*root.glob("annotations/instances_*.json"), *root.glob("instances_*")])
@@ -260,33 +264,33 @@ def _coco_entries(layout: Layout) -> list[Entry]:
         except (KeyError, TypeError) as error:
             raise ToCoError(f"{path} is not COCO's JSON: {error}") from error
         real = counts["categories"] == 80
-        entries.append(Entry(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
-        entries.append(Entry(f"{path.name}: annotations", counts["annotations"], None, ""))
-        entries.append(Entry(f"{path.name}: categories", counts["categories"], None, ""))
+        entries.append(InventoryItem(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
+        entries.append(InventoryItem(f"{path.name}: annotations", counts["annotations"], None, ""))
+        entries.append(InventoryItem(f"{path.name}: categories", counts["categories"], None, ""))
         folders = [root / year, root / "images" / year] if root.is_dir() else []
         there = max((len(index_files(folder, IMAGE_SUFFIXES)) for folder in folders), default=0)
         if folders:
-            entries.append(Entry(f"{year}/", there, counts["images"], f"{COCO_HOME}/{year}.zip"))
+            entries.append(InventoryItem(f"{year}/", there, counts["images"], f"{COCO_HOME}/{year}.zip"))
     if official and root.is_dir():
         for year in sorted(set(full) - {p.stem.removeprefix("instances_") for p in paths}):
             how = f"images.cocodataset.org/annotations/annotations_trainval2014.zip and {COCO_HOME}/{year}.zip"
-            entries.append(Entry(f"annotations/instances_{year}.json", 0, 1, how))
+            entries.append(InventoryItem(f"annotations/instances_{year}.json", 0, 1, how))
     return entries
 
 
-def _other_entries(layout: Layout) -> list[Entry]:
+def _other_entries(layout: Layout) -> list[InventoryItem]:
     folder = layout.root if layout.root.is_dir() else layout.root.parent
     images = {n: p for n, p in index_files(folder, IMAGE_SUFFIXES).items() if not n.startswith("masks/")}
-    entries = [Entry("images", len(images), None, "")]
+    entries = [InventoryItem("images", len(images), None, "")]
     if layout.root.is_dir():
         below = Counter(path.parent.relative_to(folder).as_posix() for path in images.values())
-        entries += [Entry(f"{name}/", n, None, "") for name, n in sorted(below.items()) if name != "."]
+        entries += [InventoryItem(f"{name}/", n, None, "") for name, n in sorted(below.items()) if name != "."]
     masks = len(index_files(folder / "masks", MASK_SUFFIXES))
-    return [*entries, Entry("masks/ (optional)", masks, None, ""), _classes_entry(folder)]
+    return [*entries, InventoryItem("masks/ (optional)", masks, None, ""), _classes_entry(folder)]
 
 
-def _classes_entry(folder: Path) -> Entry:
-    return Entry("classes.txt (optional)", _count_lines(folder / "classes.txt"), None, "")
+def _classes_entry(folder: Path) -> InventoryItem:
+    return InventoryItem("classes.txt (optional)", _count_lines(folder / "classes.txt"), None, "")
 
 
 def _count_lines(path: Path) -> int:

@@ -39,7 +39,7 @@ KINDS = ("cam", "aux_cam", "pseudo_label", "seg", "seg_ms", "seg_crf")
 MULTI_SCALES = (0.75, 1.0, 1.25)
 
 
-class Subject(NamedTuple):
+class AssessedModel(NamedTuple):
     """What is assessed: a model in evaluation mode, how to look at it, its data, where it came from."""
 
     model: ToCo
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
 
 def open_subject(
     config: TrainConfig, *, run: str = "", checkpoint: str = "", heads: int | None = None, changes: dict | None = None
-) -> Subject:
+) -> AssessedModel:
     """A model from a finished run's folder, from a checkpoint of the published release, or else from the run of
     `config`, trained first where it is not finished.
 
@@ -64,13 +64,15 @@ def open_subject(
         opened = open_run(run, device=config.device)
         config = override(opened.config, **(changes or {}))
         data = opened.data if config.data == opened.config.data else open_data(config.data)
-        subject = Subject(opened.model, config, data, "run " + opened.run.folder.name)
+        subject = AssessedModel(opened.model, config, data, "run " + opened.run.folder.name)
     elif checkpoint:
         model = from_release(checkpoint, heads=heads, layer=config.model.layer)
-        subject = Subject(model.to(resolve_device(config.device)).eval(), config, open_data(config.data), "checkpoint")
+        subject = AssessedModel(
+            model.to(resolve_device(config.device)).eval(), config, open_data(config.data), "checkpoint"
+        )
     else:
         opened = trained_run(config)
-        subject = Subject(opened.model, config, opened.data, "run " + opened.run.folder.name)
+        subject = AssessedModel(opened.model, config, opened.data, "run " + opened.run.folder.name)
     if subject.model.n_classes != subject.data.val.n_classes:
         raise ToCoError(
             f"the model tells {subject.model.n_classes} classes apart, {subject.data.val.root.name} has "
@@ -79,24 +81,24 @@ def open_subject(
     return subject
 
 
-class Part(NamedTuple):
+class AssessedSplit(NamedTuple):
     """A split under the name that scores are reported with."""
 
     name: str
     source: Split
 
 
-def part_of(data: TrainVal, split: str = "auto") -> Part:
+def part_of(data: TrainVal, split: str = "auto") -> AssessedSplit:
     """A part of the data set; "auto" is the one that results are told of (`scores.reported_part`).
 
     "val" is the part that training validates on, also where it was cut from the list of train, and is then named so.
     """
     source = reported_part(data)[1] if split == "auto" else data.val
     if split not in ("auto", "val"):
-        return Part(split, open_source(data.val.root, split))
+        return AssessedSplit(split, open_source(data.val.root, split))
     if source is data.val and data.held_out:
-        return Part(f"val (held out of {source.split})", source)
-    return Part(source.split, source)
+        return AssessedSplit(f"val (held out of {source.split})", source)
+    return AssessedSplit(source.split, source)
 
 
 def evenly(source, n: int):

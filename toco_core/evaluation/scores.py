@@ -13,6 +13,7 @@ Where the data set has no part "test", the scores are of val, on which the thres
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     if part == "test":
         validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
     final = evaluate_as(
-        config, model, source, on_batch=_count_pseudo_labels(pseudo, config), progress=progress, what="scoring"
+        config, model, source, on_batch=_each_pseudo_label(config, pseudo.update), progress=progress, what="scoring"
     )
     validation = final if part == "val" else validation
     beta, aux_beta = validation.cam.best_beta, validation.aux_cam.best_beta
@@ -138,14 +139,12 @@ def pseudo_label_iou(
     """
     found = []
 
-    def count(items, images, cams, image_labels) -> None:
-        labels = pseudo_label(images, cams.cam.float(), image_labels, **config.labels.pseudo_label_options())
-        for item, label in zip(items, labels.cpu().numpy(), strict=True):
-            one = OpenCounts(model.n_classes)
-            one.update(item.mask, _nearest(label, item.mask.shape))
-            found.append(one.scores().miou)
+    def count(mask: np.ndarray, label: np.ndarray) -> None:
+        one = OpenCounts(model.n_classes)
+        one.update(mask, label)
+        found.append(one.scores().miou)
 
-    evaluate_as(config, model, source, on_batch=count, progress=progress, what="ranking")
+    evaluate_as(config, model, source, on_batch=_each_pseudo_label(config, count), progress=progress, what="ranking")
     return np.array(found, np.float64)
 
 
@@ -202,22 +201,17 @@ def _scores_of(run: Run, data: TrainVal) -> RunScores | None:
     return found
 
 
-def _count_pseudo_labels(counts: OpenCounts, config: TrainConfig):
-    """The function that `evaluate` calls with each batch. Labels are made at the size that is evaluated, as in
-    training, and each pixel of the ground truth takes its nearest."""
+def _each_pseudo_label(config: TrainConfig, count: Callable[[np.ndarray, np.ndarray], None]) -> Callable:
+    """The function that `evaluate` calls with each batch: `count` gets every mask and its pseudo label. Labels are made
+    at the size that is evaluated, as in training, and each pixel of the mask takes its nearest."""
 
-    def count(items, images, cams, image_labels) -> None:
-        labels = pseudo_label(
-            images,
-            cams.cam.float(),
-            image_labels,
-            **config.labels.pseudo_label_options(),
-        )
+    def on_batch(items, images, cams, image_labels) -> None:
+        labels = pseudo_label(images, cams.cam.float(), image_labels, **config.labels.pseudo_label_options())
         for item, label in zip(items, labels.cpu().numpy(), strict=True):
             if item.mask is not None:
-                counts.update(item.mask, _nearest(label, item.mask.shape))
+                count(item.mask, _nearest(label, item.mask.shape))
 
-    return count
+    return on_batch
 
 
 def _nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:

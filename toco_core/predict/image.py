@@ -27,7 +27,7 @@ from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
-from toco_core.model import Inside, ToCo, Tokens
+from toco_core.model import BlockTokens, ToCo, Tokens
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.attention import carried, token_affinity
@@ -64,15 +64,15 @@ class ImagePredictor:
         self.images = self.model.normalise(self.unit)
         present = torch.nonzero(item.image_labels[0])[:, 0]
         self.labelled: tuple[int, ...] = tuple(int(k) + 1 for k in present)
-        self._passes: dict[tuple[float, bool], Inside] = {}
+        self._passes: dict[tuple[float, bool], BlockTokens] = {}
         if tokens is not None:
-            self._passes[1.0, False] = Inside([], [], tokens)
+            self._passes[1.0, False] = BlockTokens([], [], tokens)
         self._kept: dict = {}
 
     # ---- maps
 
     @property
-    def inside(self) -> Inside:
+    def inside(self) -> BlockTokens:
         """The pass over the image as it is: tokens after every block."""
         return self._pass(1.0, False, False, every_block=True)
 
@@ -212,7 +212,7 @@ class ImagePredictor:
             raise ToCoError(f"block = {block} is not allowed: {self.model.config.backbone} has 1..{self.model.depth}")
         return block
 
-    def _pass(self, scale: float, mirrored: bool, flip: bool, *, every_block: bool = False) -> Inside:
+    def _pass(self, scale: float, mirrored: bool, flip: bool, *, every_block: bool = False) -> BlockTokens:
         """One view; scaled views and their mirrors go together, as in `multi_scale_cam`."""
         known = self._passes.get((scale, mirrored))
         if known is None or (every_block and not known.blocks):

@@ -77,7 +77,7 @@ class Photograph(NamedTuple):
     classes: tuple[int, ...] | None
 
 
-class Found(NamedTuple):
+class PhotographFolder(NamedTuple):
     """The photographs of a folder, and what is wrong with those that cannot be used."""
 
     photographs: tuple[Photograph, ...]
@@ -189,7 +189,7 @@ def label_photographs(
 
 def find_photographs(
     place: Path | str, class_names: Sequence[str], *, tags: str = "auto", apart_from: Path | None = None
-) -> Found:
+) -> PhotographFolder:
     """The photographs at a place by name, with the classes that tags name; nothing is decoded.
 
     The pictures in `apart_from`, and in folders that this module wrote, are none. Raises ToCoError where `place` is not
@@ -197,7 +197,7 @@ def find_photographs(
     """
     place = Path(place)
     if place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
-        return Found((Photograph(place.stem, place, None),), {})
+        return PhotographFolder((Photograph(place.stem, place, None),), {})
     if not place.exists():
         raise ToCoError(f"photographs = {str(place)!r} is not there: a folder of photographs is wanted")
     root = place.parent if place.is_file() else place
@@ -216,7 +216,7 @@ def find_photographs(
                 skipped[str(path)] = reason
             else:
                 photographs[name] = Photograph(name, path, known.get(path.resolve()))
-    return Found(tuple(photographs[name] for name in sorted(photographs)), skipped)
+    return PhotographFolder(tuple(photographs[name] for name in sorted(photographs)), skipped)
 
 
 def _unusable(name: str, suffix: str, before: Mapping[str, Photograph]) -> str:

@@ -17,6 +17,7 @@ onto the background, and only "pattern", which has no sign, is safe.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def carried(
 
 def mean_attention(maps: Sequence[Float[Tensor, "B heads T T"]], n_prefix: int) -> Float[Tensor, "B N N"]:
     """Average attention probabilities over heads and blocks; patch tokens only (rows then sum to at most 1)."""
-    mean = sum(_at_least_float32(attention).mean(1) for attention in maps) / len(maps)
+    mean: Any = sum(_at_least_float32(attention).mean(1) for attention in maps) / len(maps)
     return mean[:, n_prefix:, n_prefix:]
 
 

@@ -4,7 +4,25 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 
-from toco_core.objective import PAPER, TERMS, Term
+from toco_core.config import TrainConfig
+from toco_core.errors import ToCoError
+from toco_core.objective import PAPER, TERMS, Step, Term
+
+RESERVED = ("step", "total", "skipped")  # in a run's records
+
+
+def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
+    """Raise ToCoError for a term that cannot be trained with."""
+    for name, term in terms.items():
+        if not str(name).isidentifier() or name in RESERVED:
+            raise ToCoError(f"a term cannot be called {name!r}: a name of letters, not one of {', '.join(RESERVED)}")
+        if not isinstance(term, Term) or not callable(term.loss):
+            raise ToCoError(f"the term {name!r} is {term!r:.60}: Term(function of a step, ...) is wanted")
+        if isinstance(term.label, str) and not hasattr(Step, term.label):
+            raise ToCoError(f"the term {name!r} learns from {term.label!r}: it is no property of Step")
+        weight, start = term.schedule(name, config)
+        if not 0 <= weight < float("inf") or start < 0:
+            raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
 
 
 def own_terms(terms: Mapping[str, Term]) -> dict[str, str]:

@@ -17,10 +17,10 @@ from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Term, check_terms, objective
+from toco_core.objective import TERMS, Term, objective
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
-from toco_core.runs.own_terms import own_terms, variant
+from toco_core.runs.own_terms import check_terms, own_terms, variant
 from toco_core.runs.shipped import shipped_run
 from toco_core.train.backward import backward, crop_generator
 from toco_core.train.batches import to_device, view_options

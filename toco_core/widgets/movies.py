@@ -15,7 +15,7 @@ from toco_core.errors import ToCoError
 from toco_core.train.film import SHOWN as FILMED
 from toco_core.train.film import has_film, read_film
 from toco_core.viz.movie import captioned, write_movie
-from toco_core.widgets.session import Session, Side
+from toco_core.widgets.session import Session, SideChoice
 from toco_core.widgets.settings import LABELS, changed
 
 PAR_ITERATIONS = (*range(11), 12, 15, 20)
@@ -99,7 +99,7 @@ def _frames(session: Session, side: int, options: list[dict]) -> Callable[[int],
     still.place, still.centres, still.active = None, [], 0
 
     def draw(i: int) -> np.ndarray:
-        still.sides = [Side(chosen.subject, changed(chosen.settings, **options[i]))]
+        still.sides = [SideChoice(chosen.subject, changed(chosen.settings, **options[i]))]
         view = still.view(0)
         if view.label is None and options[i]["show"] in (*LABELS, "CAM"):
             raise ToCoError("; ".join(view.notes) or "there is nothing to show")

@@ -34,7 +34,7 @@ RESTORED = ("image", "patch", "crop_places", "compare", "other", "linked")  # pa
 
 
 @dataclass(frozen=True)
-class Side:
+class SideChoice:
     """One of the two pictures: which model, and which settings."""
 
     subject: str
@@ -66,7 +66,7 @@ class Session:
         self.pictures, self.subjects = pictures, subjects
         self.first = first or subjects.names[0]
         subject = subjects.get(self.first)
-        self.sides: list[Side] = [Side(self.first, settings_of(subject.config, subject.model.depth))]
+        self.sides: list[SideChoice] = [SideChoice(self.first, settings_of(subject.config, subject.model.depth))]
         self.active, self.linked = 0, True
         self.index, self.picture = -1, None
         self.place: tuple[float, float] | None = None  # of the patch that was clicked, fractions of the image
@@ -103,7 +103,7 @@ class Session:
         """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
         side = self.active if side is None else side
         depth = self.subjects.get(name).model.depth
-        self.sides[side] = Side(name, _within(self.sides[side].settings, depth))
+        self.sides[side] = SideChoice(name, _within(self.sides[side].settings, depth))
 
     def compare(self, on: bool) -> None:
         """Two sides, the second one a copy at first; or one."""
