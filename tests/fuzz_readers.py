@@ -36,6 +36,8 @@ from toco_core.commands.check import check_command as look_over
 from toco_core.config import ModelConfig, TrainConfig, configured, override, tiny
 from toco_core.config.parameters import named_values
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_train_val, read_image, read_mask
+from toco_core.data.layouts.cvat import read_archive, write_archive
+from toco_core.data.layouts.label_studio import read_tasks, tasks_json
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.data.survey import inventory
 from toco_core.errors import ToCoError
@@ -227,7 +229,26 @@ TREES = {
     ],
     "photographs": [["a.jpg", "photo", ""], ["b.JPG", "photo", ""], ["sub/c.png", "tiny", ""]],
 }  # fmt: skip
+BOTH = {"a": GREY.shape, "b": GREY.shape}
+
+
+def tasks() -> bytes:
+    """Label Studio's export of two tasks."""
+    made = json.loads(tasks_json([(name, f"/data/{name}.jpg", GREY) for name in BOTH], CLASSES, model="m"))
+    for task in made:
+        task["annotations"] = [{"result": task["predictions"][0]["result"], "was_cancelled": False, "updated_at": "2"}]
+    return json.dumps(made).encode()
+
+
+def cvat_archive() -> bytes:
+    file = io.BytesIO()
+    write_archive(file, [(name, GREY) for name in BOTH], CLASSES)
+    return file.getvalue()
+
+
 FILES = {
+    "tasks.json": tasks(),
+    "masks.zip": cvat_archive(),
     "photo.jpg": encoded(smooth_image(24, 32, 0), "JPEG"),
     "photo.png": encoded(smooth_image(24, 32, 0), "PNG"),
     "photo.bmp": encoded(smooth_image(8, 12, 0), "BMP"),
@@ -377,6 +398,8 @@ READERS = {
     "command line": lambda f: (f[0] / "fields.words", command_line),
     "explorer": lambda f: (f[0] / "state.json", lambda path: explored(f[1], path)),
     "folder": lambda f: (f[0] / "folder.tree", looked_over),
+    "label studio": lambda f: (f[0] / "tasks.json", lambda path: list(read_tasks(path, CLASSES, BOTH))),
+    "cvat": lambda f: (f[0] / "masks.zip", lambda path: list(read_archive(path, CLASSES, BOTH))),
 }
 
 

@@ -178,7 +178,7 @@ def archive(data: bytes, chance: random.Random) -> bytes:
         elif kind == 4:
             part[1] = numbers(part[1], chance) if part[1] else b"x"
         else:
-            described = next((p for p in parts if p[0].endswith("data.pkl")), part)
+            described = next((p for p in parts if p[0].endswith(("data.pkl", "labelmap.txt"))), part)
             at = chance.randrange(len(described[1]) + 1)
             described[1] = described[1][:at] + chance.choice(OPCODES) + described[1][at:]
     file = io.BytesIO()
@@ -325,6 +325,7 @@ MUTATORS: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
     ".pt": (damaged, archive, archive),
     ".pth": (damaged, archive, archive),
     ".npz": (damaged, archive, archive),
+    ".zip": (damaged, archive, archive),
     ".old": (damaged, opcodes, numbers),
     ".safetensors": (damaged, numbers, words),
 }

@@ -266,6 +266,14 @@ def test_our_own_archive_and_grey_masks_come_back(labels, tmp_path):
     np.testing.assert_array_equal(label, [[0, 3, 1], [2, 255, 0]])
 
 
+def test_black_is_background_whether_or_not_the_label_map_says_so(tmp_path):
+    """It was no number then: TypeError, found by mutated archives."""
+    painted = np.array([[[0, 0, 0], [1, 0, 0]], [[1, 0, 0], [0, 0, 0]]], np.uint8)
+    content = {"labelmap.txt": "dog:1,0,0::\n", "SegmentationClass/a.png": rgb_png(painted)}
+    ((_, label),) = cvat.read_archive(zipped(tmp_path / "a.zip", content), NAMES, {"a": (2, 2)})
+    np.testing.assert_array_equal(label, [[0, 2], [2, 0]])
+
+
 def test_parts_become_objects():
     label = np.array([[1, 1, 0, 2], [0, 0, 0, 2], [1, 0, 255, 2]], np.uint8)
     parts = cvat.objects_of(label)

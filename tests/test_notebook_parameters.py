@@ -117,6 +117,7 @@ def test_a_list_can_be_given_in_one_word(given):
 def test_one_value_is_a_list_of_one():
     assert as_list("layers", 7, int) == as_list("layers", "7", int) == [7]
     assert as_list("variants", "+ PTC, full") == ["+ PTC", "full"]
+    assert as_list("weights", [0, 0.5, 2.0], float) == as_list("weights", "0, 0.5,2", float) == [0, 0.5, 2]
 
 
 @pytest.mark.parametrize("given", ["7,ten", "7,,9", [7, 7], [], "", None, [7.5]])

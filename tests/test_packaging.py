@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORTED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "rattler": "py-rattler"}
 ALONGSIDE = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "constraints.txt", "environment.yml")
-FOLDERS_ALONGSIDE = (".ci", "docs", "experiments", "notebooks", "tests")
+FOLDERS_ALONGSIDE = (".ci", "binder", "docs", "experiments", "notebooks", "tests")
 IN_CONDA = {
     "torch": "pytorch",
     "opencv-python-headless": "py-opencv",
@@ -106,6 +107,21 @@ def test_environment_and_requirements_are_in_step():
     assert found.pop("python") == {PROJECT["requires-python"]}
     assert found.pop("pip") == set()
     assert found == wanted
+
+
+def test_binder_has_what_the_notebooks_need():
+    """The lines of environment.yml for the core and the notebooks, with PyTorch for the CPU; and its script."""
+    lines = yaml.safe_load((ROOT / "binder" / "environment.yml").read_text(encoding="utf-8"))
+    known = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    assert lines["channels"] == ["conda-forge"] and lines["dependencies"][0] == "python=3.12"
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebooks"]]
+    names = [canonicalize_name(Requirement(text).name) for text in wanted]
+    names = {"py-opencv" if "opencv" in name else IN_CONDA.get(name, name) for name in names} | {"pip"}
+    cpu = [line.replace("pytorch-cpu", "pytorch") for line in lines["dependencies"][1:]]
+    assert set(cpu) == {line for line in known if re.match(r"[\w-]+", line)[0] in names}
+    script = ROOT / "binder" / "postBuild"
+    assert os.access(script, os.X_OK) and "pip install --no-deps -e ." in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
 
 
 def test_ranges_are_open_and_the_constraints_name_one_version_for_every_python():

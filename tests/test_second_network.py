@@ -8,10 +8,10 @@ from voc_folder import CLASSES, write_voc_folder
 
 from toco_core.__main__ import main
 from toco_core.analysis.second_stage import train_segmentation
+from toco_core.commands.export import export_command as export
 from toco_core.config import override
 from toco_core.data import VOCFolder, read_mask
 from toco_core.data.files import palette_png
-from toco_core.predict.export import main as export
 from toco_core.predict.models import open_model
 from toco_core.train.loop import train
 

@@ -230,3 +230,17 @@ def test_odd_weights(tmp_path, state):
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ToCoError, match="w.pth'"):
         load_weights(ToCo(SMALL, 3).encoder, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("steps", [-1e30, float("nan"), float("inf"), 1e30])
+def test_an_optimizer_of_impossible_steps_is_refused(tmp_path, steps):
+    """AdamW raised OverflowError in the first step of a resumed training: found by mutated checkpoints."""
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    found = optimizer.state_dict()
+    load_optimizer_state(optimizer, found, Run(tmp_path / "run"))
+    found["state"][1]["step"] = torch.tensor(steps, dtype=torch.float64)
+    with pytest.raises(ToCoError, match="optimizer does not fit: parameter 1 has been through .* steps"):
+        load_optimizer_state(optimizer, found, Run(tmp_path / "run"))

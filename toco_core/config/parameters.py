@@ -97,7 +97,7 @@ def as_list(name: str, value: Any, kind: type = str) -> list:
         found = [kind(item) for item in items if item is not None]
     except (TypeError, ValueError):
         found = []
-    cut = any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
+    cut = kind is int and any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
     if not found or "" in found or cut or len(set(found)) < len(found):
         raise ToCoError(f"{name} = {value!r} is not allowed: a list of different {kind.__name__} values is wanted")
     return found

@@ -66,6 +66,7 @@ def train(
     terms: Mapping[str, Term] = TERMS,
     data: TrainVal | None = None,
     on_record: Callable[[dict], None] | None = None,
+    on_step: Callable[[ToCo, int], None] | None = None,
     resume: bool = True,
     progress: bool = True,
     save_every: int = 0,
@@ -82,6 +83,8 @@ def train(
             of the run's name.
         data: the two splits, by default `open_data(config.data)`.
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
+        on_step: called after each step with the model and the number of steps that it has learned for. It may evaluate
+            the model and must not change it; what it raises ends the training.
         resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
             repeated. False: start anew.
         save_every, save_minutes: checkpoints between those of the validations, after so many steps and after so much
@@ -260,6 +263,8 @@ def train(
             guard.end(done)
             if camera.due(done, last=done == schedule.steps):
                 camera.take(model, done)
+            if on_step:
+                on_step(model, done)
             validates, is_best = unvalidated, False
             if validates:
                 bar.set_description("validating")

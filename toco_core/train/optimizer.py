@@ -3,6 +3,7 @@
 import torch
 
 from toco_core.config import TrainConfig, lr_at
+from toco_core.config.fields import LARGEST
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo, build_model
 from toco_core.runs.folder import Run
@@ -96,6 +97,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict, run: Run
                 raise ValueError(f"parameter {number} has other values than step, exp_avg and exp_avg_sq")
             if not all(value.is_floating_point() for value in values.values()):
                 raise ValueError(f"the values of parameter {number} are no floating-point numbers")
+            if not 0 <= float(values["step"]) <= LARGEST:  # AdamW takes powers of it
+                raise ValueError(f"parameter {number} has been through {float(values['step']):g} steps")
         own = optimizer.state_dict()["param_groups"]  # rates and moments are the config's, not the file's
         optimizer.load_state_dict({"state": found["state"], "param_groups": own})
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere

@@ -7,6 +7,7 @@ from toco_core.widgets.background import Background
 from toco_core.widgets.expectations import Expectations, measure_expectations
 from toco_core.widgets.explorer import Explorer
 from toco_core.widgets.gallery import Gallery
+from toco_core.widgets.laboratory import Laboratory
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.player import Player
 from toco_core.widgets.session import Session
@@ -18,6 +19,7 @@ __all__ = [
     "Expectations",
     "Explorer",
     "Gallery",
+    "Laboratory",
     "Pictures",
     "Player",
     "Session",

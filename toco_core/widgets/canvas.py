@@ -30,3 +30,14 @@ class Filmstrip(anywidget.AnyWidget):
     chosen = traitlets.Int(-1).tag(sync=True)
     wanted = traitlets.List([]).tag(sync=True)  # [index, number of the click]
     clipboard = traitlets.List(["", 0]).tag(sync=True)  # a text for the browser's clipboard, and its number
+
+
+class RowTable(anywidget.AnyWidget):
+    """A table whose rows are chosen by a click, or by Enter: texts, and a colour in front of each row."""
+
+    _esm, _css = HERE / "rows.js", HERE / "look.css"
+    head = traitlets.List([]).tag(sync=True)
+    rows = traitlets.List([]).tag(sync=True)  # lists of texts, as long as `head`
+    colours = traitlets.List([]).tag(sync=True)
+    chosen = traitlets.Int(-1).tag(sync=True)
+    wanted = traitlets.List([]).tag(sync=True)  # [row, number of the click]

@@ -124,10 +124,8 @@ def _label(where: str, data: bytes, known: list[_Label], size: tuple[int, int]) 
         codes, known_codes = decode_mask(where, data).astype(np.int64), dict(enumerate(known))
     else:
         codes = decode_image(where, data).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-        known_codes = {
-            label.colour[0] << 16 | label.colour[1] << 8 | label.colour[2]: label for label in known if label.colour
-        }
-        known_codes.setdefault(0, _Label("background", (0, 0, 0), {"background": 0}))
+        known_codes = {int.from_bytes(bytes(label.colour), "big"): label for label in known if label.colour}
+        known_codes.setdefault(0, _Label("background", (0, 0, 0), 0))
     if codes.shape != size:
         raise ToCoError(f"{where} is {codes.shape[0]} x {codes.shape[1]}, its image is {size[0]} x {size[1]}")
     values, places = np.unique(codes, return_inverse=True)
