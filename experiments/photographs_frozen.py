@@ -82,7 +82,7 @@ def best_miou(views, weight, source, size: int, steps: int) -> dict:
             cam = carried(cam, affinity[i : i + 1], steps) if steps else cam
             maps.append(cam.flip(-1) if mirrored else cam)
         cam = F.interpolate(torch.maximum(*maps), size=(size, size), mode="bilinear", align_corners=False).relu()
-        mask, labels = source.mask(i), torch.from_numpy(source.image_labels[i])
+        mask, labels = source.mask(i), torch.from_numpy(source.image_labels[i : i + 1])
         counts.update(mask, *strongest(normalise_cam(cam[0])[None], labels, mask.shape))
     return {"miou": round(100 * float(counts.scores(counts.best_beta).miou), 1), "beta": counts.best_beta}
 
