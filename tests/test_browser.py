@@ -53,9 +53,9 @@ def changed(page, what, before):
     return page.evaluate(what)
 
 
-PICTURE = "document.querySelector('.toco-canvas img')?.src"
+PICTURE = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.src).join('|')"
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
-CURVE = "document.querySelector('.toco-explorer svg')?.outerHTML"
+CURVE = "document.querySelector(`.toco-explorer svg[aria-label='similarity by block']`)?.outerHTML"
 
 
 def shoot(page, name):
@@ -66,7 +66,7 @@ def shoot(page, name):
 
 def test_a_person_explores(page):
     run_all_cells(page)
-    page.wait_for_selector(".toco-canvas img")
+    page.wait_for_selector(".toco-row img.toco-picture")
     first = changed(page, PICTURE, None)
     page.locator(".toco-explorer").scroll_into_view_if_needed()
     numbers = page.evaluate(NUMBERS)
@@ -88,18 +88,18 @@ def test_a_person_explores(page):
     numbers = changed(page, NUMBERS, numbers)
     shoot(page, "slider")
 
-    curve, picture = page.evaluate(CURVE), page.locator(".toco-canvas img").first
+    curve, picture = page.evaluate(CURVE), page.locator(".toco-row img.toco-picture").first
     box = picture.bounding_box()
     picture.click(position={"x": 0.2 * box["width"], "y": 0.8 * box["height"]})
     curve = changed(page, CURVE, curve)
     clicked = changed(page, PICTURE, moved)
     picture.hover(position={"x": 0.5 * box["width"], "y": 0.5 * box["height"]})
-    page.wait_for_function("/row \\d+, column \\d+ · /.test(document.querySelector('.toco-words').textContent)")
+    page.wait_for_function("/row \\d+, column \\d+ · /.test(document.querySelector('.toco-reading').textContent)")
     picture.focus()
     page.keyboard.press("ArrowUp")
     changed(page, CURVE, curve)
     shoot(page, "patch")
-    page.locator(".toco-explorer svg").scroll_into_view_if_needed()
+    page.locator(".toco-explorer svg").last.scroll_into_view_if_needed()
     page.screenshot(path=page.folder / "tokens.png")
 
     page.keyboard.press("n")
@@ -114,8 +114,7 @@ def test_a_person_explores(page):
     changed(page, PICTURE, image_4)
     changed(page, NUMBERS, numbers)
     page.get_by_role("button", name="compare").click()
-    page.wait_for_function("document.querySelectorAll('.toco-canvas').length >= 4")
-    page.wait_for_function("getComputedStyle(document.querySelectorAll('.toco-canvas')[1]).width !== 'auto'")
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 8")  # 3 views of each side
     shoot(page, "compare")
 
     page.locator(".widget-dropdown:has-text('model') select").select_option("scenes_vit_nano")
@@ -129,7 +128,7 @@ def test_page_is_not_wider_than_the_window(page):
         "(() => { const out = document.querySelector('.toco-explorer');"
         "const right = out.closest('.jp-OutputArea-output').getBoundingClientRect().right;"
         "return [...out.querySelectorAll('img, .widget-tab, table, svg')]"
-        ".filter(e => e.getBoundingClientRect().right > right + 1).length })()"
+        ".filter(e => !e.closest('.toco-film') && e.getBoundingClientRect().right > right + 1).length })()"
     )
     assert inside == 0
 
@@ -148,6 +147,83 @@ def test_dark_theme_is_legible(page):
         "return c[0] + c[1] + c[2] < 300 }).map(e => e.className + e.textContent)"
     )
     assert dim == []
+
+
+ZOOM = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.style.transform)"
+DROP = """async name => {
+    const canvas = Object.assign(document.createElement('canvas'), { width: 120, height: 80 })
+    const pen = canvas.getContext('2d')
+    for (let x = 0; x < 120; x += 10) { pen.fillStyle = `hsl(${3 * x} 80% 50%)`; pen.fillRect(x, 0, 10, 80) }
+    const blob = await new Promise(done => canvas.toBlob(done, 'image/webp'))
+    const transfer = new DataTransfer()
+    transfer.items.add(new File([blob], name, { type: blob.type }))
+    const target = document.querySelector('.toco-row')
+    for (const kind of ['dragover', 'drop'])
+        target.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }))
+}"""
+
+
+def test_views_chips_why_and_a_photograph(page):
+    """Everything that the views side by side can do, in the dark theme and at the width of a phone."""
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    page.locator(".widget-dropdown:has-text('model') select").select_option(page.models[0].name)
+    page.wait_for_function("!/no trained classifier/.test(document.querySelector('.toco-notes')?.textContent ?? '')")
+    page.get_by_role("button", name="compare").click()
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 5")
+
+    tiles, picture = page.locator(".toco-row .toco-canvas"), page.evaluate(PICTURE)
+    chip = page.locator(".toco-chips button[aria-pressed=false]").first  # a class that is not shown
+    assert re.search(r"\d\.\d\d$", chip.inner_text())
+    chip.click()
+    picture = changed(page, PICTURE, picture)
+
+    tiles.nth(1).hover()
+    for _ in range(2):
+        tiles.nth(1).locator(".toco-tool:has-text('+')").click()
+    zoomed = page.evaluate(ZOOM)
+    assert len(zoomed) == 5 and len(set(zoomed)) == 1 and "scale(2.25)" in zoomed[0]
+    box = tiles.nth(2).locator(".toco-frame").bounding_box()
+    pinned = page.locator(".toco-why").inner_text()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 20, box["y"] + 80, steps=4)
+    page.mouse.up()
+    moved = page.evaluate(ZOOM)
+    assert len(set(moved)) == 1 and moved != zoomed and page.locator(".toco-why").inner_text() == pinned
+    shoot(page, "zoomed")
+    tiles.nth(0).locator(".toco-frame").click(position={"x": 30, "y": 40})
+    page.wait_for_function("before => document.querySelector('.toco-why').innerText !== before", arg=pinned)
+    assert "CAM: " in page.locator(".toco-why").inner_text() and "PTC: " in page.locator(".toco-why").inner_text()
+    page.keyboard.press("0")
+    assert "scale(1)" in page.evaluate(ZOOM)[4]
+
+    places = "['.toco-row', '.toco-tokens'].map(s => document.querySelector(s).getBoundingClientRect().top).join()"
+    before = page.evaluate(places)
+    for tab in ("look", "scales", "crops", "keep", "open", "labels"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate(places) == before, f"the tab {tab} moves the page"
+
+    tiles.nth(2).locator("img.toco-picture").focus()
+    page.keyboard.press("e")
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 1")
+    page.get_by_role("button", name="curtain").click()
+    page.wait_for_function("document.querySelector('.toco-row img.toco-under')?.naturalWidth > 0")
+    page.locator(".toco-row .toco-curtain").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator(".toco-row .toco-curtain").get_attribute("aria-valuenow") == "45"
+    assert "55%" in page.evaluate("document.querySelector('.toco-row .toco-layer:nth-child(2)').style.clipPath")
+    shoot(page, "curtain")
+    page.get_by_role("button", name="side by side").click()
+
+    page.evaluate(DROP, "<b>mine.webp")  # which Python does not read: the browser makes a JPEG of it
+    page.wait_for_function("document.querySelector('.toco-film [aria-selected=true]')?.title === '<b>mine'")
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 4")  # there is no truth
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.wait_for_timeout(400)
+    shoot(page, "phone")
+    test_page_is_not_wider_than_the_window(page)
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    assert [error for error in page.errors if not HARMLESS.search(error)] == []
 
 
 SCRIPT = "window.pwned = 1; fetch('/api/contents', {method: 'POST', body: '{}'})"

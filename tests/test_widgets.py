@@ -74,6 +74,8 @@ def session(folder, subject):
 
 @pytest.fixture
 def explorer(session):
+    """With one picture per side."""
+    session.arrange_views("one")
     return Explorer(session)
 
 
@@ -440,7 +442,7 @@ def test_messages_of_the_browser(explorer):
     explorer.canvases[0].set_state({"turn": [1, 3]})
     assert explorer.session.picture.name == "img_1" and explorer.film.chosen == 1
     explorer.canvases[0].set_state({"pointer": [0.5, 0.5]})
-    assert "row 16, column 10" in explorer.canvases[0].words and "truth: dog" in explorer.canvases[0].words
+    assert "row 16, column 10" in explorer.reading.value and "truth: dog" in explorer.reading.value
     explorer.film.set_state({"wanted": [4, 1]})
     assert explorer.session.picture.name == "img_4"
 
@@ -552,10 +554,11 @@ def test_visitors_write_nowhere_else(session, tmp_path):
 def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
     explorer = Explorer(session, folder=tmp_path / "explored")
-    assert explorer.save_png.disabled and explorer.save_name.disabled
-    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
-        button.click()  # as a message of a visitor's browser may do
-        assert "nothing is saved where the notebook is served" in explorer.notes.value
+    assert explorer.save_name.disabled
+    with pytest.raises(Exception, match="Invalid selection"):
+        explorer.save_to.value = "folder"  # as a message of a visitor's browser may do
+    with pytest.raises(ToCoError, match="nothing is saved where the notebook is served"):
+        explorer._place("label.png")
     assert not (tmp_path / "explored").exists()
     Explorer(session, folder=tmp_path / "explored", may_save=True).save_label.click()
     assert len(files_below(tmp_path / "explored")) == 1
@@ -808,7 +811,9 @@ def test_no_name_becomes_html(tmp_path):
     check()
     for part in ("position", "saved", "notes", "numbers", "split_numbers"):
         assert EVIL in seen[id(getattr(explorer, part))], part
-    assert all(EVIL in seen[id(legend)] for legend in explorer.legends)
+    named = [i for i, tile in enumerate(explorer.session.tiles()) if tile.show == "CAM"]
+    assert len(named) == 2 and all(EVIL in seen[id(explorer.legends[i])] for i in named)
+    assert any(EVIL in item["name"] for item in explorer.classes.items)
 
 
 def test_markup_is_made_of_elements():
@@ -890,22 +895,41 @@ def test_the_image_that_is_asked_for_is_chosen_on_its_page(tmp_path, subject):
 def test_controls_without_effect_are_disabled_and_each_has_a_tip(explorer):
     c = explorer.controls
     assert all(control.tooltip for control in c.values())
+    par, maps = {"par_iterations", "par_dilations"}, {"cam", "cam_scales", "flip"}
+    one = {"class_colours"}  # there is only one class
     wanted = {
-        "CAM": {"par_iterations", "par_dilations", "crf"},
-        "pseudo label": {"contours", "beta", "crf"},
-        "segmentation": {"cam", "cam_scales", "flip", "contours", "beta_l", "beta_h", "beta", "par_iterations"}
-        | {"par_dilations"},
-        "image": {"strength", "contours", "beta_l", "beta_h", "par_iterations", "par_dilations", "crf"},
+        "CAM": {*par, "crf", *one},
+        "pseudo label": {"beta", "crf", *one},
+        "segmentation": {*maps, *par, "beta_l", "beta_h", "beta", *one},
+        "image": {*par, "strength", "contours", "beta_l", "beta_h", "crf", *one},
     }
     for show, names in wanted.items():
         c["show"].value = show
         assert {name for name, control in c.items() if control.disabled} == names, show
+        before = explorer.session.view(0)
+        for name in names - {"beta_l", "beta_h"}:  # and really nothing changes
+            other = {
+                "cam": "auxiliary",
+                "cam_scales": (0.5,),
+                "par_iterations": 3,
+                "par_dilations": "1, 2",
+                "beta": 0.9,
+            }
+            was, c[name].value = c[name].value, other.get(name, 0.1 if name == "strength" else not c[name].value)
+            after = explorer.session.view(0)
+            np.testing.assert_array_equal(after.picture, before.picture, err_msg=f"{show}: {name}")
+            assert str(after.numbers) == str(before.numbers)
+            c[name].value = was
+    explorer.set(classes="all", show="CAM")
+    assert not c["class_colours"].disabled
+    explorer.set(classes="labelled")
     c["show"].value = "segmentation"
     explorer.sample.click()
     assert not c["cam"].disabled and not c["beta_h"].disabled  # crops are drawn from the CAM
 
 
 def test_contours_have_a_key_and_a_saved_line_does_not_stay(session, tmp_path):
+    session.arrange_views("one")
     explorer = Explorer(session, folder=tmp_path / "out", may_save=True)
     explorer.controls["contours"].value = False
     assert "beta_h" not in explorer.legends[0].value

@@ -29,8 +29,8 @@ SETTINGS = {
 }
 PATIENCE = 180_000  # ms: a busy machine is no fault
 
-# Each key press opens an entry: when the key came, when the widget's message left, when the new picture was loaded, and
-# when the frame with it was finished.
+# Each key press opens an entry: when the key came, when the widget's message left, when the last of the pictures that
+# it changes was loaded, and when the frame with it was finished.
 WATCH = """(() => {
     window.tocoDelays = []
     let now = null
@@ -40,17 +40,16 @@ WATCH = """(() => {
         return send.apply(this, words)
     }
     document.addEventListener('keydown', () => { now = { pressed: performance.now() } }, true)
-    const image = document.querySelector('.toco-canvas img')
-    image.addEventListener('load', () => {
+    document.addEventListener('load', event => {
         const entry = now
-        now = null
-        if (!entry || !entry.sent) return
-        entry.loaded = performance.now()
+        if (!entry || !entry.sent || !event.target.closest('.toco-canvas')) return
+        const loaded = performance.now()
         requestAnimationFrame(() => setTimeout(() => {
+            if (!entry.loaded) window.tocoDelays.push(entry)
+            entry.loaded = loaded
             entry.drawn = performance.now()
-            window.tocoDelays.push(entry)
         }))
-    })
+    }, true)
 })()"""
 
 
@@ -120,16 +119,21 @@ def _start_server(folder: Path) -> tuple[subprocess.Popen, str]:
 
 def run_all_cells(page) -> None:
     """Run the notebook; every cell has its number when this returns, and none has written to stderr."""
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
-    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    start_all_cells(page)
     n_cells = page.locator(".jp-CodeCell").count()
     numbered = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(p => /\\d/.test(p.textContent))"
     page.wait_for_function(f"{numbered}.length === {n_cells}")
     told = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
     assert not told, told
+
+
+def start_all_cells(page) -> None:
+    """Let the notebook run."""
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_function("!document.querySelector('.jp-SplashScreen, #jupyterlab-splash')")
+    page.click(".jp-Notebook .jp-CodeCell >> nth=0")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
 
 
 def slider(page, name: str):

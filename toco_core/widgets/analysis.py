@@ -17,6 +17,8 @@ from toco_core import crops
 from toco_core.errors import ToCoError
 from toco_core.labels import region_mask
 from toco_core.predict import image as predict
+from toco_core.predict.class_maps import MOST
+from toco_core.predict.head import HeadPredictor
 from toco_core.predict.image import ImagePredictor
 from toco_core.predict.tokens import similarity_map
 from toco_core.widgets.settings import Settings
@@ -47,22 +49,33 @@ class Analysis:
 
     def __init__(self, subject: Subject, image: np.ndarray):
         self.subject, self.image = subject, image
-        self.predictor = ImagePredictor(subject.model, subject.config, passes=lambda: subject.lock)
+        options = {"passes": lambda: subject.lock}
+        if subject.head:
+            self.predictor = HeadPredictor(subject.head, subject.model, subject.config, **options)
+        else:
+            self.predictor = ImagePredictor(subject.model, subject.config, **options)
         self.predictor.set_image(image)
         self.size, self.images = self.predictor.size, self.predictor.images
         self.inside, self.grid = self.predictor.inside, self.predictor.grid
-        with torch.no_grad(), subject.lock:
-            output = subject.model.heads(self.inside.tokens, segmentation=False)
-        self.class_scores: np.ndarray = output.class_logits[0].sigmoid().cpu().numpy()  # K, probability of each class
+        if subject.head:
+            self.class_names, self.class_scores = self.predictor.class_names, self.predictor.scores
+        else:
+            with torch.no_grad(), subject.lock:
+                output = subject.model.heads(self.inside.tokens, segmentation=False)
+            self.class_names: tuple[str, ...] = subject.class_names  # background first
+            self.class_scores: np.ndarray = output.class_logits[0].sigmoid().cpu().numpy()  # K, their probabilities
+        self.par_kept: dict = {}  # of `predict.pixel.trace_par`
         self._segmentations: dict[bool, np.ndarray] = {}
 
     # ---- classes
 
     @property
     def predicted(self) -> tuple[int, ...]:
-        """Classes with a probability above one half."""
+        """Classes with a probability above one half; of an ImageNet head the few likely ones, or the likeliest."""
         if CLASSIFIER not in self.subject.has:
             return ()
+        if self.subject.head:
+            return tuple(k for k in range(1, MOST + 1) if k == 1 or self.class_scores[k - 1] > 0.1)
         return tuple(int(k) + 1 for k in np.flatnonzero(self.class_scores > 0.5))
 
     # ---- CAM

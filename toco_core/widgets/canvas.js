@@ -1,30 +1,169 @@
-// A picture that can be pointed at: hover, click and keys travel to Python as fractions of the picture.
-// Keyboard: arrows move the chosen patch, n and p go to the next and the previous image.
+// A picture that can be pointed at, one of a group that is zoomed, moved and pointed at together; with a second picture
+// below the first it is a curtain.
+// Hover, click and keys travel to Python as fractions of the picture. What the window shows is the browser's affair.
+// Keyboard: arrows move the chosen patch, n and p go to the next and the previous image, + - 0 zoom, e enlarges.
+// Mouse: the wheel with Ctrl (or a pinch) zooms, dragging moves what is zoomed.
+
+const MOST = 16; // times
+const groups = (window.tocoGroups ??= {}); // group -> what its windows show, for pictures that come later
 
 function render({ model, el }) {
-  const root = document.createElement("div");
-  root.className = "toco-canvas";
-  const image = document.createElement("img");
+  const make = (kind, name, parent) => {
+    const made = document.createElement(kind);
+    made.className = name;
+    parent?.append(made);
+    return made;
+  };
+  const root = make("div", "toco-canvas", el);
+  const head = make("div", "toco-head", root);
+  const title = make("span", "toco-title", head);
+  const button = (text, tip, action) => {
+    const made = make("button", "toco-tool");
+    made.type = "button";
+    made.textContent = text;
+    made.title = tip;
+    made.setAttribute("aria-label", tip);
+    made.setAttribute("data-lm-suppress-shortcuts", "true");
+    made.addEventListener("click", (event) => {
+      action();
+      event.stopPropagation(); // it is no click on the picture
+    });
+    return made;
+  };
+  const frame = make("div", "toco-frame", root);
+  const below = make("div", "toco-layer", frame);
+  const under = make("img", "toco-under", below);
+  const layer = make("div", "toco-layer", frame);
+  const image = make("img", "toco-picture", layer);
+  const marks = make("div", "toco-layer toco-marks", frame);
+  const pin = make("i", "toco-pin", marks);
+  const cross = make("i", "toco-cross", marks);
+  const curtain = make("div", "toco-curtain", frame);
+  const words = make("div", "toco-words", root);
+  for (const picture of [image, under]) picture.draggable = false;
+  under.alt = "";
   image.tabIndex = 0;
-  image.draggable = false;
   image.setAttribute("data-lm-suppress-shortcuts", "true"); // keys belong to the picture, not to the notebook
-  const words = document.createElement("div");
-  words.className = "toco-words";
+  curtain.tabIndex = 0;
+  curtain.title = "drag, or use the arrow keys";
+  curtain.setAttribute("role", "slider");
+  curtain.setAttribute("aria-label", "curtain between two pictures");
+  curtain.setAttribute("data-lm-suppress-shortcuts", "true");
   words.setAttribute("aria-live", "polite");
-  root.append(image, words);
-  el.append(root);
 
-  const showPicture = () => {
-    const bytes = model.get("picture");
-    if (bytes && bytes.byteLength) image.src = "data:image/jpeg;base64," + base64(bytes);
+  // ---- what Python says
+
+  const show = (name, target) => {
+    const bytes = model.get(name);
+    if (bytes && bytes.byteLength) target.src = "data:image/jpeg;base64," + base64(bytes);
+  };
+  const showPicture = () => show("picture", image);
+  const showUnder = () => {
+    show("under", under);
+    const double = model.get("under")?.byteLength > 0;
+    below.hidden = curtain.hidden = !double;
+    moveCurtain(double ? share : 1);
   };
   const showWords = () => {
     words.textContent = model.get("words");
+    title.textContent = title.title = model.get("title");
+    head.hidden = !model.get("title");
+    root.classList.toggle("toco-chosen", model.get("chosen"));
+    tools.hidden = !model.get("group");
     image.alt = model.get("label");
     image.setAttribute("aria-label", model.get("label"));
-    root.style.setProperty("--toco-width", model.get("width") + "px");
+    const width = model.get("width");
+    root.style.setProperty("--toco-width", width ? width + "px" : "100%");
   };
-  const place = (event) => {
+
+  // ---- the window: z times enlarged, (y, x) in its middle
+
+  const group = model.get("group");
+  let shown = groups[group] ?? { z: 1, y: 0.5, x: 0.5 };
+  const tell = (change) => {
+    const detail = { group, ...change };
+    if (group) window.dispatchEvent(new CustomEvent("toco", { detail }));
+    else hear({ detail });
+  };
+  const hear = ({ detail }) => {
+    if (detail.group !== group) return;
+    if (detail.shown) {
+      shown = groups[group] = detail.shown;
+      place();
+    }
+    if ("at" in detail) {
+      cross.hidden = !detail.at || detail.from === root;
+      if (detail.at) put(cross, detail.at);
+    }
+  };
+  const offset = () => [0.5 - shown.x * shown.z, 0.5 - shown.y * shown.z];
+  const put = (mark, [y, x]) => {
+    const [left, top] = offset();
+    mark.at = [y, x];
+    mark.style.left = 100 * (left + x * shown.z) + "%";
+    mark.style.top = 100 * (top + y * shown.z) + "%";
+  };
+  const place = () => {
+    const [left, top] = offset();
+    for (const picture of [image, under]) {
+      picture.style.transform = `translate(${100 * left}%, ${100 * top}%) scale(${shown.z})`;
+      picture.style.imageRendering = shown.z > 3 ? "pixelated" : "";
+    }
+    frame.classList.toggle("toco-zoomed", shown.z > 1);
+    for (const mark of [pin, cross]) if (mark.at) put(mark, mark.at);
+  };
+  const look = (z, y, x) => {
+    z = Math.min(Math.max(z, 1), MOST);
+    const inside = (value) => Math.min(Math.max(value, 0.5 / z), 1 - 0.5 / z);
+    tell({ shown: { z, y: inside(y), x: inside(x) } });
+  };
+  const zoom = (factor, at = model.get("pin").length ? model.get("pin") : [shown.y, shown.x]) => {
+    const z = Math.min(Math.max(shown.z * factor, 1), MOST);
+    const keep = (middle, point) => point + ((middle - point) * shown.z) / z; // the point stays where it is
+    look(z, keep(shown.y, at[0]), keep(shown.x, at[1]));
+  };
+  const tools = make("span", "toco-tools", frame);
+  tools.append(
+    button("−", "zoom out (-)", () => zoom(1 / 1.5)),
+    button("+", "zoom in (+, or the wheel with Ctrl)", () => zoom(1.5)),
+    button("1:1", "whole picture (0)", () => look(1, 0.5, 0.5)),
+    button("⤢", "enlarge, or all views again (e)", () => send("enlarge", ++count)),
+  );
+  const showPin = () => {
+    const at = model.get("pin");
+    pin.hidden = !at.length;
+    if (at.length) put(pin, at);
+  };
+
+  // ---- the curtain
+
+  let share = 0.5;
+  const moveCurtain = (to) => {
+    const part = Math.min(Math.max(to, 0), 1);
+    layer.style.clipPath = part < 1 ? `inset(0 ${100 * (1 - part)}% 0 0)` : "";
+    curtain.style.left = 100 * part + "%";
+    curtain.setAttribute("aria-valuenow", Math.round(100 * part));
+    if (!curtain.hidden) share = part;
+  };
+  curtain.addEventListener("pointerdown", (event) => {
+    curtain.setPointerCapture(event.pointerId);
+    event.stopPropagation();
+  });
+  curtain.addEventListener("pointermove", (event) => {
+    const box = frame.getBoundingClientRect();
+    if (curtain.hasPointerCapture(event.pointerId)) moveCurtain((event.clientX - box.left) / box.width);
+  });
+  curtain.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -0.05, ArrowRight: 0.05, Home: -1, End: 1 }[event.key];
+    if (!step) return;
+    moveCurtain(share + step);
+    event.preventDefault();
+    event.stopPropagation();
+  });
+
+  // ---- what the reader does
+
+  const where = (event) => {
     const box = image.getBoundingClientRect();
     const inside = (value) => Math.min(Math.max(value, 0), 0.999999);
     return [inside((event.clientY - box.top) / box.height), inside((event.clientX - box.left) / box.width)];
@@ -34,25 +173,69 @@ function render({ model, el }) {
     model.set(name, value);
     model.save_changes();
   };
-  image.addEventListener("pointermove", (event) => send("pointer", place(event)));
-  image.addEventListener("pointerleave", () => send("pointer", []));
-  image.addEventListener("click", (event) => {
-    image.focus({ preventScroll: true });
-    send("click", [...place(event), ++count]);
+  let from = null; // where a drag began
+  frame.addEventListener("pointerdown", (event) => {
+    from = { x: event.clientX, y: event.clientY, shown, moved: false };
   });
+  frame.addEventListener("pointermove", (event) => {
+    if (event.target.closest(".toco-curtain, .toco-tools")) return;
+    const distance = from ? Math.hypot(event.clientX - from.x, event.clientY - from.y) : 0;
+    if (from && event.buttons && shown.z > 1 && (from.moved || distance > 4)) {
+      if (!from.moved) frame.setPointerCapture(event.pointerId);
+      from.moved = true;
+      const box = image.getBoundingClientRect();
+      const by = [(event.clientY - from.y) / box.height, (event.clientX - from.x) / box.width];
+      look(shown.z, from.shown.y - by[0], from.shown.x - by[1]);
+      return;
+    }
+    const at = where(event);
+    send("pointer", at);
+    tell({ at, from: root });
+  });
+  frame.addEventListener("pointerleave", () => {
+    send("pointer", []);
+    tell({ at: null });
+  });
+  frame.addEventListener("click", (event) => {
+    if (event.target.closest(".toco-curtain")) return;
+    image.focus({ preventScroll: true });
+    if (!from?.moved) send("click", [...where(event), ++count]);
+    from = null;
+  });
+  frame.addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey || !group) return; // the wheel alone scrolls the page
+      event.preventDefault();
+      zoom(Math.exp(-0.004 * event.deltaY), where(event));
+    },
+    { passive: false },
+  );
   const keys = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const zooms = { "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => look(1, 0.5, 0.5) };
   image.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (keys[event.key]) send("step", [...keys[event.key], ++count]);
     else if (event.key === "n" || event.key === "p") send("turn", [event.key === "n" ? 1 : -1, ++count]);
+    else if (group && event.key === "e") send("enlarge", ++count);
+    else if (group && zooms[event.key]) zooms[event.key]();
     else return;
     event.preventDefault();
     event.stopPropagation();
   });
+
+  window.addEventListener("toco", hear);
   model.on("change:picture", showPicture);
-  for (const name of ["words", "label", "width"]) model.on("change:" + name, showWords);
+  model.on("change:under", showUnder);
+  model.on("change:pin", showPin);
+  for (const name of ["words", "label", "title", "width", "chosen"]) model.on("change:" + name, showWords);
+  cross.hidden = true;
   showPicture();
+  showUnder();
   showWords();
+  showPin();
+  place();
+  return () => window.removeEventListener("toco", hear);
 }
 
 // A picture within its address is there at once; the address of a blob goes through another process of the browser,

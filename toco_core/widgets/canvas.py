@@ -1,4 +1,4 @@
-"""The parts of the explorer that ipywidgets lacks: a picture that can be pointed at, and a row of thumbnails."""
+"""The parts of the explorer that ipywidgets lacks: pictures to point at, thumbnails, chips to switch on and off."""
 
 from pathlib import Path
 
@@ -9,17 +9,27 @@ HERE = Path(__file__).parent
 
 
 class Canvas(anywidget.AnyWidget):
-    """A JPEG picture. The browser sets `pointer`, `click`, `step` and `turn`; places are (y, x) in [0, 1)."""
+    """A JPEG picture. The browser sets `pointer`, `click`, `step`, `turn`, `enlarge`; places are (y, x) in [0, 1).
+
+    Canvases of one `group` are zoomed, moved and pointed at together, in the browser alone. With a picture `under` the
+    other one it is a curtain.
+    """
 
     _esm, _css = HERE / "canvas.js", HERE / "look.css"
     picture = traitlets.Bytes(b"").tag(sync=True)
+    under = traitlets.Bytes(b"").tag(sync=True)  # seen to the right of the curtain
+    title = traitlets.Unicode("").tag(sync=True)  # above the picture
     label = traitlets.Unicode("").tag(sync=True)  # for readers of the screen
     words = traitlets.Unicode("").tag(sync=True)  # below the picture
-    width = traitlets.Int(448).tag(sync=True)
+    width = traitlets.Int(0).tag(sync=True)  # CSS pixels; 0: all that there is
+    group = traitlets.Unicode("").tag(sync=True)
+    chosen = traitlets.Bool(False).tag(sync=True)
+    pin = traitlets.List([]).tag(sync=True)  # [y, x] of a mark, or []
     pointer = traitlets.List([]).tag(sync=True)  # [y, x], or [] outside
     click = traitlets.List([]).tag(sync=True)  # [y, x, number of the click]
     step = traitlets.List([]).tag(sync=True)  # [rows, columns, number]: arrow keys
     turn = traitlets.List([]).tag(sync=True)  # [1 or -1, number]: next or previous image
+    enlarge = traitlets.Int(0).tag(sync=True)  # number of the wish
 
 
 class Filmstrip(anywidget.AnyWidget):
@@ -30,6 +40,27 @@ class Filmstrip(anywidget.AnyWidget):
     chosen = traitlets.Int(-1).tag(sync=True)
     wanted = traitlets.List([]).tag(sync=True)  # [index, number of the click]
     clipboard = traitlets.List(["", 0]).tag(sync=True)  # a text for the browser's clipboard, and its number
+
+
+class Door(anywidget.AnyWidget):
+    """Photographs from the browser, chosen, dropped or pasted, come as messages {name} with one buffer; `offer` sends a
+    download to it."""
+
+    _esm, _css = HERE / "door.js", HERE / "look.css"
+
+    def offer(self, name: str, data: bytes, kind: str) -> None:
+        """Download bytes under a name; `kind` is their MIME type."""
+        self.send({"name": name, "kind": kind}, [data])
+
+
+class Chips(anywidget.AnyWidget):
+    """Names to switch on and off: `items` have name and on, and may have colour (CSS), number and tip."""
+
+    _esm, _css = HERE / "chips.js", HERE / "look.css"
+    items = traitlets.List([]).tag(sync=True)
+    label = traitlets.Unicode("").tag(sync=True)  # for readers of the screen
+    disabled = traitlets.Bool(False).tag(sync=True)
+    toggled = traitlets.List([]).tag(sync=True)  # [name, number of the click]
 
 
 class RowTable(anywidget.AnyWidget):

@@ -56,6 +56,27 @@ def cam_picture(under: np.ndarray, value: np.ndarray, *, strength: float) -> np.
     return cv2.addWeighted(under, 1 - strength, _looked_up(index, CAM_COLOURS), strength, 0)
 
 
+def class_colouring(values: Sequence[np.ndarray], classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of several CAMs (H W in [0, 1]): the colours of their labels mixed by the values, and the largest value."""
+    mixed = np.zeros((*values[0].shape, 3), np.float32)
+    total, largest = np.full(values[0].shape, 1e-6, np.float32), np.zeros(values[0].shape, np.float32)
+    for value, k in zip(values, classes, strict=True):
+        mixed += value[..., None] * LABEL_COLOURS[k].astype(np.float32)
+        total += value
+        np.maximum(largest, value, out=largest)
+    return (mixed / total[..., None]).round().astype(np.uint8), largest
+
+
+def classes_picture(under: np.ndarray, colours: np.ndarray, value: np.ndarray, *, strength: float) -> np.ndarray:
+    """What `class_colouring` made, over `ground(image)`: a colour covers the image by its value."""
+    return cv2.blendLinear(under, colours, 1 - strength * value, strength * value)
+
+
+def labels_in(label: np.ndarray) -> list[int]:
+    """The values of a label map, ascending."""
+    return np.flatnonzero(np.bincount(label.ravel(), minlength=256)).tolist()
+
+
 def label_colours(label: np.ndarray) -> np.ndarray:
     """The same colours as `viz.label_colours`, by one look-up per pixel: uint8 H W -> uint8 H W 3."""
     colours = _looked_up(label, LABEL_COLOURS)
@@ -102,7 +123,7 @@ def with_levels(picture: np.ndarray, value: np.ndarray, levels: Sequence[float])
 def with_regions(picture: np.ndarray, label: np.ndarray, *, colour=LIGHT) -> np.ndarray:
     """A line around each region of a label map, ignored ones included."""
     picture = picture.copy()
-    for k in np.unique(label):
+    for k in labels_in(label):
         if k:
             lines, _ = cv2.findContours((label == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(picture, lines, -1, DARK, 3)
@@ -217,6 +238,11 @@ def colour_bar(kind: str, *, top: float = 1.0) -> Markup:
     return element("span", f"{low} ", bar, f" {top:.3g}", class_="toco-scale")
 
 
+def class_colour(k: int) -> str:
+    """CSS of a label's colour."""
+    return f"rgb({','.join(map(str, LABEL_COLOURS[k].tolist()))})"
+
+
 def contour_key(beta_l: float, beta_h: float) -> Markup:
     """HTML that names the two lines of `with_levels`."""
     lines = ((LOWER, f"beta_l {beta_l:g}"), (LIGHT, f"beta_h {beta_h:g}"))
@@ -226,7 +252,7 @@ def contour_key(beta_l: float, beta_h: float) -> Markup:
 
 def label_key(names: dict[int, str], *, ignored: bool) -> Markup:
     """HTML that names the colours of labels: number -> name."""
-    colours = [(f"rgb({','.join(map(str, LABEL_COLOURS[k].tolist()))})", name) for k, name in names.items()]
+    colours = [(class_colour(k), name) for k, name in names.items()]
     if ignored:
         light, dark = (f"rgb{grey}" for grey in viz.IGNORE_GREYS)
         colours.append((f"repeating-linear-gradient(135deg,{light} 0 3px,{dark} 3px 5px)", "uncertain"))

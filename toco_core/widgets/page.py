@@ -21,7 +21,7 @@ def session_page(session: Session, side: int = 0) -> str:
     return page_html(
         session.analysis(side).predictor,
         title=picture.name,
-        class_names=subject.class_names,
+        class_names=session.analysis(side).class_names,
         model=subject.name,
         mask=picture.mask,
         mask_names=session.joint(side).names,

@@ -13,11 +13,13 @@ import cv2
 import numpy as np
 
 from toco_core.data import Split, open_source, read_image, recognise
-from toco_core.data.files import IMAGE_SUFFIXES, index_files
+from toco_core.data.files import IMAGE_SUFFIXES, decode_image, index_files
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import refuse_above
 
 LONGEST_SIDE = 1024  # pixels; larger photographs are reduced, so that every answer stays quick
 THUMBNAIL_SIDE = 72
+MOST_OWN = 32  # photographs that a reader can bring: each takes up to 3 MB
 
 
 class Picture(NamedTuple):
@@ -39,15 +41,44 @@ class Pictures:
         self.names, self.title = tuple(names), title
         self.class_names: tuple[str, ...] = () if source is None else source.class_names
         self._files, self._source = list(files), source
+        self.own: list[tuple[str, np.ndarray]] = []  # name and image of photographs that the reader brought
         self._labels: dict[int, tuple[int, ...] | None] = {}
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def n_listed(self) -> int:
+        """Images of the data set; those that the reader brought come behind them."""
+        return len(self._files)
+
+    def bring(self, name: str, data: bytes) -> int:
+        """Add a photograph, the bytes of a file, and return its number.
+
+        Raises ToCoError for what `data.read_image` refuses, and where `MOST_OWN` were brought.
+        """
+        if len(self.own) >= MOST_OWN:
+            raise ToCoError(f"{MOST_OWN} photographs of yours are here: no more fit, begin anew")
+        name = Path(name.replace("\\", "/")).name[:100] or "photograph"
+        refuse_above("image_bytes", len(data), name, "bytes")
+        image, stem, number = decode_image(name, data), Path(name).stem or name, 1
+        while (name := f"{stem} ({number})" if number > 1 else stem) in self.names:
+            number += 1
+        self.own.append((name, _reduced(image)))
+        self.names = (*self.names, name)
+        return len(self.names) - 1
+
+    def adopt(self, others: "Pictures") -> None:
+        """Take over the photographs that the reader brought to other images."""
+        self.own = list(others.own)
+        self.names = (*self.names[: self.n_listed], *(name for name, _ in self.own))
+
     def picture(self, index: int) -> Picture:
         """Image, mask and labels. Raises ToCoError where the image cannot be read; a bad mask is only noted."""
-        image, mask, notes = read_image(self._files[index]), None, []
         name = self.names[index]
+        if index >= self.n_listed:
+            return Picture(name, self.own[index - self.n_listed][1], None, None, ())
+        image, mask, notes = read_image(self._files[index]), None, []
         if self._source is not None:
             try:
                 mask = self._checked_mask(index, image.shape[:2])
@@ -58,9 +89,9 @@ class Pictures:
             notes.append(f"{name} has no mask: no numbers against ground truth")
         scale = LONGEST_SIDE / max(image.shape[:2])
         if scale < 1:
-            size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-            notes.append(f"{image.shape[0]} x {image.shape[1]} is shown and scored at {size[1]} x {size[0]}")
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            before, image = image.shape, _reduced(image)
+            size = image.shape[1::-1]
+            notes.append(f"{before[0]} x {before[1]} is shown and scored at {size[1]} x {size[0]}")
             mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
         return Picture(name, image, mask, labels, tuple(notes))
 
@@ -68,7 +99,8 @@ class Pictures:
         """Class numbers of the image-level label, or None where nothing tells them; read once."""
         if index not in self._labels:
             try:
-                row = None if self._source is None else self._source.subset([index]).image_labels[0]
+                unknown = self._source is None or index >= self.n_listed
+                row = None if unknown else self._source.subset([index]).image_labels[0]
             except ToCoError:
                 row = None
             self._labels[index] = None if row is None else tuple(int(k) + 1 for k in np.flatnonzero(row))
@@ -77,7 +109,8 @@ class Pictures:
     def thumbnail(self, index: int) -> np.ndarray | None:
         """uint8 RGB, `THUMBNAIL_SIDE` square, cut from the middle; None where the file cannot be read."""
         try:
-            image = read_image(self._files[index])
+            own = index >= self.n_listed
+            image = self.own[index - self.n_listed][1] if own else read_image(self._files[index])
         except ToCoError:
             return None
         side = min(image.shape[:2])
@@ -136,6 +169,15 @@ def open_pictures(dataset: str | Path, split: str = "val") -> Pictures:
     source = open_source(dataset, split, **options)
     files = [source.image_path(index) for index in range(len(source))]
     return Pictures(source.names, files, title=f"{layout.root.name} [{split}]", source=source)
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    """The image, at most `LONGEST_SIDE` long."""
+    scale = LONGEST_SIDE / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _file_only(error: ToCoError) -> str:

@@ -76,14 +76,18 @@ def chosen_classes(
     notes = []
     to_model = {int(place): k for k, place in enumerate(joint.of_model[: analysis.subject.model.n_classes + 1]) if k}
     model_name = analysis.subject.name
-    if not analysis.subject.class_names[1:]:
+    if not analysis.class_names[1:]:
         return (), (no_classifier(analysis.subject),)
+    if settings.classes == "none":
+        return (), ()
     if settings.classes == "all":
         return tuple(sorted(to_model.values())), ()
     if settings.classes == "predicted":
         return analysis.predicted, () if analysis.predicted else (f"{model_name} sees none of its classes here",)
     if settings.classes == "labelled":
-        if labels is None:
+        if labels is None or (analysis.subject.head and not set(labels) & set(to_model)):
+            if labels is not None:
+                return analysis.predicted, ()
             words = ", ".join(joint.names[joint.of_model[k]] for k in analysis.predicted) or "none"
             return analysis.predicted, (f"this image has no labels: the predicted classes are shown ({words})",)
         wanted = list(labels)
@@ -126,7 +130,7 @@ class SplitScoring:
         *,
         give_way: Callable[[], None] = lambda: None,
     ):
-        self.result = SplitScores(None, {}, (), 0, len(pictures))
+        self.result = SplitScores(None, {}, (), 0, pictures.n_listed)
         self.error: Exception | None = None
         self._task = (subject, pictures, settings, joint)
         self._on_progress, self._give_way = on_progress, give_way
@@ -160,7 +164,7 @@ class SplitScoring:
         total, iou, skipped = OpenCounts(len(joint.names) - 1), {}, []
         told = time.monotonic()
         try:
-            for index in range(len(pictures)):
+            for index in range(pictures.n_listed):
                 if self._stopped.is_set():
                     break
                 self._give_way()
@@ -172,7 +176,7 @@ class SplitScoring:
                     total.counts = total.counts + one.counts
                     iou[index] = one.decided_scores().miou
                 found = numbers(total, len(iou)) if iou else None
-                self.result = SplitScores(found, dict(iou), tuple(skipped), index + 1, len(pictures))
+                self.result = SplitScores(found, dict(iou), tuple(skipped), index + 1, pictures.n_listed)
                 if time.monotonic() - told > 0.2:
                     told = time.monotonic()
                     self._on_progress(self.result)

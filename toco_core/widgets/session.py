@@ -10,7 +10,7 @@ A wrong value raises ToCoError and leaves everything as it was.
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,31 @@ from toco_core.widgets import draw
 from toco_core.widgets.analysis import Analysis, Crop
 from toco_core.widgets.pictures import Picture, Pictures
 from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, count, joint_classes, numbers
-from toco_core.widgets.settings import LABELS, Settings, changed, differences, papermill_line, settings_of
-from toco_core.widgets.subjects import Subject, Subjects
+from toco_core.widgets.settings import (
+    ARRANGEMENTS,
+    LABEL_FIELDS,
+    LABELS,
+    MAP_FIELDS,
+    SHOWN,
+    VIEWS,
+    Settings,
+    changed,
+    differences,
+    fields_seen,
+    papermill_line,
+    settings_of,
+)
+from toco_core.widgets.subjects import CLASSIFIER, Subject, Subjects
+from toco_core.widgets.why import Reasons, reasons
 
 KEPT = 16  # images whose passes are kept
 PLACES = 4  # decimals of a place in the image: less than a tenth of a pixel, and what a line of parameters can hold
 
-RESTORED = ("image", "patch", "crop_places", "compare", "other", "linked")  # parameters of `restore`, beside settings
+SHARED = ("image", "ground truth")  # views that both sides have in common
+LABELS_KEPT = 12  # label maps of both sides and their numbers
+
+# parameters of `restore`, beside settings
+RESTORED = ("image", "patch", "crop_places", "compare", "other", "linked", "views", "arrange", "curtain")
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,13 @@ class SideChoice:
 
     subject: str
     settings: Settings
+
+
+class Tile(NamedTuple):
+    """One picture of those that are seen together."""
+
+    side: int
+    show: str  # one of `SHOWN`
 
 
 class View(NamedTuple):
@@ -68,12 +93,17 @@ class Session:
         subject = subjects.get(self.first)
         self.sides: list[SideChoice] = [SideChoice(self.first, settings_of(subject.config, subject.model.depth))]
         self.active, self.linked = 0, True
+        self.views: tuple[str, ...] = VIEWS
+        self.arrange = ARRANGEMENTS[0]
+        self.curtain: tuple[str, str] = ("", "")  # names of two tiles; empty: the first image, and what is shown
         self.index, self.picture = -1, None
         self.place: tuple[float, float] | None = None  # of the patch that was clicked, fractions of the image
         self.centres: list[tuple[float, float]] = []  # of local views
         self._analyses: OrderedDict[tuple[str, int], Analysis] = OrderedDict()
         self._decoded: OrderedDict[int, Picture] = OrderedDict()
         self._shown: tuple | None = None
+        self._colourings: dict[int, tuple] = {}
+        self._labels: OrderedDict[tuple, tuple[np.ndarray, Numbers | None]] = OrderedDict()
         self._go_to_first_readable()
 
     # ---- changes
@@ -86,6 +116,25 @@ class Session:
             if len(self._decoded) > KEPT:
                 self._decoded.popitem(last=False)
         self.index, self.picture, self.centres = index, self._decoded[index], []
+
+    def bring(self, name: str, data: bytes) -> None:
+        """Go to a photograph of the reader's, given as the bytes of a file. Raises ToCoError for what is no image."""
+        self.go(self.pictures.bring(name, data))
+
+    def show_pictures(self, pictures: Pictures) -> None:
+        """Another data set, whose first readable image is shown; the photographs that were brought stay. Raises
+        ToCoError, and leaves all as it was, where none can be read."""
+        before = self.pictures, self.index, self.picture, self._decoded
+        try:
+            pictures.adopt(self.pictures)
+            self.pictures, self._decoded = pictures, OrderedDict()
+            self._go_to_first_readable()
+        except ToCoError:
+            self.pictures, self.index, self.picture, self._decoded = before
+            raise
+        for kept in (self._analyses, self._labels, self._colourings):
+            kept.clear()
+        self.place = None
 
     def set(self, **values: Any) -> None:
         """Change settings of the active side; while `linked`, of both, each from its own values."""
@@ -102,8 +151,9 @@ class Session:
     def use(self, name: str, *, side: int | None = None) -> None:
         """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
         side = self.active if side is None else side
-        depth = self.subjects.get(name).model.depth
-        self.sides[side] = SideChoice(name, _within(self.sides[side].settings, depth))
+        subject = self.subjects.get(name)
+        settings = _within(self.sides[side].settings, subject.model.depth)
+        self.sides[side] = SideChoice(name, replace(settings, cam="final") if subject.head else settings)
 
     def compare(self, on: bool) -> None:
         """Two sides, the second one a copy at first; or one."""
@@ -112,6 +162,29 @@ class Session:
         elif not on:
             del self.sides[1:]
             self.active = 0
+
+    def arrange_views(
+        self,
+        arrange: str | None = None,
+        *,
+        views: str | Sequence[str] | None = None,
+        curtain: str | Sequence[str] | None = None,
+    ) -> None:
+        """Choose how pictures are arranged (`ARRANGEMENTS`), which are side by side (of `SHOWN`), and the two names of
+        tiles that a curtain divides; texts are names separated by commas. Raises ToCoError for others."""
+        arrange = self.arrange if arrange is None else arrange
+        if arrange not in ARRANGEMENTS:
+            raise ToCoError(f"arrange = {arrange!r:.60} is not allowed: one of {', '.join(ARRANGEMENTS)}")
+        chosen = self.views if views is None else _names(views)
+        unknown = [view for view in chosen if view not in SHOWN]
+        if unknown or not chosen:
+            raise ToCoError(f"views = {views!r:.90} is not allowed: some of {', '.join(SHOWN)}")
+        pair = self.curtain if curtain is None else _names(curtain)
+        known = ("", *self.tile_names())
+        if len(pair) != 2 or any(name not in known for name in pair):
+            raise ToCoError(f"curtain = {curtain!r:.90} is not allowed: two of {', '.join(known[1:])}")
+        self.arrange, self.curtain = arrange, (pair[0], pair[1])
+        self.views = tuple(view for view in SHOWN if view in chosen)
 
     def click(self, y: float, x: float) -> None:
         """Choose the patch at a place, in fractions of the image."""
@@ -139,7 +212,9 @@ class Session:
 
     def joint(self, side: int) -> Joint:
         """The classes of data set and model together."""
-        return joint_classes(self.pictures.class_names, self.subject(side).class_names)
+        ranked = self.subject(side).head is not None  # per image
+        names = self.analysis(side).class_names if ranked else self.subject(side).class_names
+        return joint_classes(self.pictures.class_names, names)
 
     def analysis(self, side: int) -> Analysis:
         """Image and model of a side; the passes of the last `KEPT` are kept."""
@@ -155,37 +230,89 @@ class Session:
         """The model's classes that are shown, and notes about those that cannot be."""
         return chosen_classes(self.analysis(side), self.sides[side].settings, self.picture.labels, self.joint(side))
 
-    def label(self, side: int) -> np.ndarray:
-        """The label map of a side, uint8 at native size, in the numbers of `joint`."""
-        settings = self.sides[side].settings
-        if settings.show == "ground truth":
-            if self.picture.mask is None:
-                raise ToCoError(f"{self.picture.name} has no ground truth")
-            return self.picture.mask
-        classes, _ = self.classes(side)
-        return self.joint(side).of_model[self.analysis(side).label(settings, classes)]
+    def class_scores(self, side: int) -> dict[int, float]:
+        """Place in `joint` -> the classifier's probability; empty where none was trained."""
+        if CLASSIFIER not in self.subject(side).has:
+            return {}
+        of_model, scores = self.joint(side).of_model, self.analysis(side).class_scores
+        return {int(of_model[k]): float(score) for k, score in enumerate(scores, 1)}
 
-    def view(self, side: int) -> View:
-        """Picture, label and numbers of a side. What cannot be had is left out and noted; nothing is raised for it."""
-        settings, notes = self.sides[side].settings, list(self.picture.notes)
+    def settings(self, side: int, show: str | None = None) -> Settings:
+        """Those of a side, as they are or with another `show`."""
+        settings = self.sides[side].settings
+        return settings if show in (None, settings.show) else replace(settings, show=show)
+
+    def label(self, side: int, show: str | None = None) -> np.ndarray:
+        """The label map of a side, uint8 at native size, in the numbers of `joint`; `show` None: what the side shows.
+
+        That of an image and of a CAM is the CAM's label. Raises ToCoError where there is none.
+        """
+        return self._label_and_numbers(side, show)[0]
+
+    def numbers(self, side: int, show: str | None = None) -> Numbers | None:
+        """Scores of `label`; None without ground truth, and for ground truth itself."""
+        return self._label_and_numbers(side, show)[1]
+
+    def tiles(self) -> list[Tile]:
+        """What is seen: of each side what it shows, or for each view one of each side; those of `SHARED` once, and no
+        ground truth where the image has none."""
+        sides = range(len(self.sides))
+        shown = [side.settings.show for side in self.sides]
+        if self.arrange == "one":
+            return [Tile(i, shown[i]) for i in sides]
+        has = [view for view in SHOWN if self.picture.mask is not None or view != "ground truth" or view in shown]
+        wanted = [view for view in has if view in self.views or view in shown]
+        return [Tile(i, view) for view in wanted for i in sides if i == 0 or view not in SHARED]
+
+    def tile_names(self) -> list[str]:
+        """Names of all tiles that there could be: those of a curtain."""
+        sides = range(len(self.sides))
+        return [self.tile_name(Tile(i, view)) for view in SHOWN for i in sides if i == 0 or view not in SHARED]
+
+    def tile_name(self, tile: Tile) -> str:
+        """The view; with a side's letter where two have it."""
+        two = len(self.sides) == 2 and tile.show not in SHARED
+        return f"{'AB'[tile.side]}: {tile.show}" if two else tile.show
+
+    def look(self, tile: Tile) -> tuple:
+        """All that a tile's picture depends on: where it is the same, so is the picture."""
+        settings = self.settings(tile.side, tile.show)
+        names = fields_seen(settings)
+        if self.centres:
+            names = tuple(dict.fromkeys((*names, *MAP_FIELDS, "beta_l", "beta_h", "crop_size")))
+        classes = () if tile.show in SHARED and not self.centres else self.classes(tile.side)
+        what = (self.sides[tile.side].subject, self.index, tile.show, settings.outline, classes)
+        return (*what, self.place, tuple(self.centres), *((name, getattr(settings, name)) for name in names))
+
+    def curtain_tiles(self) -> tuple[Tile, Tile]:
+        """The two tiles that a curtain divides: by name, else the two sides, else the image and what is shown."""
+        tiles = [Tile(i, view) for i in range(len(self.sides)) for view in SHOWN if i == 0 or view not in SHARED]
+        named = {self.tile_name(tile): tile for tile in tiles}
+        show = self.sides[0].settings.show
+        first = Tile(0, show) if len(self.sides) == 2 else Tile(0, "image")
+        last = Tile(len(self.sides) - 1, self.sides[-1].settings.show)
+        if first == last:
+            last = Tile(0, "CAM")
+        return named.get(self.curtain[0], first), named.get(self.curtain[1], last)
+
+    def view(self, side: int, show: str | None = None) -> View:
+        """Picture, label and numbers of a side, as it is or with another `show`. What cannot be had is left out and
+        noted; nothing is raised for it."""
+        settings, notes = self.settings(side, show), list(self.picture.notes)
         base, ground = self._base()
         size = base.shape[:2]
         picture, label, found = base, None, None
         try:
-            classes, more = self.classes(side)
-            notes += more
-            label = self.label(side)
+            if settings.show not in SHARED or show is None:
+                notes += self.classes(side)[1]
+            if settings.show in LABELS or show is None:  # of a tile without a label nothing is scored
+                label, found = self._label_and_numbers(side, show)
             if settings.show == "CAM":
-                value = draw.resized(self.analysis(side).strongest(settings, classes).value, size, smooth=True)
-                picture = draw.cam_picture(ground, value, strength=settings.strength)
-                if settings.contours:
-                    picture = draw.with_levels(picture, value, (settings.beta_l, settings.beta_h))
+                picture = self._cam_picture(side, settings, ground)
             elif settings.show in LABELS:
                 shown = draw.resized(label, size)
                 picture = draw.label_picture(base, shown, strength=settings.strength)
                 picture = draw.with_regions(picture, shown) if settings.contours else picture
-            if self.picture.mask is not None and settings.show != "ground truth":
-                found = numbers(count(label, self.picture.mask, self.joint(side).names))
         except ToCoError as error:
             notes.append(str(error))
         if settings.outline and self.picture.mask is not None:
@@ -219,6 +346,13 @@ class Session:
             analysis.attention(settings.block),
             patch,
         )
+
+    def why(self, side: int) -> Reasons | None:
+        """What is known about the pixel that was clicked; None where none was."""
+        if self.place is None:
+            return None
+        settings, (classes, _) = self.sides[side].settings, self.classes(side)
+        return reasons(self.analysis(side), settings, classes, self.joint(side), self.place)
 
     def read_out(self, side: int, y: float, x: float) -> str:
         """In words: what is at a place, in fractions of the image."""
@@ -266,6 +400,12 @@ class Session:
                 found["other"] = json.dumps(other)
             if not self.linked:
                 found["linked"] = False
+        if self.views != VIEWS:
+            found["views"] = ",".join(self.views)
+        if self.arrange != ARRANGEMENTS[0]:
+            found["arrange"] = self.arrange
+        if any(self.curtain):
+            found["curtain"] = ",".join(self.curtain)
         return found
 
     def restore(self, values: Mapping[str, Any]) -> None:
@@ -283,16 +423,16 @@ class Session:
         for place in _read_places("crop_places", given.get("crop_places", "")):
             self.place_crop(*place)
         other = _read_settings("other", given.get("other", "{}"))
-        if "compare" not in given and not other:
-            return
-        self.compare(True)
-        if "compare" in given:
-            self.use(Path(str(given["compare"])).name, side=1)
-        self.active, self.linked = 1, False
-        try:
-            self.set(**other)
-        finally:
-            self.active, self.linked = 0, given.get("linked", True)
+        if "compare" in given or other:
+            self.compare(True)
+            if "compare" in given:
+                self.use(Path(str(given["compare"])).name, side=1)
+            self.active, self.linked = 1, False
+            try:
+                self.set(**other)
+            finally:
+                self.active, self.linked = 0, given.get("linked", True)
+        self.arrange_views(**{name: given[name] for name in ("arrange", "views", "curtain") if name in given})
 
     def papermill_line(self, notebook: str = "notebooks/explore.ipynb", **others: Any) -> str:
         """The command that shows this again; `others` are parameters that the session does not know (dataset, ...)."""
@@ -319,6 +459,52 @@ class Session:
 
     # ---- within
 
+    def _label_and_numbers(self, side: int, show: str | None) -> tuple[np.ndarray, Numbers | None]:
+        """Of the last few settings they are kept: the numbers, the picture and the read-out ask for the same label."""
+        settings, mask = self.settings(side, show), self.picture.mask
+        if settings.show == "ground truth":
+            if mask is None:
+                raise ToCoError(f"{self.picture.name} has no ground truth")
+            return mask, None
+        classes, _ = self.classes(side)
+        made_by = LABEL_FIELDS["CAM label" if settings.show in ("image", "CAM") else settings.show]
+        key = (self.sides[side].subject, self.index, classes, made_by, *(getattr(settings, name) for name in made_by))
+        if key not in self._labels:
+            joint = self.joint(side)
+            label = joint.of_model[self.analysis(side).label(settings, classes)]
+            found = None if mask is None else numbers(count(label, mask, joint.names))
+            self._labels[key] = label, found
+            if len(self._labels) > LABELS_KEPT:
+                self._labels.popitem(last=False)
+        self._labels.move_to_end(key)
+        return self._labels[key]
+
+    def _cam_picture(self, side: int, settings: Settings, ground: np.ndarray) -> np.ndarray:
+        several = settings.class_colours and len(self.classes(side)[0]) > 1
+        value, colours = self._colouring(side, settings, ground.shape[:2], several=several)
+        if several:
+            picture = draw.classes_picture(ground, colours, value, strength=settings.strength)
+        else:
+            picture = draw.cam_picture(ground, value, strength=settings.strength)
+        if settings.contours:
+            picture = draw.with_levels(picture, value, (settings.beta_l, settings.beta_h))
+        return picture
+
+    def _colouring(self, side: int, settings: Settings, size: tuple[int, int], *, several: bool) -> tuple:
+        """The strongest CAM at `size` and, for several classes, their colours; kept while only thresholds move."""
+        analysis, (classes, _) = self.analysis(side), self.classes(side)
+        key = (self.sides[side].subject, self.index, classes, several, *(getattr(settings, n) for n in MAP_FIELDS))
+        if self._colourings.get(side, (None,))[0] != key:
+            if several:
+                places = [int(self.joint(side).of_model[k]) for k in classes]
+                cams = analysis.cams(settings, classes)[0].cpu().numpy()
+                colours, value = draw.class_colouring([draw.resized(cam, size, smooth=True) for cam in cams], places)
+            else:
+                colours, value = None, analysis.strongest(settings, classes).value
+                value = draw.resized(value, size, smooth=True)
+            self._colourings[side] = key, (value, colours)
+        return self._colourings[side][1]
+
     def _start(self, side: int) -> Settings:
         """The settings with which a session of this side's model begins."""
         subject = self.subject(side)
@@ -342,6 +528,12 @@ class Session:
             except ToCoError as error:
                 problem = error
         raise ToCoError(f"no image of {self.pictures.title} can be read: {problem}")
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(","))
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def _within(settings: Settings, depth: int) -> Settings:

@@ -10,8 +10,20 @@ from toco_core.errors import ToCoError
 
 SHOWN = ("image", "CAM", "CAM label", "seed label", "pseudo label", "segmentation", "ground truth")
 LABELS = SHOWN[2:]  # what can be scored against ground truth, or is it
+ARRANGEMENTS = ("side by side", "one", "curtain")
+VIEWS = ("image", "CAM", "pseudo label", "ground truth")  # side by side to begin with
 CAMS = ("final", "auxiliary", "block")
-CLASS_CHOICES = ("labelled", "predicted", "all")
+CLASS_CHOICES = ("labelled", "predicted", "all", "none")
+MAP_FIELDS = ("cam", "block", "cam_scales", "flip")
+LABEL_FIELDS = {
+    "image": (),
+    "CAM": MAP_FIELDS,
+    "CAM label": (*MAP_FIELDS, "beta"),
+    "seed label": (*MAP_FIELDS, "beta_l", "beta_h"),
+    "pseudo label": (*MAP_FIELDS, "beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale"),
+    "segmentation": ("crf",),
+    "ground truth": (),
+}  # what each view is made by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +39,12 @@ class Settings(Config):
     )
     block: int = option(12, "Block of the block CAM, of token similarity and of attention, from 1.", at_least=1)
     classes: str = option(
-        "labelled", "Classes of CAM and labels: labelled, predicted, all, or names separated by commas."
+        "labelled", "Classes of CAM and labels: labelled, predicted, all, none, or names separated by commas."
     )
     strength: float = option(0.65, "Overlay: 0 shows the image only, 1 the overlay only.", at_least=0, at_most=1)
+    class_colours: bool = option(
+        True, "CAMs of several classes, each in the colour of its label; otherwise the strongest of them in one scale."
+    )
     contours: bool = option(True, "Lines where the CAM crosses the two thresholds, or around each region of a label.")
     outline: bool = option(False, "A white line around the ground truth.")
     beta: float = option(0.5, "Threshold of the CAM label, with which a CAM is scored.", at_least=0, at_most=1)
@@ -53,6 +68,16 @@ class Settings(Config):
             raise ToCoError(f"beta_l = {self.beta_l:g} must be below beta_h = {self.beta_h:g}")
         if not self.classes.strip():
             raise ToCoError(f"classes = '' is not allowed: {', '.join(CLASS_CHOICES)}, or names separated by commas")
+
+
+def fields_seen(settings: Settings) -> tuple[str, ...]:
+    """The settings that change the picture of what is shown, beside classes and outline."""
+    found = LABEL_FIELDS[settings.show]
+    if settings.show == "CAM":
+        found += ("strength", "contours", "class_colours", *(("beta_l", "beta_h") if settings.contours else ()))
+    elif settings.show in LABELS:
+        found += ("strength", "contours")
+    return tuple(name for name in found if name != "block" or settings.cam == "block")
 
 
 def settings_of(config: TrainConfig, depth: int) -> Settings:

@@ -1,7 +1,7 @@
 """The models to look into, and what each of them can be asked.
 
-A subject is a finished run, a checkpoint of the published release, or a plain pretrained backbone. The last has no
-trained classifier: its tokens and its attention can be seen, CAMs cannot.
+A subject is a finished run, a checkpoint of the published release, or a pretrained backbone. Of the last, tokens and
+attention can be seen; where its weights hold an ImageNet head, also maps of the classes that the head knows.
 """
 
 import threading
@@ -13,7 +13,10 @@ from toco_core.backbone import SHIPPED
 from toco_core.config import ModelConfig, TrainConfig, override, photographs, tiny, voc
 from toco_core.data import VOC_CLASSES
 from toco_core.errors import ToCoError
+from toco_core.machine.torchvision_shim import make_importable
 from toco_core.model import ToCo
+from toco_core.predict.class_maps import Classifier, open_classifier
+from toco_core.predict.head import head_model
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
 from toco_core.runs.release import from_release
@@ -30,6 +33,7 @@ class Subject:
     config: TrainConfig
     class_names: tuple[str, ...]
     has: frozenset[str]
+    head: Classifier | None = None  # of ImageNet, whose classes are ranked per image (`predict.head`)
     spec: str = ""  # what `open_subject` was given; the parameter of the notebook
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False)  # one pass at a time
 
@@ -39,7 +43,8 @@ def of_run(opened: Opened, *, spec: str = "") -> Subject:
     loss = opened.config.loss
     has = {CLASSIFIER: loss.cls, AUXILIARY: loss.aux_cls, DECODER: loss.seg, PROJECTION: loss.ctc}
     trained = frozenset(head for head, weight in has.items() if weight > 0)
-    return Subject(opened.run.folder.name, opened.model, opened.config, opened.data.train.class_names, trained, spec)
+    names = opened.data.train.class_names
+    return Subject(opened.run.folder.name, opened.model, opened.config, names, trained, spec=spec)
 
 
 def of_release(path: str | Path) -> Subject:
@@ -49,7 +54,7 @@ def of_release(path: str | Path) -> Subject:
     config = override(voc(), layer=model.layer, dropped_border=True)
     names = VOC_CLASSES if model.n_classes == 20 else _numbered(model.n_classes)
     every = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))
-    return Subject(Path(path).name, model, config, names, every, str(path))
+    return Subject(Path(path).name, model, config, names, every, spec=str(path))
 
 
 def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None = None) -> Subject:
@@ -60,7 +65,15 @@ def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None 
     layer = min(layer or config.model.layer, model.depth)
     model.layer = layer
     config = override(config, layer=layer)
-    return Subject(f"{backbone} (pretrained)", model, config, ("background",), frozenset(), backbone)
+    return Subject(f"{backbone} (pretrained)", model, config, ("background",), frozenset(), spec=backbone)
+
+
+def of_head(backbone: str, *, weights: str | None = None) -> Subject:
+    """A timm model with its own ImageNet head. Raises ToCoError where it has none."""
+    classifier = open_classifier(backbone, weights=weights, device="cpu")
+    model, config = head_model(classifier)
+    names = ("background", *(f"rank {k}" for k in range(1, model.n_classes + 1)))
+    return Subject(backbone, model, config, names, frozenset((CLASSIFIER,)), classifier, backbone)
 
 
 def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
@@ -77,7 +90,24 @@ def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
         return of_release(path)
     if path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1:
         raise ToCoError(f"model = {str(spec)!r} is not there: give a run's folder, a checkpoint file, or a backbone")
+    if weights is None and (str(spec) in SHIPPED or str(spec).startswith("plain_vit")):
+        return of_backbone(str(spec))
+    if has_head(str(spec)):
+        try:
+            return of_head(str(spec), weights=weights)
+        except ToCoError as error:
+            if "has no head" not in str(error) and "head." not in str(error):
+                raise
     return of_backbone(str(spec), weights=weights)
+
+
+def has_head(backbone: str) -> bool:
+    """Whether timm's weights of this name come with a head, as far as timm tells before they are there."""
+    make_importable()
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(backbone) if timm.is_model(backbone.partition(".")[0]) else None
+    return cfg is not None and cfg.num_classes > 0
 
 
 def finished_runs(folder: str | Path) -> list[Path]:

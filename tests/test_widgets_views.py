@@ -1,0 +1,251 @@
+"""The explorer's views side by side, its curtain and its chips of classes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_widgets import folder, make_subject, session, subject  # noqa: F401  fixtures
+
+from toco_core.conventions import voc_palette
+from toco_core.errors import ToCoError
+from toco_core.widgets import Explorer, Session, draw
+from toco_core.widgets.session import Tile
+from toco_core.widgets.settings import LABELS, SHOWN, Settings, changed, fields_seen
+
+CHANGES = {
+    "cam": "auxiliary", "block": 1, "cam_scales": (0.5,), "flip": False, "strength": 0.2, "contours": False,
+    "class_colours": False, "beta": 0.9, "beta_l": 0.05, "beta_h": 0.95, "par_iterations": 1, "par_dilations": (1,),
+    "par_scale": 1.0, "crf": True,
+}  # fmt: skip
+
+
+def pictures_of(explorer):
+    return [np.asarray(Image.open(io.BytesIO(explorer.canvases[i].picture))) for i in range(len(explorer.row.children))]
+
+
+# ---- what changes a picture
+
+
+@pytest.mark.parametrize("show", SHOWN)
+def test_fields_that_change_a_picture_are_known(session, show):  # noqa: F811
+    """The others change nothing, bit for bit; each of these can."""
+    session.set(classes="all", cam="block" if "label" in show else "final", block=2, outline=False)
+    settings = changed(session.sides[0].settings, show=show)
+    seen = fields_seen(settings)
+    session.set(show=show)
+    before = session.view(0).picture
+    for name, value in CHANGES.items():
+        session.sides = [session.sides[0].__class__("model", changed(settings, **{name: value}))]
+        same = np.array_equal(session.view(0).picture, before)
+        assert same or name in seen, f"{show}: {name} changes the picture"
+        if name in ("strength", "contours", "beta_h", "beta", "class_colours") and name in seen:
+            assert not same, f"{show}: {name} changes nothing"
+
+
+def test_thresholds_of_a_cam_are_seen_in_its_contours_only():
+    settings = Settings(show="CAM")
+    assert "beta_h" in fields_seen(settings) and "beta_h" not in fields_seen(changed(settings, contours=False))
+    assert "block" not in fields_seen(settings) and "block" in fields_seen(changed(settings, cam="block"))
+
+
+# ---- side by side
+
+
+def test_a_row_shows_the_views_in_order(session):  # noqa: F811
+    explorer = Explorer(session)
+    shown = [tile.show for tile in session.tiles()]
+    assert shown == ["image", "CAM", "pseudo label", "ground truth"]
+    for tile, picture in zip(session.tiles(), pictures_of(explorer), strict=True):
+        wanted = session.view(0, tile.show).picture
+        assert picture.shape == wanted.shape and np.abs(picture.astype(int) - wanted).mean() < 4
+    titles = [explorer.canvases[i].title for i in range(4)]
+    miou = 100 * session.numbers(0, "pseudo label").scores.miou
+    assert titles == ["image", "CAM", f"pseudo label · {miou:.0f} % mIoU", "ground truth"]
+    assert [explorer.canvases[i].chosen for i in range(4)] == [False, True, False, False]
+    assert len({canvas.group for canvas in explorer.canvases}) == 1 and explorer.canvases[0].group
+    explorer.views.toggled = ["seed label", 1]
+    explorer.views.toggled = ["ground truth", 2]
+    assert [tile.show for tile in session.tiles()] == ["image", "CAM", "seed label", "pseudo label"]
+    assert [item["name"] for item in explorer.views.items if item["on"]] == [t.show for t in session.tiles()]
+    explorer.controls["show"].value = "segmentation"  # what is scored is always seen
+    assert session.tiles()[-1].show == "segmentation"
+
+
+def test_only_what_changes_is_drawn_again(session):  # noqa: F811
+    explorer = Explorer(session)
+    sent = {i: [] for i in range(4)}
+    for i in range(4):
+        explorer.canvases[i].observe(lambda change, i=i: sent[i].append(change["new"]), "picture")
+    explorer.controls["beta_h"].value = 0.52
+    assert [len(sent[i]) for i in range(4)] == [0, 1, 1, 0]  # contours of the CAM, and the label
+    explorer.controls["strength"].value = 0.2
+    assert [len(sent[i]) for i in range(4)] == [0, 2, 2, 1]
+    explorer.controls["outline"].value = True
+    assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
+    explorer.controls["head"].value = 1
+    assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
+
+
+def test_two_models_side_by_side(session):  # noqa: F811
+    explorer = Explorer(session)
+    explorer.compare.value = True
+    explorer.side.value = 1
+    explorer.model.value = "other"
+    names = [session.tile_name(tile) for tile in session.tiles()]
+    assert names == ["image", "A: CAM", "B: CAM", "A: pseudo label", "B: pseudo label", "ground truth"]
+    pictures = pictures_of(explorer)
+    assert (pictures[1] != pictures[2]).any() and "A: model" in explorer.legends[1].value
+    explorer.canvases[2].pointer = [0.5, 0.5]
+    assert session.read_out(1, 0.5, 0.5) != session.read_out(0, 0.5, 0.5)
+    assert session.read_out(1, 0.5, 0.5).split(" · ")[1] in explorer.reading.value
+
+
+def test_no_tile_for_a_truth_that_is_not_there(session):  # noqa: F811
+    session.picture = session.picture._replace(mask=None)
+    assert [tile.show for tile in session.tiles()] == ["image", "CAM", "pseudo label"]
+
+
+def test_a_tile_is_enlarged_and_all_come_back(session):  # noqa: F811
+    explorer = Explorer(session)
+    explorer.canvases[2].enlarge = 1
+    assert session.arrange == explorer.arrange.value == "one" and explorer.controls["show"].value == "pseudo label"
+    assert len(explorer.row.children) == 1 and explorer.canvases[0].title.startswith("pseudo label")
+    explorer.canvases[0].enlarge = 1
+    assert session.arrange == "side by side" and len(explorer.row.children) == 4
+    explorer.arrange.value = "one"
+    assert explorer.views.disabled and len(explorer.row.children) == 1
+
+
+def test_a_pin_marks_the_place_in_all_views(session):  # noqa: F811
+    explorer = Explorer(session)
+    explorer.canvases[3].click = [0.25, 0.75, 1]
+    assert [explorer.canvases[i].pin for i in range(4)] == [[0.25, 0.75]] * 4
+
+
+# ---- curtain
+
+
+def test_a_curtain_divides_any_two_views(session):  # noqa: F811
+    explorer = Explorer(session)
+    explorer.arrange.value = "curtain"
+    canvas = explorer.canvases[0]
+    assert len(explorer.row.children) == 1 and [d.value for d in explorer.curtain] == ["image", "CAM"]
+    explorer.curtain[0].value = "ground truth"
+    explorer.curtain[1].value = "seed label"
+    for data, show in ((canvas.picture, "ground truth"), (canvas.under, "seed label")):
+        assert data == draw.encoded(session.view(0, show).picture)
+    assert canvas.title.startswith("ground truth | seed label")
+    before = canvas.under
+    explorer.controls["beta_h"].value = 0.33  # what is under it follows, too
+    assert canvas.under != before and not explorer.controls["beta_h"].disabled
+    explorer.compare.value = True
+    explorer.side.value = 1
+    explorer.model.value = "other"
+    explorer.curtain[0].value, explorer.curtain[1].value = "A: CAM", "B: CAM"
+    assert session.curtain_tiles() == (Tile(0, "CAM"), Tile(1, "CAM"))
+    explorer.arrange.value = "side by side"
+    assert canvas.under == b""
+
+
+def test_arrangement_is_a_parameter(session):  # noqa: F811
+    session.arrange_views("curtain", views="CAM, image", curtain="ground truth,CAM")
+    found = session.parameters()
+    assert found["views"] == "image,CAM" and found["curtain"] == "ground truth,CAM" and found["arrange"] == "curtain"
+    again = Session(session.pictures, session.subjects)
+    assert not {"views", "arrange", "curtain"} & set(again.parameters())
+    again.restore(found)
+    assert (again.views, again.arrange, again.curtain) == (session.views, session.arrange, session.curtain)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"arrange": "stacked"}, "arrange = 'stacked' is not allowed: one of side by side"),
+        ({"views": "CAM,masks"}, "views = 'CAM,masks' is not allowed: some of image"),
+        ({"views": ()}, "views"),
+        ({"views": 5}, "views = 5 is not allowed"),
+        ({"views": ["CAM", {}]}, "views"),
+        ({"curtain": 7.5}, "curtain = 7.5 is not allowed"),
+        ({"curtain": "CAM"}, "curtain = 'CAM' is not allowed: two of image"),
+        ({"curtain": "CAM,B: CAM"}, "curtain"),
+    ],
+)
+def test_wrong_arrangements_are_refused(session, values, words):  # noqa: F811
+    before = session.arrange, session.views, session.curtain
+    with pytest.raises(ToCoError, match=words):
+        session.arrange_views(**values)
+    assert (session.arrange, session.views, session.curtain) == before
+
+
+def test_the_last_view_stays(session):  # noqa: F811
+    explorer = Explorer(session)
+    for i, view in enumerate(session.views):
+        explorer.views.toggled = [view, i]
+    assert "one view at least stays" in explorer.notes.value and session.views == ("ground truth",)
+
+
+# ---- chips
+
+
+def test_chips_have_colour_and_score_and_are_toggled(session):  # noqa: F811
+    explorer = Explorer(session)
+    items = {item["name"]: item for item in explorer.classes.items}
+    assert list(items) == ["cat", "dog", "sheep"]
+    scores = session.analysis(0).class_scores
+    for k, (name, item) in enumerate(items.items(), 1):
+        assert item["number"] == f"{scores[k - 1]:.2f}" and item["on"] == (name == "cat")
+        assert item["colour"] == "rgb({},{},{})".format(*voc_palette()[k])
+    explorer.classes.toggled = ["sheep", 1]
+    assert session.classes(0)[0] == (1, 3) and explorer.class_names.value == ("cat", "sheep")
+    assert [item["on"] for item in explorer.classes.items] == [True, False, True]
+    explorer.classes.toggled = ["cat", 2]
+    explorer.classes.toggled = ["sheep", 3]  # the last one goes out, too
+    assert session.classes(0) == ((), ()) and explorer.class_choice.value == "none"
+    assert not any(item["on"] for item in explorer.classes.items)
+    explorer.classes.toggled = ["dog", 4]
+    assert session.classes(0)[0] == (2,) and session.sides[0].settings.classes == "dog"
+
+
+def test_chips_follow_image_and_model(session):  # noqa: F811
+    session.subjects.add(make_subject("few", class_names=("background", "dog"), seed=3))
+    explorer = Explorer(session)
+    explorer.film.wanted = [1, 1]
+    assert [item["on"] for item in explorer.classes.items] == [False, True, False]
+    explorer.model.value = "few"
+    assert [bool(item["number"]) for item in explorer.classes.items] == [False, True, False]
+    assert "does not know it" in explorer.classes.items[0]["tip"]
+
+
+def test_classes_in_their_own_colours(session):  # noqa: F811
+    """Seen from the equation: colours mixed by the values, covering by the largest."""
+    session.set(show="CAM", classes="cat,sheep", contours=False, strength=0.8)
+    picture = session.view(0).picture
+    analysis, size = session.analysis(0), picture.shape[:2]
+    maps = analysis.cams(session.sides[0].settings, (1, 3))[0].numpy()
+    one, three = (draw.resized(cam, size, smooth=True) for cam in maps)
+    ground = draw.ground(draw.enlarged(session.picture.image, size)).astype(float)
+    for y, x in ((17, 90), (200, 31), (240, 250), (101, 7)):
+        a, b = float(one[y, x]), float(three[y, x])
+        colour = (a * voc_palette()[1] + b * voc_palette()[3]) / max(a + b, 1e-6)
+        share = 0.8 * max(a, b)
+        np.testing.assert_allclose(picture[y, x], (1 - share) * ground[y, x] + share * colour, atol=1.6)
+    session.set(class_colours=False)
+    assert (session.view(0).picture != picture).any()
+
+
+def test_labels_that_are_kept_are_those_that_are_asked_for(session):  # noqa: F811
+    """Label maps are kept for a while: another threshold, class or image must not get an old one."""
+    found = {}
+    for beta_h in (0.5, 0.6, 0.5):
+        for classes in ("cat", "all"):
+            for image in (0, 1):
+                session.go(image)
+                session.set(beta_l=0.2, beta_h=beta_h, classes=classes)
+                fresh = Session(session.pictures, session.subjects)
+                fresh.go(image)
+                fresh.sides = list(session.sides)
+                for show in LABELS[:3]:
+                    np.testing.assert_array_equal(session.label(0, show), fresh.label(0, show))
+                    found[image, beta_h, classes, show] = session.label(0, show)
+    assert (found[0, 0.5, "all", "seed label"] != found[0, 0.6, "all", "seed label"]).any()
