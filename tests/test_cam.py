@@ -1,11 +1,15 @@
 import pytest
 import reference_model as slow
 import torch
+from small_config import small_recipe, stirred_model
 from test_model import K, images, slow_tokens, small_model
 from torch.testing import assert_close
 
-from toco_core.cam import class_activation, multi_scale_cam, normalise_cam
+from toco_core import labels
+from toco_core.cam import class_activation, labelled_cams, multi_scale_cam, normalise_cam, on_all_classes
+from toco_core.config import override
 from toco_core.errors import ToCoError
+from toco_core.objective import Step, StepInput
 
 
 def fitted(model, x, scales):
@@ -119,3 +123,41 @@ def test_a_scale_that_leaves_less_than_a_patch_is_refused():
     model = small_model(0, dropped_border=True)
     with pytest.raises(ToCoError, match="scale = 0.001 of an image of 24 x 32 leaves less than a patch"):
         multi_scale_cam(model, torch.zeros(1, 3, 24, 32, dtype=torch.float64), scales=(0.001,))
+
+
+@pytest.mark.parametrize("tags", [[[1, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], [[0, 0, 0, 0]] * 3])
+def test_labelled_maps_are_those_of_all_classes_without_the_empty_ones(tags):
+    torch.manual_seed(2)
+    model = stirred_model(4).float()
+    images, image_labels = torch.randn(3, 3, 32, 48), torch.tensor(tags)
+    options = {"scales": (1.0, 0.5), "attention_steps": 1, "attention_blocks": (2, 3)}
+    whole = multi_scale_cam(model, images, **options, image_labels=image_labels)
+    found = labelled_cams(model, images, image_labels, **options)
+    k = int(image_labels.sum(1).max())
+    assert found.cams.cam.shape == found.cams.aux_cam.shape == (3, k, 32, 48)
+    for maps, wanted in zip(found.cams, whole, strict=True):
+        for b in range(3):
+            classes = [i for i in range(4) if image_labels[b, i]]
+            assert found.classes[b, : len(classes)].tolist() == classes
+            assert found.present[b].tolist() == [True] * len(classes) + [False] * (k - len(classes))
+            assert torch.equal(maps[b, : len(classes)], wanted[b, classes]) and not maps[b, len(classes) :].any()
+    for one, other in zip(on_all_classes(found, 4), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_makes_maps_of_its_labelled_classes_only():
+    torch.manual_seed(3)
+    model = stirred_model(60).float()
+    views = [torch.randn(2, 3, 32, 48) for _ in range(3)]
+    image_labels = torch.zeros(2, 60)
+    image_labels[0, [7, 51]] = image_labels[1, 33] = 1
+    config = override(small_recipe(), beta_l=0.2, beta_h=0.4, par_dilations=(1, 2))
+    step = Step(model, StepInput(*views, image_labels, torch.tensor([[0, 32, 0, 48], [2, 30, 0, 48]])), config, 300)
+    whole, options = step.cams, config.labels.thresholds()
+    assert step.labelled.cams.cam.shape[1] == 2 and whole.cam.shape[1] == 60
+    wanted = labels.token_label(whole.aux_cam, image_labels, (4, 6), **options, valid_box=step.batch.valid_box)
+    assert torch.equal(step.token_label, wanted) and {8, 34, 52} & set(wanted.unique().tolist())
+    assert torch.equal(step.region_mask, labels.region_mask(whole.aux_cam, image_labels, **options))
+    options = config.labels.pseudo_label_options()
+    wanted = labels.pseudo_label(step.unit, whole.cam, image_labels, **options, valid_box=step.batch.valid_box)
+    assert torch.equal(step.pseudo_label, wanted) and set(wanted.unique().tolist()) <= {0, 8, 34, 52, 255}

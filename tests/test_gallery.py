@@ -182,6 +182,21 @@ def test_settings_follow_when_asked(gallery, session):
     assert gallery.survey.settings.show == "CAM label" and gallery.survey.found
 
 
+def test_other_images_and_another_model_follow_when_asked(gallery, session, tmp_path):
+    session.pictures = open_pictures(write_voc_folder(tmp_path / "others", 5, splits={"val": range(2, 5)}))
+    session._decoded.clear()
+    session._analyses.clear()
+    session.go(0)
+    gallery.grid.wanted = [1, 1]
+    assert "other images by now" in gallery.notes.value and session.index == 0
+    session.use("other", side=0)
+    gallery.renew.click()
+    gallery.settle()
+    assert [item["name"] for item in gallery.grid.items] == ["img_2", "img_3", "img_4"]
+    assert gallery.survey.subject.name == "other" and sorted(gallery.survey.found) == [0, 1, 2]
+    assert "have changed" not in gallery.notes.value
+
+
 def test_stop_keeps_what_was_found_and_the_kernel_answers_meanwhile(session):
     gate, waiting = threading.Event(), threading.Event()
 

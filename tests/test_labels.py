@@ -194,3 +194,33 @@ def test_wrong_thresholds_are_named(betas):
         labels.eval_label(cam, image_labels, beta=1.5)
     with pytest.raises(ToCoError, match="scale = 0"):
         labels.pseudo_label(torch.rand(3, 3, 7, 11), cam, image_labels, **BETAS, scale=0.0)
+
+
+@pytest.mark.parametrize("side", [24, 600])
+def test_images_are_refined_together_as_they_are_alone(side, monkeypatch):
+    """Equally many classes go together as far as they fit; what an image gets does not depend on its company."""
+    generator = torch.Generator().manual_seed(3)
+    image_labels = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]])
+    sizes = []
+    build = labels.build_refiner
+
+    def watched(*args, **settings):
+        refine = build(*args, **settings)
+
+        class Watched:
+            scale = refine.scale
+
+            def __call__(self, images, classes):
+                sizes.append(len(images))
+                return refine(images, classes)
+
+        return Watched()
+
+    monkeypatch.setattr(labels, "build_refiner", watched)
+    images, cam = (torch.rand(6, 3, side, side // 2, generator=generator) for _ in range(2))
+    options = {"beta_l": 0.3, "beta_h": 0.6, "iterations": 2, "dilations": (1, 2)}
+    together = labels.pseudo_label(images, cam, image_labels, **options)
+    assert sorted(sizes) == ([2, 3] if side == 24 else [1] * 5)
+    for b in range(6):
+        one = slice(b, b + 1)
+        assert torch.equal(together[one], labels.pseudo_label(images[one], cam[one], image_labels[one], **options))

@@ -109,6 +109,30 @@ def test_a_wrong_value_is_refused(given, words):
         notebook(**given).config()
 
 
+LABEL_FIELDS = {"label_beta_l": "beta_l", "label_beta_h": "beta_h"}
+
+
+def test_fields_under_the_names_of_own_parameters():
+    parameters = notebook(own=tuple(LABEL_FIELDS), label_beta_l=0.1, label_beta_h=None, layer=9)
+    config = parameters.config()
+    parameters.namespace["config"] = config  # a cell goes on
+    assert parameters.changed(config, **LABEL_FIELDS) == override(config, beta_l=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((0.6, 0.5), r"^label_beta_l = 0.6 must be below label_beta_h = 0.5$"),
+        ((0.1, 1.5), r"^label_beta_h = 1.5 is not allowed"),
+        (("x", 0.5), r"^label_beta_l = 'x' is not allowed"),
+    ],
+)
+def test_a_refusal_names_the_parameter_that_was_typed(given, words):
+    parameters = notebook(own=tuple(LABEL_FIELDS), **dict(zip(LABEL_FIELDS, given, strict=True)))
+    with pytest.raises(ToCoError, match=words):
+        parameters.changed(tiny(), **LABEL_FIELDS)
+
+
 @pytest.mark.parametrize("given", [[7, 10, 12], (7, 10, 12), "7,10,12", "7, 10, 12", ["7", 10, 12.0]])
 def test_a_list_can_be_given_in_one_word(given):
     assert as_list("layers", given, int) == [7, 10, 12]

@@ -21,7 +21,7 @@ from toco_core.losses import dense_energy_loss
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Step, StepInput, objective
+from toco_core.objective import PAPER, Step, StepInput, objective
 from toco_core.runs.folder import Run
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.budget import estimate_seconds
@@ -149,7 +149,7 @@ def test_a_step_equals_its_parts(model, batch, step, changes, release):
     made = Step(model, batch, config, step, weights=ALL, boxes=BOXES)
     found = objective(made)
     total, terms, (token_label, region, flags, refined) = slow_step(model, batch, config, ALL, step)
-    assert list(found.terms) == list(terms) == list(TERMS)
+    assert list(found.terms) == list(terms) == list(PAPER)
     for name, wanted in terms.items():
         assert_close(found.terms[name].double(), wanted.double(), rtol=1e-5, atol=1e-8)
         assert wanted != 0
@@ -197,12 +197,12 @@ def test_no_local_view_at_all(model, batch):
 @pytest.mark.parametrize(
     ("off", "made"),
     [
-        (("ptc",), {"cams", "region_mask", "is_positive", "pseudo_label"}),
-        (("ctc",), {"cams", "token_label", "pseudo_label"}),
-        (("seg",), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
-        (("seg", "energy"), {"cams", "region_mask", "is_positive", "token_label"}),
+        (("ptc",), {"labelled", "region_mask", "is_positive", "pseudo_label"}),
+        (("ctc",), {"labelled", "token_label", "pseudo_label"}),
+        (("seg",), {"labelled", "region_mask", "is_positive", "token_label", "pseudo_label"}),
+        (("seg", "energy"), {"labelled", "region_mask", "is_positive", "token_label"}),
         (("ptc", "ctc", "seg", "energy"), set()),
-        (("cls", "aux_cls"), {"cams", "region_mask", "is_positive", "token_label", "pseudo_label"}),
+        (("cls", "aux_cls"), {"labelled", "region_mask", "is_positive", "token_label", "pseudo_label"}),
     ],
 )
 def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
@@ -217,11 +217,11 @@ def test_a_weight_of_0_leaves_a_term_out(model, batch, monkeypatch, off, made):
     if {"seg", "energy"} <= set(off):
         monkeypatch.setattr(model.decoder, "forward", None)
     if not made:
-        monkeypatch.setattr(objectives, "multi_scale_cam", None)
+        monkeypatch.setattr(objectives, "labelled_cams", None)
     step = Step(model, batch, config, weights=weights, boxes=BOXES)
     found = objective(step)
     assert {name for name in off if found.terms[name] != 0} == set()
-    pieces = ("cams", "region_mask", "is_positive", "token_label", "pseudo_label")
+    pieces = ("labelled", "region_mask", "is_positive", "token_label", "pseudo_label")
     assert {name for name in pieces if name in vars(step)} == made
     assert_close(found.total, sum(weights[name] * found.terms[name] for name in weights if weights[name]))
 
@@ -296,15 +296,15 @@ def test_a_run_is_the_same_bits_again(config, whole):
 
 def test_no_step_keeps_the_maps_of_the_one_before(config, whole, monkeypatch):
     """They are as large as the images, times two per class."""
-    cams, before = objectives.multi_scale_cam, []
+    cams, before = objectives.labelled_cams, []
 
     def watched(*args, **kwargs):
         assert before.pop()() is None if before else True
         result = cams(*args, **kwargs)
-        before.append(weakref.ref(result.cam))
+        before.append(weakref.ref(result.cams.cam))
         return result
 
-    monkeypatch.setattr(objectives, "multi_scale_cam", watched)
+    monkeypatch.setattr(objectives, "labelled_cams", watched)
     assert_same_weights(train(config, progress=False).model, whole[0].model)
     assert len(before) == 1
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from .errors import ToCoError
@@ -25,6 +25,17 @@ class CAMs(NamedTuple):
 
     cam: Float[Tensor, "B K H W"]
     aux_cam: Float[Tensor, "B K H W"]
+
+
+class LabelledCAMs(NamedTuple):
+    """CAMs of the classes that images have, and of no others: what many classes cost nothing in."""
+
+    cams: CAMs
+    """B k H W, k the most classes of any image; a slot that an image does not fill is 0."""
+    classes: Int[Tensor, "B k"]
+    """0..K-1 of each slot, ascending, on the maps' device; 0 where it is not filled."""
+    present: Bool[Tensor, "B k"]
+    """Which slots are filled, where the image labels are: it stands for them in the functions of `labels`."""
 
 
 def class_activation(patch_map: Float[Tensor, "B D h w"], weight: Float[Tensor, "K D"]) -> Float[Tensor, "B K h w"]:
@@ -74,14 +85,67 @@ def multi_scale_cam(
     scaled image whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border
     is lost.
     """
+    labelled = _labelled(images, model.n_classes, image_labels)
+    maps = _summed_maps(
+        model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
+    )
+    return CAMs(*(_placed(one, labelled, len(images), model.n_classes) for one in maps))
+
+
+@torch.no_grad()
+def labelled_cams(
+    model: ToCo,
+    images: Float[Tensor, "B 3 H W"],
+    image_labels: Num[Tensor, "B K"],
+    *,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+    tokens: Tokens | None = None,
+    attention_steps: int = 0,
+    attention_blocks: Sequence[int] = (),
+    attention_kind: str = "attention",
+) -> LabelledCAMs:
+    """`multi_scale_cam` of the labelled classes, without the maps of 0 that the others would take."""
+    image, k = labelled = _labelled(images, model.n_classes, image_labels)
+    present = image_labels > 0
+    filled = present.sum(1)
+    n_slots = int(filled.max()) if len(filled) else 0
+    slot = (present.cumsum(1) - 1)[present].to(images.device, non_blocking=True)
+    maps = _summed_maps(
+        model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
+    )
+    classes = k.new_zeros(len(images), n_slots)
+    classes[image, slot] = k
+    cams = CAMs(*(_placed(one, (image, slot), len(images), n_slots) for one in maps))
+    return LabelledCAMs(cams, classes, torch.arange(n_slots, device=filled.device) < filled[:, None])
+
+
+def on_all_classes(labelled: LabelledCAMs, n_classes: int) -> CAMs:
+    """The same with a map for every class, 0 for those that an image does not have."""
+    found = []
+    for maps in labelled.cams:
+        place = labelled.classes[:, :, None, None].expand_as(maps)
+        whole = maps.new_zeros(len(maps), n_classes, *maps.shape[2:])
+        found.append(whole.scatter_add_(1, place, maps))  # adds 0 where a slot is not filled
+    return CAMs(*found)
+
+
+def _placed(maps: Tensor, place: tuple[Tensor, Tensor], n_images: int, n_maps: int) -> Tensor:
+    """M H W maps at their place among `n_maps` of each image; the others are 0."""
+    whole = maps.new_zeros(n_images, n_maps, *maps.shape[1:])
+    whole[place] = maps
+    return whole
+
+
+def _summed_maps(
+    model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
+) -> tuple[Tensor, Tensor]:
+    """Normalised M H W maps of the labelled classes, of the final and of the auxiliary classifier."""
     if not len(scales) or min(scales) <= 0:
         raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
     size = images.shape[-2:]
-    labelled = _labelled(images, model.n_classes, image_labels)
     if not len(labelled[0]):
-        return CAMs(
-            images.new_zeros(len(images), model.n_classes, *size), images.new_zeros(len(images), model.n_classes, *size)
-        )
+        return images.new_zeros(0, *size), images.new_zeros(0, *size)
     attend = tuple(attention_blocks) if attention_steps else ()
     if tokens is not None and attend and tokens.attention is None:
         tokens = None
@@ -107,13 +171,7 @@ def multi_scale_cam(
         cams, aux_cams = zip(*pairs, strict=True)
         total = total + torch.stack(cams).amax(0).relu_()
         aux_total = aux_total + torch.stack(aux_cams).amax(0).relu_()
-
-    def spread(maps: Tensor) -> Tensor:
-        cam = maps.new_zeros(len(images), model.n_classes, *size)
-        cam[labelled] = normalise_cam(maps)
-        return cam
-
-    return CAMs(spread(total), spread(aux_total))
+    return normalise_cam(total), normalise_cam(aux_total)
 
 
 def _labelled(images: Tensor, n_classes: int, image_labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ from . import par
 from .errors import ToCoError
 from .refiners import OfImages, build_refiner
 
+CACHED_PIXELS = 2**15  # refined at once on a CPU
+
 
 def valid_cam(cam: Float[Tensor, "B K H W"], image_labels: Shaped[Tensor, "B K"]) -> Float[Tensor, "B K H W"]:
     """The CAM with the classes that the image does not have set to 0."""
@@ -83,7 +85,7 @@ def token_label(
     (classes,) = _on(cam.device, classes)  # `present` stays where the labels are: seed_label will look at it
     resized = _resize(_take(cam, classes), tuple(grid))
     slot = seed_label(resized, present, beta_l=beta_l, beta_h=beta_h)
-    label = torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
+    label = slot_to_class(slot, classes)
     if valid_box is not None:
         box_size = grid if pixel_box_on_tokens else cam.shape[2:]
         label[~inside_box(valid_box, grid, box_size=box_size)] = IGNORE
@@ -171,17 +173,15 @@ def refined_labels(
     small = tuple(max(1, math.floor(length * refine.scale)) for length in size)
     label = torch.zeros(len(betas), len(images), *size, dtype=torch.long, device=cam.device)
 
-    # One image at a time keeps a CPU's caches warm and refines no class that only another image has.
-    step = 1 if cam.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), step):
-        part = slice(start, start + step)
+    for part in _refined_together(image_labels, small[0] * small[1], cam.device):
         classes, present = _labelled_classes(image_labels[part])
         if not classes.shape[1] or not len(betas):
             continue
         classes, present = _on(cam.device, classes, present)
         strength = _resize(_take(cam[part], classes), small).exp() * present[:, :, None, None]
         against = [strength / (math.exp(beta) + strength.sum(1, keepdim=True)) for beta in betas]
-        refine_part = refine.of(part) if isinstance(refine, OfImages) else refine
+        numbers = range(len(images))[part] if isinstance(part, slice) else part.tolist()
+        refine_part = refine.of(numbers) if isinstance(refine, OfImages) else refine
         with torch.no_grad():
             refined = refine_part(_resize(images[part], small), against)
         for t, scores in enumerate(refined):
@@ -262,6 +262,19 @@ def _labelled_maps(cam: Tensor, classes: Tensor, present: Tensor) -> Iterator[Fl
         yield par.full_precision(cam[batch, c]) * p[:, None, None]
 
 
+def _refined_together(image_labels: Tensor, pixels: int, device: torch.device) -> list[slice] | list[Tensor]:
+    """Which images are refined at once. On a GPU all; on a CPU those with equally many classes, so that none is refined
+    for a class that only another has, and as many as stay in its caches."""
+    if device.type != "cpu":
+        return [slice(None)]
+    n_classes = (image_labels > 0).sum(1)
+    return [
+        part
+        for n in n_classes.unique()
+        for part in torch.nonzero(n_classes == n)[:, 0].split(max(1, CACHED_PIXELS // pixels))
+    ]
+
+
 def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"]]:
     """The classes 0..K-1 that each image has, ascending, and which of the k slots are used (k: most of any image)."""
     present = image_labels > 0
@@ -273,6 +286,11 @@ def _labelled_classes(image_labels: Tensor) -> tuple[Int[Tensor, "B k"], Bool[Te
 def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors on a device, without waiting for it."""
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:
+    """0 is background, i + 1 the class classes[:, i] as label 1..K, 255 stays."""
+    return torch.where(slot == IGNORE, IGNORE, _slot_to_class(slot.where(slot != IGNORE, 0), classes))
 
 
 def _slot_to_class(slot: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"]) -> Int[Tensor, "B H W"]:

@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import crops, labels, losses, methods
-from .cam import CAMs, multi_scale_cam
+from .cam import CAMs, LabelledCAMs, labelled_cams, on_all_classes
 from .config import TrainConfig
 from .errors import ToCoError
 from .lattice import Lattice, energy_lattices
@@ -124,7 +124,7 @@ class Step:
         return self.counts[term]
 
     def has(self, term: str) -> bool:
-        """Whether a term counts on some step of this training."""
+        """Whether a term ever counts."""
         return self.terms[term].schedule(term, self.config)[0] > 0
 
     def forget(self, *names: str) -> None:
@@ -164,38 +164,41 @@ class Step:
     # ---- labels, without a graph
 
     @cached_property
-    def cams(self) -> CAMs:
-        """CAM and auxiliary CAM of the main images, over the configured scales."""
+    def labelled(self) -> LabelledCAMs:
+        """CAM and auxiliary CAM of the classes that the main images have, over the configured scales."""
         batch, options = self.batch, self.config.labels.cam_options()
         model, tokens = (self.model, self.tokens) if self.teacher is None else (self.teacher, None)
         with torch.no_grad(), self.autocast():
-            return multi_scale_cam(model, batch.images, **options, tokens=tokens, image_labels=batch.image_labels)
+            return labelled_cams(model, batch.images, batch.image_labels, **options, tokens=tokens)
+
+    @property
+    def cams(self) -> CAMs:
+        """The same with a map for every class, B K H W, made when it is asked for."""
+        return on_all_classes(self.labelled, self.model.n_classes)
 
     @cached_property
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
         batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
-        options: dict[str, Any] = {
-            "valid_box": batch.valid_box,
-            "pixel_box_on_tokens": pixels,
-            **self.config.labels.thresholds(),
-        }
-        return labels.token_label(self.cams.aux_cam, batch.image_labels, self.tokens.grid, **options)
+        options: dict[str, Any] = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels}
+        options |= self.config.labels.thresholds()
+        cams, classes, present = self.labelled
+        return labels.slot_to_class(labels.token_label(cams.aux_cam, present, self.tokens.grid, **options), classes)
 
     @cached_property
     def region_mask(self) -> Int[Tensor, "B H W"]:
         """0 background, 1 uncertain, 2 foreground, by the auxiliary CAM."""
-        return labels.region_mask(self.cams.aux_cam, self.batch.image_labels, **self.config.labels.thresholds())
+        return labels.region_mask(self.labelled.cams.aux_cam, self.labelled.present, **self.config.labels.thresholds())
 
     @cached_property
     def pseudo_label(self) -> Int[Tensor, "B H W"]:
         """The CAM after PAR; before step `final_cam_start`, the auxiliary CAM after PAR."""
-        batch, image = self.batch, self.unit
-        cam = self.cams.cam if self.number >= self.config.loss.final_cam_start else self.cams.aux_cam
+        batch, image, (cams, classes, present) = self.batch, self.unit, self.labelled
+        cam = cams.cam if self.number >= self.config.loss.final_cam_start else cams.aux_cam
         if self.config.release.truncated_denormalisation:
             image = (image * 255).floor() / 255
         options: dict[str, Any] = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
-        return labels.pseudo_label(image, cam, batch.image_labels, **options)
+        return labels.slot_to_class(labels.pseudo_label(image, cam, present, **options), classes)
 
     # ---- views and images
 
@@ -349,7 +352,7 @@ TERMS: dict[str, Term] = {
     "ctc": Term(ctc, "region_mask"),
     "seg": Term(seg, "pseudo_label", losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
-    # not of the paper: rows whose weight is 0 do not even appear in a run's records
+    # not the paper's: in a run's records only where they count
     "exchange": Term(methods.exchange),
     "consistency": Term(methods.consistency, "pseudo_label"),
     "prototypes": Term(methods.prototypes, "token_label"),

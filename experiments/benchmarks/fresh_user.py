@@ -73,9 +73,9 @@ def main() -> None:
             raise SystemExit(f"{what} failed: {done.stderr[-2000:]}")
         return done.stdout.strip().splitlines()[-1]
 
-    run("look over", "python", "-m", "toco_core.data", "photos/tags.csv")
+    run("look over", "toco", "check", "photos/tags.csv")
     trained = run("train", "toco", "tiny", "dataset=photos/tags.csv", f"steps={STEPS}")
-    run("export", "python", "-m", "toco_core.predict.export", trained, "labels", "--split", "all")
+    run("export", "toco", "export", trained, "labels", "--split", "all")
     print("edited", edit_a_label(folder))
     run("second network", "toco", "second", trained, "labels", "second", "--split", "all", "--steps", str(STEPS))
     run("label new ones", "toco", "label", "second", "new", "new_labels", "--method", "seg")

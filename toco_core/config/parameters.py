@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from toco_core.config import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections
+from toco_core.config import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections, override
 from toco_core.errors import ToCoError
 
 
@@ -64,6 +64,18 @@ class Parameters:
         if changed := changed_batch(config, RECIPES[recipe]()):
             print(changed)
         return config
+
+    def changed(self, config: TrainConfig, **fields: str) -> TrainConfig:
+        """A copy of the config whose fields have the values of own parameters: `label_beta_l="beta_l"` gives `beta_l`
+        that of `label_beta_l`, None leaves it. A value that is refused is named by its parameter, not by its field."""
+        values = {field: self.namespace[name] for name, field in fields.items() if self.namespace[name] is not None}
+        try:
+            return override(config, **values)
+        except ToCoError as error:
+            message = str(error)
+            for name, field in fields.items():
+                message = re.sub(rf"(?<!\w){re.escape(field)}(?= = )", name, message)
+            raise ToCoError(message) from error
 
 
 def named_values(texts: Iterable[str]) -> dict[str, Any]:

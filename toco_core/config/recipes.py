@@ -56,20 +56,20 @@ def tiny() -> TrainConfig:
             decoder_dilation=2,
         ),
         labels=LabelConfig(beta_l=0.2, beta_h=0.45, beta=0.4, cam_scales=(1.0,), par_dilations=(1, 2, 4, 8)),
-        loss=LossConfig(ptc=2.0, ctc=0.0, seg=0.05, energy=0.0, ctc_start=60, seg_start=60, energy_start=60),
+        loss=LossConfig(ptc=3.0, ctc=0.0, seg=0.05, energy=0.0, ctc_start=60, seg_start=60, energy_start=60),
         crops=CropConfig(n_local=4, local_size=48, positive_threshold=1.0),
-        data=DataConfig(crop_size=128, scale_range=(0.85, 1.25), blur_sigma=(0.1, 0.4), cache=True),
+        data=DataConfig(crop_size=128, scale_range=(0.85, 1.25), blur_sigma=(0.1, 0.4), cache=True, views_per_image=2),
         schedule=ScheduleConfig(
-            steps=200,
+            steps=400,
             batch_size=8,
-            lr=1e-3,
-            head_lr_scale=8.0,
+            lr=4e-4,
+            head_lr_scale=14.0,
             classifier_lr_scale=3.0,
             warm_start_steps=400,
             frozen_blocks=8,
             warmup_steps=10,
         ),
-        eval_interval=100,
+        eval_interval=200,
     )
 
 

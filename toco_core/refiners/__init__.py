@@ -40,8 +40,8 @@ class Refiner(Protocol):
 class OfImages(Protocol):
     """A refiner that holds something for each image of the batch for which it was built."""
 
-    def of(self, part: slice) -> Refiner:
-        """Return that of some of the images."""
+    def of(self, images: Sequence[int]) -> Refiner:
+        """Return that of some of the images, by their numbers in the batch."""
 
 
 REFINERS: dict[str, Callable[..., Refiner]] = {"par": PAR, "crf": DenseCRF, "masks": MaskVote, "none": NoRefinement}

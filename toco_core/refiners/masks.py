@@ -56,9 +56,11 @@ class MaskVote:
                 found.append(one_hot.to(part))
         return [torch.stack(found) for found in refined]
 
-    def of(self, part: slice) -> "MaskVote":
-        """The refiner of some of the images for which this one was built."""
-        return self if self.masks is None or callable(self.masks) else MaskVote(self.masks[part], self.scale)
+    def of(self, images: Sequence[int]) -> "MaskVote":
+        """The refiner of some of the images for which this one was built, by their numbers."""
+        if self.masks is None or callable(self.masks):
+            return self
+        return MaskVote([self.masks[number] for number in images], self.scale)
 
 
 def voted(label: Int[np.ndarray, "h w"], masks: Bool[np.ndarray, "n h w"]) -> Int[np.ndarray, "h w"]:

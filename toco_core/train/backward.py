@@ -59,7 +59,7 @@ def _make_labels(steps: list[Step]) -> None:
             step.made(term.label)
         for name, term in counted.items():
             sums[name] = sums[name] + term.counted(step) if name in sums else term.counted(step)
-        step.forget("tokens", "output", "decoded", "seg_logits", "cams", "unit")
+        step.forget("tokens", "output", "decoded", "seg_logits", "labelled", "unit")
         step.graph = graph
     totals = {name: first.share.total(value) for name, value in sums.items()}
     for step in steps:

@@ -61,7 +61,8 @@ class Gallery(w.VBox):
     ):
         super().__init__()
         self.session, self.on_open, self.per_page = session, on_open or session.go, per_page
-        self.problem, self.page, self.order = "", 0, list(range(len(session.pictures)))
+        self.pictures = session.pictures
+        self.problem, self.page, self.order = "", 0, list(range(len(self.pictures)))
         self.surveying = Surveying(self._told, give_way=give_way)
         self._surveys: dict[tuple, LabelSurvey] = {}
         self._differing: dict[tuple, float] = {}
@@ -128,6 +129,8 @@ class Gallery(w.VBox):
 
     def open_image(self, index: int) -> None:
         """As a click on a thumbnail does. Raises ToCoError where the image cannot be read."""
+        if self.session.pictures is not self.pictures:
+            raise ToCoError("the explorer shows other images by now: `use the settings above` shows those")
         self.on_open(index)
         self.grid.chosen = index
 
@@ -170,6 +173,12 @@ class Gallery(w.VBox):
     def _use_settings(self) -> None:
         """Judge with the model and settings that the session's first side has now."""
         side = self.session.sides[0]
+        if self.session.pictures is not self.pictures:
+            self.surveying.stop()
+            self.pictures = self.session.pictures
+            for kept in (self._surveys, self._differing, self._thumbnails):
+                kept.clear()
+            self.other.options = [NO_MODEL, *self.session.subjects.names]
         self.subject, self.settings = side.subject, replace(side.settings, show="pseudo label")
         self.grid.chosen = self.session.index
         names = self._survey_of(self.subject).joint.names[1:]
@@ -206,7 +215,7 @@ class Gallery(w.VBox):
 
     def _arrange(self) -> None:
         """The images that the filters leave, in order; those that were not judged yet come last, or not at all."""
-        pictures, found = self.session.pictures, dict(self.survey.found)
+        pictures, found = self.pictures, dict(self.survey.found)
         shown = list(range(len(pictures)))
         if self.of_class.value != ANY_CLASS:
             shown = [i for i in shown if self.of_class.value in self._class_names(i)]
@@ -238,7 +247,7 @@ class Gallery(w.VBox):
     def _class_names(self, index: int) -> tuple[str, ...]:
         """Names of the classes that an image is known to show."""
         names = self.survey.joint.names
-        return tuple(names[k] for k in self.session.pictures.labels(index) or ())
+        return tuple(names[k] for k in self.pictures.labels(index) or ())
 
     def _key(self, subject: str) -> tuple:
         return subject, replace(self.settings, show=self.label.value)
@@ -248,7 +257,7 @@ class Gallery(w.VBox):
         if key not in self._surveys:
             model = self.session.subjects.get(subject)
             settings = replace(key[1], block=min(key[1].block, model.model.depth))
-            self._surveys[key] = LabelSurvey(self.session.pictures, model, settings)
+            self._surveys[key] = LabelSurvey(self.pictures, model, settings)
         return self._surveys[key]
 
     def _all_surveys(self) -> list[LabelSurvey]:
@@ -272,7 +281,7 @@ class Gallery(w.VBox):
             self.surveying.want(self._all_surveys(), self._on_page())
         with self.grid.hold_sync():
             self.grid.items = [self._item(index) for index in self._on_page()]
-        total = sum(len(self.session.pictures) for _ in self._all_surveys())
+        total = sum(len(self.pictures) for _ in self._all_surveys())
         done, running = sum(len(survey.found) for survey in self._all_surveys()), self.surveying.running
         self.progress.max, self.progress.value = total, done
         self.progress.layout.visibility = "visible" if running else "hidden"
@@ -285,7 +294,7 @@ class Gallery(w.VBox):
         self._show_notes()
 
     def _item(self, index: int) -> dict[str, Any]:
-        name, found = self.session.pictures.names[index], self.survey.found.get(index)
+        name, found = self.pictures.names[index], self.survey.found.get(index)
         title, marks = [name, *self._class_names(index)[:6]], []
         if found and not np.isnan(found.iou):
             marks.append(f"IoU {100 * found.iou:.0f}")
@@ -346,7 +355,8 @@ class Gallery(w.VBox):
         notes = [self.problem] if self.problem else []
         if not self.order:
             notes.append("no image so far" if self.surveying.running else "no image is left by class and errors")
-        if self.settings != replace(self.session.sides[0].settings, show=self.settings.show):
+        side, same = self.session.sides[0], self.session.pictures is self.pictures
+        if not same or side.subject != self.subject or self.settings != replace(side.settings, show=self.settings.show):
             notes.append("the explorer's settings have changed since: `use the settings above` judges with them")
         self.notes.put(element("div", " · ".join(notes), class_="toco-notes", role="status") if notes else Markup())
 

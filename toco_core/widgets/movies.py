@@ -4,6 +4,7 @@ A `Movie` works out a frame when it is asked for it, and keeps it.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,7 @@ def _frames(session: Session, side: int, options: list[dict]) -> Callable[[int],
     """Draw what a session would show under other settings; the session stays, and may move on, meanwhile."""
     still, chosen = copy.copy(session), session.sides[side]
     still.place, still.centres, still.active = None, [], 0
+    still._labels, still._colourings = OrderedDict(), {}  # what is kept of a side belongs to one thread
 
     def draw(i: int) -> np.ndarray:
         still.sides = [SideChoice(chosen.subject, changed(chosen.settings, **options[i]))]

@@ -1,0 +1,191 @@
+"""The moving picture of the README: a walk through the explorer in a real browser, on the embedded data set.
+
+    python experiments/walk.py                     # docs/explorer.gif, two to five minutes
+    python experiments/walk.py --frames FOLDER     # the frames too, as PNG, to be looked at
+
+Opens a notebook with the shipped run in headless Chromium, moves its controls as a person would, and photographs it
+after each step. Nothing is staged: what is seen is what the widgets drew. Expected: a file of at most 1.5 MB. Needs
+playwright and a browser.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+from browser import NoBrowser, in_jupyterlab, run_all_cells, slider  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "docs" / "explorer.gif"
+IMAGE = "val_00080"
+WINDOW = 1240, 900
+TOP = 100  # of the notebook in the window, pixels: menu and tools are above
+WIDTH = 860  # of the moving picture, pixels
+MOST_BYTES = 1_500_000
+CELL = """\
+from toco_core.runs.shipped import shipped_runs
+from toco_core.widgets import Explorer, Session, Subjects, open_pictures, open_subject
+
+subjects = Subjects()
+for run in shipped_runs().values():
+    subjects.add(run.folder.name, lambda folder=run.folder: open_subject(folder))
+session = Session(open_pictures("scenes", "val"), subjects, first="full")
+session.go("{image}")
+explorer = Explorer(session, folder="explored")
+explorer
+"""
+
+
+class Recorder:
+    """Photographs of the explorer with a line of words below, and how long each stays."""
+
+    def __init__(self, page):
+        self.page, self.frames, self.seconds = page, [], []
+
+    def shoot(self, words: str, seconds: float = 0.9) -> None:
+        """Wait until the page rests, and photograph it."""
+        self.page.wait_for_timeout(250)
+        self._rest()
+        photograph = Image.open(io.BytesIO(self.page.screenshot(clip=self._clip()))).convert("RGB")
+        height = round(photograph.height * WIDTH / photograph.width)
+        frame = Image.new("RGB", (WIDTH, height + 30), "white")
+        frame.paste(photograph.resize((WIDTH, height), Image.Resampling.LANCZOS), (0, 0))
+        ImageDraw.Draw(frame).text((10, height + 6), words, fill=(30, 30, 30), font=ImageFont.load_default(16))
+        self.frames.append(frame)
+        self.seconds.append(seconds)
+
+    def _clip(self) -> dict[str, float]:
+        box = self.page.locator(".jp-OutputArea-output:has(.toco-explorer)").first.bounding_box()
+        return {
+            "x": box["x"],
+            "y": TOP,
+            "width": min(box["width"], WINDOW[0] - box["x"]),
+            "height": WINDOW[1] - TOP - 30,
+        }
+
+    def _rest(self) -> None:
+        """Until the pictures have not changed for a while, and the kernel is idle."""
+        look, before = (
+            "[...document.querySelectorAll('.toco-explorer img')].map(i => i.src.length).join()",
+            None,
+        )
+        for _ in range(60):
+            now = self.page.evaluate(look)
+            if now == before:
+                return
+            before = now
+            self.page.wait_for_timeout(200)
+
+
+def press(page, handle, key: str, times: int) -> None:
+    """Move a slider by keys."""
+    handle.focus()
+    for _ in range(times):
+        page.keyboard.press(key)
+
+
+def top_of(page, selector: str, above: int = TOP + 8) -> None:
+    """Scroll so that something is near the top of the window."""
+    page.evaluate(
+        "([selector, above]) => { const e = document.querySelector(selector);"
+        "const s = e.closest('.jp-WindowedPanel-outer') || e.closest('.jp-Notebook');"
+        "s.scrollTop += e.getBoundingClientRect().top - above; }",
+        [selector, above],
+    )
+
+
+def walk(page, recorder: Recorder) -> None:
+    """The steps, in the order of a person's questions."""
+    shoot: Callable = recorder.shoot
+    top_of(page, ".toco-row")
+    shoot(
+        "One image: its class map, the pseudo label made of it, and the ground truth, which training never saw.",
+        2.4,
+    )
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("block")
+    for block in (10, 8, 6):
+        press(page, slider(page, "block"), "ArrowLeft", 2)
+        shoot(f"What would block {block} light up?", 0.8)
+    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("final")
+    shoot("The last block again.", 0.9)
+    page.get_by_role("tab", name="labels").click()
+    for _ in range(3):
+        press(page, slider(page, "beta_h"), "ArrowRight", 9)
+        shoot("A stricter threshold: less of the animal is sure.", 0.6)
+    press(page, slider(page, "beta_h"), "ArrowLeft", 27)
+    press(page, slider(page, "PAR iterations"), "ArrowLeft", 10)
+    shoot("Without refinement the label is as coarse as the patches,", 1.3)
+    press(page, slider(page, "PAR iterations"), "ArrowRight", 10)
+    shoot("with it, it ends where the colours change.", 1.5)
+    picture = page.locator(".toco-row .toco-canvas img").nth(1)
+    box = picture.bounding_box()
+    picture.click(position={"x": 0.45 * box["width"], "y": 0.55 * box["height"]})
+    shoot(
+        "Why this pixel? Its values against the thresholds, through PAR, and who voted.",
+        2.4,
+    )
+    page.get_by_role("button", name="curtain").first.click()
+    page.wait_for_timeout(1500)
+    top_of(page, ".toco-row")
+    shoot("A curtain between any two views.", 2.4)
+
+
+def write_gif(recorder: Recorder, path: Path) -> int:
+    """One palette for all frames; what stays the same from one frame to the next costs nothing. Returns the bytes."""
+    frames = recorder.frames
+    height = max(frame.height for frame in frames)
+    mosaic = Image.new("RGB", (WIDTH, height * min(6, len(frames))))
+    for i, frame in enumerate(frames[:: max(1, len(frames) // 6)][:6]):
+        mosaic.paste(frame, (0, i * height))
+    palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT)
+    pictures = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    options = {
+        "duration": [round(1000 * s) for s in recorder.seconds],
+        "loop": 0,
+        "optimize": True,
+    }
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FILE, help="the moving picture (docs/explorer.gif)")
+    parser.add_argument("--frames", type=Path, help="folder for the frames, too")
+    arguments = parser.parse_args()
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cell = nbformat.v4.new_code_cell(CELL.format(image=IMAGE))
+    with tempfile.TemporaryDirectory(prefix="toco-") as folder:
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+        nbformat.write(notebook, f"{folder}/walk.ipynb")
+        try:
+            with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
+                run_all_cells(page)
+                page.wait_for_function('document.querySelector(".toco-canvas img:not(.toco-under)")?.naturalWidth > 0')
+                page.keyboard.press("Control+b")  # the list of files goes
+                recorder = Recorder(page)
+                try:
+                    walk(page, recorder)
+                finally:
+                    if arguments.frames:
+                        arguments.frames.mkdir(parents=True, exist_ok=True)
+                        for i, frame in enumerate(recorder.frames):
+                            frame.save(arguments.frames / f"{i:03d}.png")
+                if page.errors:
+                    print("\n".join(page.errors))
+        except NoBrowser as error:
+            raise SystemExit(str(error)) from error
+    size = write_gif(recorder, arguments.out)
+    print(f"{arguments.out}: {len(recorder.frames)} frames, {size / 1e6:.2f} MB")
+    if size > MOST_BYTES:
+        raise SystemExit(f"{size} bytes: at most {MOST_BYTES} are allowed")
+
+
+if __name__ == "__main__":
+    main()
