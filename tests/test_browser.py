@@ -251,7 +251,7 @@ def test_a_hostile_name_runs_nothing(page):
         other.on("request", lambda request: requests.append((request.method, request.url.partition("?")[0])))
         other.goto(f"{address}/lab/workspaces/other/tree/hostile.ipynb")
         run_all_cells(other)
-        other.wait_for_selector(".toco-canvas img")
+        other.wait_for_selector(".toco-row img.toco-picture")
         other.locator(".toco-film button").nth(1).click()
         text = "text => document.querySelector('.toco-explorer').textContent.includes(text)"
         other.wait_for_function(text, arg=f"{evil}1")  # the name stands there, letter by letter

@@ -88,7 +88,7 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
         labels=LabelConfig(
             beta_l=0.3, beta_h=0.4, beta=0.4, cam_scales=(1.0,), attention_steps=1, par_dilations=(1, 2, 4, 8)
         ),
-        loss=LossConfig(ptc=2.0, ctc=0.0, seg=0.2, energy=0.0, ctc_start=50, seg_start=50, energy_start=50),
+        loss=LossConfig(ptc=4.0, ctc=0.0, seg=0.2, energy=0.0, ctc_start=20, seg_start=20, energy_start=20),
         crops=CropConfig(local_size=64),
         data=DataConfig(
             dataset=dataset,
@@ -99,16 +99,16 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
             blur_sigma=(0.1, 1.0),
         ),
         schedule=ScheduleConfig(
-            steps=150,
+            steps=200,
             batch_size=8,
             lr=3e-4,
-            head_lr_scale=10.0,
+            head_lr_scale=4.0,
             classifier_lr_scale=3.0,
             warm_start_steps=300,
             frozen_blocks=8,
             warmup_steps=10,
         ),
-        eval_interval=150,
+        eval_interval=100,
     )
 
 

@@ -10,7 +10,7 @@ A wrong value raises ToCoError and leaves everything as it was.
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,10 +165,10 @@ class Session:
 
     def arrange_views(
         self,
-        arrange: str | None = None,
+        arrange: Any = None,
         *,
-        views: str | Sequence[str] | None = None,
-        curtain: str | Sequence[str] | None = None,
+        views: Any = None,
+        curtain: Any = None,
     ) -> None:
         """Choose how pictures are arranged (`ARRANGEMENTS`), which are side by side (of `SHOWN`), and the two names of
         tiles that a curtain divides; texts are names separated by commas. Raises ToCoError for others."""
@@ -530,7 +530,7 @@ class Session:
         raise ToCoError(f"no image of {self.pictures.title} can be read: {problem}")
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+def _names(given: Any) -> tuple:
     if isinstance(given, str):
         return tuple(name.strip() for name in given.split(","))
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
