@@ -24,6 +24,7 @@ from toco_core.errors import ToCoError
 from toco_core.widgets import draw, report, why
 from toco_core.widgets.address import address_parameters
 from toco_core.widgets.canvas import Canvas, Chips, Door, Filmstrip
+from toco_core.widgets.extras import Extras
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.scoring import SplitScores, SplitScoring
@@ -86,6 +87,14 @@ class Explorer(w.VBox):
         self._threads: list[threading.Thread] = []
         self._make_controls()
         self._arrange()
+        self.extras = Extras(
+            session,
+            folder=self.folder,
+            may_save=self.may_save,
+            on_open=lambda index: self._do(lambda: self._go(index)),
+            give_way=self._give_way,
+        )
+        self.children = [*self.children, self.extras]
         self._listen()
         self._fill_controls()
         self._fill_film()
