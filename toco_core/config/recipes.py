@@ -78,8 +78,8 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
     minutes.
 
     Each class is read where its own scores are highest (`cam_topk`), the classifiers are fitted to frozen tokens first,
-    and every CAM is carried along the attention of blocks 9 to 12. Chosen on parts of the training images of PASCAL VOC
-    and MSRC, the thresholds too: where a folder has no masks they stay as they are. CTC is off: see `docs/results.md`.
+    and every CAM is carried along the attention of blocks 9 to 12. Chosen on a part of the training images of PASCAL
+    VOC, the thresholds too: where a folder has no masks they stay as they are. CTC is off: see `docs/results.md`.
     """
     return TrainConfig(
         model=ModelConfig(
