@@ -311,6 +311,7 @@ def test_configs_are_frozen_and_keyword_only():
         ({"betas": (0.9,)}, r"betas = \(0.9,\) is not allowed: 2 numbers"),
         ({"cam_scales": ()}, r"cam_scales = \(\) is not allowed: a tuple of numbers"),
         ({"cam_scales": (1, -1)}, r"cam_scales = \(1.0, -1.0\) is not allowed: above 0"),
+        ({"blur_sigma": (1, 1000)}, r"blur_sigma = \(1.0, 1000.0\) is not allowed: 2 numbers, above 0, at most 100"),
         ({"scale_range": (2, 1)}, "from small to large"),
         ({"local_size": 500}, "local_size = 500 must be at most crop_size = 448"),
         ({"dataset": ""}, "dataset = ''"),

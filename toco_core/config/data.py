@@ -39,7 +39,11 @@ class DataConfig(Config):
         added_later=True,
     )
     blur_sigma: tuple[float, ...] = option(
-        (0.1, 2.0), "Sigma in pixels of the Gaussian blur that views get, lowest and highest.", length=2, above=0
+        (0.1, 2.0),
+        "Sigma in pixels of the Gaussian blur that views get, lowest and highest.",
+        length=2,
+        above=0,
+        at_most=100,
     )
     cache: bool = option(False, "Decode every training image once and keep it in memory.")
     workers: int = option(
