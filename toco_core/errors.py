@@ -18,3 +18,8 @@ def _one_line(text: str) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= MOST else f"{text[: MOST - 500]} [...] {text[-490:]}"
+
+
+def in_a_line(error: Exception) -> str:
+    """Tell of an error where no traceback is shown: ours as it is, another with its kind."""
+    return str(error) if isinstance(error, ToCoError) else f"{type(error).__name__}: {error}"

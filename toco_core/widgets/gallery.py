@@ -19,7 +19,7 @@ import numpy as np
 import traitlets
 
 from toco_core.analysis.errors import KINDS, PixelErrors, total_errors
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, in_a_line
 from toco_core.widgets import draw
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.session import Session
@@ -164,10 +164,8 @@ class Gallery(w.VBox):
         try:
             self.problem = ""
             action()
-        except ToCoError as error:
-            self.problem = str(error)
         except Exception as error:  # noqa: BLE001  a traceback in a log that nobody reads helps nobody
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = in_a_line(error)
         self._show_notes()
 
     def _use_settings(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import ipywidgets as w
 
 from toco_core.data.split import inside_name
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, in_a_line
 from toco_core.widgets import draw
 from toco_core.widgets.markup import Markup, Panel, element
 from toco_core.widgets.movies import Movie, movies_of
@@ -96,10 +96,8 @@ class Player(w.VBox):
         try:
             self.problem = ""
             action()
-        except ToCoError as error:
-            self.problem = str(error)
         except Exception as error:  # noqa: BLE001  a traceback in a log that nobody reads helps nobody
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = in_a_line(error)
         self._show_notes()
 
     def _open_movie(self) -> None:
