@@ -139,6 +139,10 @@ def _summed_maps(
     """Normalised M H W maps of the labelled classes, of the final and of the auxiliary classifier."""
     if not len(views.scales) or min(views.scales) <= 0:
         raise ToCoError(f"scales = {views.scales!r} is not allowed: one or more positive numbers")
+    if views.attention_steps and not views.attention_blocks:
+        raise ToCoError(
+            "attention_blocks = () is not allowed: one or more blocks along whose attention CAMs are carried"
+        )
     if not len(labelled[0]):
         return [images.new_zeros(0, *images.shape[-2:])] * 2
     attend = views.attended()
@@ -178,13 +182,14 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
 def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, views: CAMViews) -> list[Tensor]:
     """M H W maps of the labelled classes, of the final and of the auxiliary classifier. A mirrored one is turned back
     at image size: at token size rounding would differ from the release."""
-    found, steps = [], views.attention_steps
-    affinity = token_affinity(tokens.attention, views.attention_kind) if steps else None
+    found, affinity = [], None
+    if views.attention_steps and tokens.attention is not None:
+        affinity = token_affinity(tokens.attention, views.attention_kind)
     for patch_map, head in ((tokens.patch_map, model.classifier), (tokens.aux_patch_map, model.aux_classifier)):
         with torch.autocast(patch_map.device.type, enabled=False):
             cam = class_activation(patch_map.to(head.weight.dtype), head.weight)
-            if steps:
-                cam = carried(cam, affinity, steps).to(cam.dtype)
+            if affinity is not None:
+                cam = carried(cam, affinity, views.attention_steps).to(cam.dtype)
             cam = cam[labelled]
         cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
         found.append(cam.flip(-1) if mirrored else cam)

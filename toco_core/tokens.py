@@ -24,7 +24,8 @@ class Tokens(NamedTuple):
     def part(self, images: slice) -> "Tokens":
         """Those of some images of the batch."""
         attention = None if self.attention is None else self.attention[images]
-        return Tokens(*(values[images] for values in self[:3]), self.grid, attention)
+        own = (self.class_token[images], self.patch_tokens[images], self.aux_patch_tokens[images])
+        return Tokens(*own, self.grid, attention)
 
     @property
     def patch_map(self) -> Float[Tensor, "B D h w"]:
