@@ -173,7 +173,7 @@ def evaluate(
         seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
             segmentation at native size (None).
         crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
-            settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
+            settings that are usual for VOC; or a mapping with fields of `refiners.crf.CRFSettings`.
         workers: processes that read images.
         crf_workers: processes that compute the CRF while the network is at the next batch; 0 computes it here. On a CPU
             their number moves no bit.

@@ -125,7 +125,7 @@ def labels_of(
     """Every kind of label of image `index` of a split, at its native size; without "seg_crf" unless `crf`.
 
     The model sees the image as `config` says. `scales` are those of "seg_ms" and "seg_crf"; `crf` is True, for the
-    settings that are usual for VOC, or a mapping with keywords of `crf.dense_crf`.
+    settings that are usual for VOC, or a mapping with fields of `refiners.crf.CRFSettings`.
     """
     options = checked_crf(crf)
     predictor = ImagePredictor(model, config, passes=passes_of(model, config))

@@ -13,14 +13,13 @@ stopped. From a shell:
     toco export <folder of a run> <new folder> --split train --method par
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,19 +31,18 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
+from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
-from toco_core.errors import ToCoError
-from toco_core.machine.locks import alone
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
-from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
-from toco_core.model import ToCo, Tokens
+from toco_core.machine.writing import PART, place_file, whole_file, write_whole, writing
+from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
-from toco_core.runs.folder import claim_folder, weights_hash
+from toco_core.runs.folder import claimed, weights_hash
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -91,7 +89,7 @@ def export(
             them.
         beta: the threshold of "cam"; None: `config.labels.beta`.
         beta_l, beta_h: the thresholds of "par" and "crf"; None: those of `config.labels`.
-        crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
+        crf: True, or fields of `refiners.crf.CRFSettings`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
         parts: name -> images, of further lists.
         images: "copy", "link" (hard links where the disk allows it, else copies: who edits such a file edits the data
@@ -100,10 +98,8 @@ def export(
 
     Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
     """
-    if method not in METHODS:
-        raise ToCoError(f"method = {method!r} is not allowed: one of {', '.join(METHODS)}")
-    if images not in IMAGES:
-        raise ToCoError(f"images = {images!r} is not allowed: one of {', '.join(IMAGES)}")
+    refuse_other(METHODS, method=method)
+    refuse_other(IMAGES, images=images)
     beta = config.labels.beta if beta is None else float(beta)
     if not 0 <= beta <= 1:
         raise ToCoError(f"beta = {beta} is not allowed: 0 to 1")
@@ -113,9 +109,7 @@ def export(
     if method.endswith("crf") and options is None:
         raise ToCoError(f"method = {method!r} needs a CRF: crf = False is not allowed")
     settings = _settings(model, source, config, method, beta, options)
-    with alone(folder, "exports to"), writing(folder):
-        claim_folder(folder, settings, "export")
-        remove_parts(folder, "**/*")
+    with claimed(folder, settings, "export", "exports to"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         missing = [i for i, name in enumerate(source.names) if not label_path(folder, name).is_file()]
         if missing:
@@ -158,10 +152,11 @@ def label_maps(
         workers=config.data.workers,
         native=True,
     )
-    passes = passes_of(model, config)
+    predictor = ImagePredictor(model, config, passes=passes_of(model, config))
     with model.evaluating():
         for item in items:
-            yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf, passes=passes)
+            predictor.set_item(item)
+            yield item.name, image_label(predictor, method, beta=beta, crf=crf)
 
 
 def needs_labels(method: str) -> bool:
@@ -170,28 +165,14 @@ def needs_labels(method: str) -> bool:
 
 
 def image_label(
-    model: ToCo,
-    item: EvalItem,
-    config: TrainConfig,
-    *,
-    method: str,
-    beta: float,
-    crf: Mapping,
-    tokens: Tokens | None = None,
-    passes: Callable = contextlib.nullcontext,
+    predictor: ImagePredictor, method: str, *, beta: float, crf: Mapping, classes: Sequence[int] | None = None
 ) -> UInt8[np.ndarray, "H W"]:
-    """The label map at native size of one image, which has its `native` pixels; no gradient.
-
-    `tokens`: those of the image at scale 1, where they are at hand, with the attention that `config.labels` asks for.
-    `passes`: as for `ImagePredictor`.
-    """
-    predictor = ImagePredictor(model, config, passes=passes)
-    predictor.set_item(item, tokens=tokens)
+    """The label map at native size of the image that was set, of `classes` (None: the labelled ones)."""
     if method == "cam":
-        return predictor.cam_label(beta)
+        return predictor.cam_label(beta, classes=classes)
     if needs_labels(method):
-        return predictor.pseudo_label(method, settings=crf if method == "crf" else None)
-    return predictor.segmentation(scales=config.seg_scales, crf=crf if method == "seg_crf" else None)
+        return predictor.pseudo_label(method, settings=crf if method == "crf" else None, classes=classes)
+    return predictor.segmentation(scales=predictor.config.seg_scales, crf=crf if method == "seg_crf" else None)
 
 
 class _Unlabelled:

@@ -27,25 +27,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.data import EvalItem, Split, read_image, to_unit
-from toco_core.data.augment import resize
+from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
 from toco_core.data.split import BACKGROUND_NAMES, utf8
-from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import checked_crf, eval_size
-from toco_core.machine.locks import alone
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
-from toco_core.machine.precision import attention_of, autocast_of
-from toco_core.machine.writing import remove_parts, write_whole, writing
-from toco_core.model import ToCo
+from toco_core.machine.precision import passes_of
+from toco_core.machine.writing import write_whole
 from toco_core.predict.export import (
     IMAGES,
     METHODS,
@@ -56,8 +51,10 @@ from toco_core.predict.export import (
     write_label,
     write_lists,
 )
+from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.models import NamedModel, open_model
-from toco_core.runs.folder import claim_folder, weights_hash
+from toco_core.predict.segmentation import checked_crf
+from toco_core.runs.folder import claimed, weights_hash
 from toco_core.viz import label_over_image
 
 TAGS = {
@@ -130,7 +127,9 @@ def label_photographs(
     Raises ToCoError for a tag that is no class of the model, where no photograph can be used, for a folder that holds
     something else or labels of other settings, and as `export` does.
     """
-    _check(method=(method, METHODS), tags=(tags, TAGS), images=(images, IMAGES))
+    refuse_other(METHODS, method=method)
+    refuse_other(TAGS, tags=tags)
+    refuse_other(IMAGES, images=images)
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
@@ -142,9 +141,7 @@ def label_photographs(
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
     settings = _settings(opened, config, method, threshold, options)
-    with alone(folder, "labels into"), writing(folder):
-        claim_folder(folder, settings, "set of labels")
-        remove_parts(folder, "**/*")
+    with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         log = _Log(folder / LOG)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
@@ -287,46 +284,22 @@ def _labels(
     threshold: float,
     crf: Mapping,
 ) -> Iterator[tuple]:
-    """(photograph, image, ToCoError) or (photograph, image, (label map, classes, probabilities)), in order."""
-    model, device = opened.model, opened.model.classifier.weight.device
-    autocast = autocast_of(config, device)
-    with torch.no_grad(), attention_of(model, config, device):
-        for photograph, image in _read_ahead(photographs):
-            if isinstance(image, ToCoError):
-                yield photograph, None, image
-                continue
-            try:
-                with autocast():
-                    outcome = _label(model, image, photograph, config, method, threshold, crf)
-            except ToCoError as error:
-                outcome = error
-            yield photograph, image, outcome
-
-
-def _label(
-    model: ToCo,
-    image: UInt8[np.ndarray, "H W 3"],
-    photograph: Photograph,
-    config: TrainConfig,
-    method: str,
-    threshold: float,
-    crf: Mapping,
-) -> tuple[UInt8[np.ndarray, "H W"], tuple[int, ...], Float[np.ndarray, " K"]]:
-    """Label map, the classes that it may have, and the classifier's probability of each of the K."""
-    size = eval_size(config)
-    native = torch.from_numpy(image).permute(2, 0, 1)[None]
-    seen = native if size is None else torch.from_numpy(resize(image, size, size)).permute(2, 0, 1)[None]
-    unit = to_unit(seen.to(model.classifier.weight.device))
-    tokens = model.encode(model.normalise(unit), attend=config.labels.attended())
-    scores = model.heads(tokens, segmentation=False).class_logits[0].float().sigmoid().cpu().numpy()
-    classes = photograph.classes
-    if classes is None:
-        classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
-    labels = torch.zeros(1, model.n_classes)
-    labels[0, [k - 1 for k in classes]] = 1
-    item = EvalItem(photograph.name, seen, None, labels, native)
-    label = image_label(model, item, config, method=method, beta=config.labels.beta, crf=crf, tokens=tokens)
-    return label, classes, scores
+    """(photograph, image, ToCoError) or (photograph, image, (label map, the classes that it may have, the classifier's
+    probability of each of the K)), in order."""
+    predictor = ImagePredictor(opened.model, config, passes=passes_of(opened.model, config))
+    for photograph, image in _read_ahead(photographs):
+        if isinstance(image, ToCoError):
+            yield photograph, None, image
+            continue
+        try:
+            predictor.set_image(image)
+            scores, classes = predictor.class_scores(), photograph.classes
+            if classes is None:
+                classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
+            label = image_label(predictor, method, beta=config.labels.beta, crf=crf, classes=classes)
+            yield photograph, image, (label, classes, scores)
+        except ToCoError as error:
+            yield photograph, image, error
 
 
 def _read_ahead(photographs: Sequence[Photograph]) -> Iterator[tuple]:
@@ -454,9 +427,3 @@ def _write_tables(
             rows.writerow([file, names, chosen, *log.scores(photograph)])
         write_whole(folder / "photographs.csv", text.getvalue())
     write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))
-
-
-def _check(**chosen: tuple[str, Mapping | Sequence[str]]) -> None:
-    for name, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise ToCoError(f"{name} = {value!r} is not allowed: one of {', '.join(allowed)}")

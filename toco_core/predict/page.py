@@ -102,7 +102,7 @@ def _content(predictor, side, title, class_names, model, mask, mask_names, class
     scale = min(1.0, side / max(H, W))
     size = max(1, round(H * scale)), max(1, round(W * scale))
     small = tuple(max(1, int(n * labels.par_scale)) for n in size)
-    scores = _class_scores(predictor)
+    scores = predictor.class_scores()
     begun = tuple(predictor.labelled if classes is None else classes)
     begun = begun or tuple(int(k) + 1 for k in np.flatnonzero(scores > 0.5)) or (int(scores.argmax()) + 1,)
     probable = [int(k) + 1 for k in np.argsort(-scores, kind="stable")]
@@ -162,13 +162,6 @@ def _content(predictor, side, title, class_names, model, mask, mask_names, class
             "eps": par.STD_EPS,
         },
     }
-
-
-def _class_scores(predictor: ImagePredictor) -> Float[np.ndarray, " K"]:
-    """Probability of each class."""
-    with torch.no_grad(), predictor.passes():
-        logits = predictor.model.heads(predictor.inside.tokens, segmentation=False).class_logits
-    return logits[0].float().sigmoid().cpu().numpy()
 
 
 def _map(predictor: ImagePredictor, k: int, which: dict, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:

@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, Split, evaluation_items
 from toco_core.data.files import encoded
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.intake import read_json
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole, writing
@@ -99,8 +99,7 @@ class FilmFrames(NamedTuple):
 
     def picture(self, frame: int, *, show: str = "CAM", strength: float = 0.65) -> UInt8[np.ndarray, "H W 3"]:
         """The images of a frame side by side under their CAM or segmentation, twice as large as they are kept."""
-        if show not in SHOWN:
-            raise ToCoError(f"show = {show!r} is not allowed: one of {', '.join(SHOWN)}")
+        refuse_other(SHOWN, show=show)
         parts = []
         for image, cam, label in zip(self.images, self.cam[frame], self.segmentation[frame], strict=True):
             size = 2 * image.shape[1], 2 * image.shape[0]

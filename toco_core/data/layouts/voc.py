@@ -52,10 +52,6 @@ VOC_CLASSES = (
 class VOCFolder(Split):
     """One split of a VOC-layout folder. Opening it looks at names only; `check` decodes every file.
 
-    Attributes: `root`, `split`, `names` (in the order of the list), `class_names` (background first), `n_classes` (K,
-    foreground only), `class_source` and `label_source` (where names and labels come from, in words). Item i has
-    `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, and `image_labels[i]`, K numbers in {0, 1}.
-
     class_names: with or without a first "background". None: `classes.txt`; else VOC's 20, where the folder or its names
         look like VOC's; else "class 1" .. up to the largest value in any mask of the folder.
     labels: None: from the masks, or from `Annotations/*.xml` in a folder without masks. "masks" or "xml" asks for one
@@ -122,18 +118,10 @@ class VOCFolder(Split):
         return one_hot(objects, self.class_names, path)
 
 
-def check(
-    root: Path | str,
-    split: str,
-    *,
-    class_names: Sequence[str] | None = None,
-    labels: Mapping[str, Any] | Path | str | None = None,
-    require_masks: bool = True,
-    progress: bool = True,
-) -> Report:
-    """Open a split and decode all of it: `VOCFolder(...).check()`. Raises ToCoError, naming the first bad thing."""
-    folder = VOCFolder(root, split, class_names=class_names, labels=labels, require_masks=require_masks)
-    return folder.check(progress=progress)
+def check(root: Path | str, split: str, *, progress: bool = True, **options: Any) -> Report:
+    """Open a split and decode all of it: `VOCFolder(root, split, **options).check()`. Raises ToCoError, naming the
+    first bad thing."""
+    return VOCFolder(root, split, **options).check(progress=progress)
 
 
 def split_names(root: Path | str) -> tuple[str, ...]:
