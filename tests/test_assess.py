@@ -275,15 +275,6 @@ def test_a_release_checkpoint_is_opened_for_its_data(model, root, config, tmp_pa
 # ---- figures
 
 
-def test_the_table_has_a_line_per_class_and_a_column_per_kind(source, assessed):
-    summary = assessed.summary(source.class_names)
-    lines = viz.protocol_table(summary, source.class_names).splitlines()
-    assert lines[0].split()[2:] == list(assess.KINDS)
-    assert len(lines) == 1 + len(source.class_names) + 3
-    means = next(line for line in lines if line.startswith("mIoU")).split()[1:]
-    assert means == [f"{s['miou']:.1f}" for s in summary.values()]
-
-
 def test_bars_show_every_class_of_every_kind(source, assessed):
     summary = assessed.summary(source.class_names)
     ax = viz.iou_bars(plt.figure().add_subplot(), summary, source.class_names)

@@ -25,7 +25,7 @@ from toco_core.config import TrainConfig, override
 from toco_core.data import Split, TrainVal, evaluation_items, open_data, open_source
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import cam_named, listed
-from toco_core.evaluation.metrics import OpenCounts, Scores
+from toco_core.evaluation.metrics import OpenCounts, Scores, in_groups
 from toco_core.evaluation.scores import reported_part
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import passes_of
@@ -165,10 +165,8 @@ class Assessment:
     def group_miou(self, kind: str, groups: int = 4) -> np.ndarray:
         """mIoU in [0, 1] on disjoint groups of images, image i in group i mod `groups`: how much a score moves from one
         handful of images to the next. Raises ToCoError where a group would be empty."""
-        counts = self.counts[kind]
-        if not 1 <= groups <= len(counts):
-            raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(counts)}, the number of images")
-        return np.array([self._counted(counts[g::groups].sum(0)).scores().miou for g in range(groups)])
+        parts = in_groups(self.counts[kind], groups)
+        return np.array([self._counted(part.sum(0)).scores().miou for part in parts])
 
     def worst(self, kind: str, n: int) -> list[int]:
         """Places of the `n` images with the lowest `image_iou`, worst first."""

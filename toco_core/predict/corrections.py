@@ -19,7 +19,7 @@ from toco_core.data.files import image_size
 from toco_core.data.layouts import cvat, label_studio
 from toco_core.data.layouts.voc import split_names
 from toco_core.errors import ToCoError, refuse_other
-from toco_core.machine.intake import open_file, read_bytes, read_json
+from toco_core.machine.intake import open_file, read_json
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.predict.export import IMAGES, label_path, place_image, write_label, write_lists
@@ -118,8 +118,6 @@ def _digest(path: Path) -> str:
     if path.is_dir():
         facts = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*.*")]
         return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
-    if path.name == "manifest.json":
-        return hashlib.sha256(read_bytes(path, "json_bytes")).hexdigest()
     digest = hashlib.sha256()
     with open_file(path, "archive_bytes") as file:
         while block := file.read(2**20):

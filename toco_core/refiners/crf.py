@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,7 @@ class DenseCRF(CRFSettings):
         return [torch.stack(found) for found in refined]
 
 
-def crf_lattices(image: Float[Tensor, "3 H W"], **settings: float) -> list[Lattice]:
+def crf_lattices(image: Float[Tensor, "3 H W"], **settings: Any) -> list[Lattice]:
     """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions with
     the same `settings`, fields of `CRFSettings`."""
     crf = CRFSettings(**settings)
@@ -66,7 +67,7 @@ def dense_crf(
     image: Float[Tensor, "3 H W"],
     *,
     lattices: Sequence[Lattice] | None = None,
-    **settings: float,
+    **settings: Any,
 ) -> Float[Tensor, "C H W"]:
     """Inference in a fully connected CRF (Krahenbuhl and Koltun, 2011), as applied to segmentations before scoring.
 
