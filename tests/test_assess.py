@@ -260,16 +260,16 @@ def test_the_test_part_is_reported_where_there_is_one(root, tmp_path):
 
 def test_a_release_checkpoint_is_opened_for_its_data(model, root, config, tmp_path):
     save_release(model, tmp_path / "toco.pth")
-    opened = assess.open_subject(config, checkpoint=str(tmp_path / "toco.pth"), heads=2)
+    opened = assess.open_assessed(config, checkpoint=str(tmp_path / "toco.pth"), heads=2)
     image = torch.rand(1, 3, 40, 40)
     torch.testing.assert_close(opened.model.encode(image).patch_tokens, model.encode(image).patch_tokens)
     assert opened.data.val.root == root and not opened.model.training
     parts = {"train": [0], "val": [0]}
     other = write_voc_folder(tmp_path / "other", n=1, splits=parts, classes=("background", "cat"))
     with pytest.raises(ToCoError, match="3 classes apart, other has 1"):
-        assess.open_subject(override(config, dataset=other), checkpoint=str(tmp_path / "toco.pth"), heads=2)
+        assess.open_assessed(override(config, dataset=other), checkpoint=str(tmp_path / "toco.pth"), heads=2)
     with pytest.raises(ToCoError, match="one of them is allowed"):
-        assess.open_subject(config, run="a", checkpoint="b")
+        assess.open_assessed(config, run="a", checkpoint="b")
 
 
 # ---- figures

@@ -115,7 +115,7 @@ def crop_scores(drawn: DrawnCrops, *, threshold: float, least: float) -> CropSco
     )
 
 
-class CropLook(NamedTuple):
+class ImageCrops(NamedTuple):
     """The local views of one image and what CTC contrasts."""
 
     name: str
@@ -133,7 +133,7 @@ class CropLook(NamedTuple):
 
 
 @torch.no_grad()
-def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: int = 0) -> CropLook:
+def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: int = 0) -> ImageCrops:
     """Draw the local views of one image and compare their class tokens with those of the global views.
 
     As in a training step of `config`, but the image and its local views are neither varied nor padded.
@@ -150,7 +150,7 @@ def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: in
     options = {"temperature": config.loss.temperature, "cosine": config.loss.ctc_cosine}
     logits = contrast_logits(model, torch.cat([item.unit, second]), encoded, **options)
     strongest = item.aux_cam[0].amax(0) if len(item.classes) else torch.zeros(height, width)
-    return CropLook(
+    return ImageCrops(
         name=item.name,
         image=_picture(item.unit)[0],
         global_view=_picture(second)[0],

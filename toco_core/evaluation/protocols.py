@@ -49,7 +49,7 @@ class AssessedModel(NamedTuple):
     origin: str
 
 
-def open_subject(
+def open_assessed(
     config: TrainConfig, *, run: str = "", checkpoint: str = "", heads: int | None = None, changes: dict | None = None
 ) -> AssessedModel:
     """A model from a finished run's folder, from a checkpoint of the published release, or else from the run of

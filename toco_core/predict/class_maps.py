@@ -204,7 +204,7 @@ def _number(name: str, names: Sequence[str]) -> int:
     return found[0]
 
 
-class _Seen(NamedTuple):
+class _ImageView(NamedTuple):
     """An image in a model; classes count from 0."""
 
     unit: Float[Tensor, "1 3 H W"]
@@ -216,17 +216,17 @@ class _Seen(NamedTuple):
     """Keywords of `labels.pseudo_label`."""
 
 
-def _seen_by_run(opened: NamedModel, image: np.ndarray) -> _Seen:
+def _seen_by_run(opened: NamedModel, image: np.ndarray) -> _ImageView:
     predictor = ImagePredictor(opened.model, opened.config, passes=passes_of(opened.model, opened.config))
     predictor.set_image(image)
     labels = opened.config.labels.pseudo_label_options()
-    return _Seen(
+    return _ImageView(
         predictor.unit, predictor.class_scores(), lambda shown: predictor.cam(classes=[k + 1 for k in shown]), labels
     )
 
 
 @torch.no_grad()
-def _seen_by_head(opened: Classifier, image: np.ndarray) -> _Seen:
+def _seen_by_head(opened: Classifier, image: np.ndarray) -> _ImageView:
     model, side = opened.model, opened.model.pretrained_cfg["input_size"][-1]
     pixels = torch.from_numpy(resize(image, side, side)).permute(2, 0, 1)[None]
     unit = to_unit(pixels.to(next(model.parameters()).device))
@@ -234,7 +234,7 @@ def _seen_by_head(opened: Classifier, image: np.ndarray) -> _Seen:
     images = (unit - mean) / std
     scores = model(images)[0].float().softmax(0).cpu().numpy()
     labels = LabelConfig().pseudo_label_options() | RELEVANCE_THRESHOLDS
-    return _Seen(unit, scores, lambda shown: relevance_maps(model, images, shown), labels)
+    return _ImageView(unit, scores, lambda shown: relevance_maps(model, images, shown), labels)
 
 
 def relevance_maps(vit: nn.Module, images: Float[Tensor, "1 3 H W"], classes: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, Split, evaluation_items
-from toco_core.data.files import encoded
+from toco_core.data.files import picture_bytes
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.intake import read_json
 from toco_core.machine.precision import passes_of
@@ -63,7 +63,7 @@ class Film:
         with model.evaluating():
             frames = [_frame(model, item, self.config) for item in self._opened()]
         with writing(self.folder):
-            write_whole(self._path(step), encoded(_side_by_side(frames)))
+            write_whole(self._path(step), picture_bytes(_side_by_side(frames)))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.png"
@@ -80,7 +80,7 @@ class Film:
             known["classes"] = list(source.class_names)
             with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                write_whole(self.folder / "images.png", encoded(_side_by_side(images)))
+                write_whole(self.folder / "images.png", picture_bytes(_side_by_side(images)))
                 write_whole(self.folder / "film.json", json.dumps(known, indent=1) + "\n")
         return self._items
 
