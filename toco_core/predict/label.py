@@ -43,17 +43,15 @@ from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole
 from toco_core.predict.export import (
     IMAGES,
-    METHODS,
-    image_label,
+    LabelMethod,
     label_path,
     place_image,
     with_thresholds,
     write_label,
     write_lists,
 )
-from toco_core.predict.image import ImagePredictor, eval_size
+from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, open_model
-from toco_core.predict.segmentation import checked_crf
 from toco_core.runs.folder import claimed, weights_hash
 from toco_core.viz import label_over_image
 
@@ -103,14 +101,12 @@ def label_photographs(
     method: str = "par",
     threshold: float = 0.5,
     tags: str = "auto",
-    beta: float | None = None,
-    beta_l: float | None = None,
-    beta_h: float | None = None,
     crf: Mapping | bool = True,
     images: str = "copy",
     overlays: bool = True,
     split: str = "train",
     progress: bool = True,
+    **thresholds: float | None,
 ) -> Labelled:
     """Write label maps of all photographs in a folder, into `folder`.
 
@@ -120,34 +116,32 @@ def label_photographs(
         method: one of `export.METHODS`.
         threshold: of the classifier's probability, above which a photograph without tags has a class.
         tags: "auto" or "none", see `TAGS`.
-        beta, beta_l, beta_h: thresholds of the methods "cam" (beta) and "par" and "crf"; None: the config's.
-        images: "copy", "link" or "none", see `export`.
+        images, thresholds: as for `export`.
         split: name of the list that is written.
 
     Raises ToCoError for a tag that is no class of the model, where no photograph can be used, for a folder that holds
     something else or labels of other settings, and as `export` does.
     """
-    refuse_other(METHODS, method=method)
     refuse_other(TAGS, tags=tags)
     refuse_other(IMAGES, images=images)
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
-    config = with_thresholds(opened.config, beta=beta, beta_l=beta_l, beta_h=beta_h)
-    options = checked_crf(crf) if method.endswith("crf") else None
+    config, how = with_thresholds(opened.config, **thresholds), LabelMethod.of(method, crf)
     folder = Path(folder)
     found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
     if not found.photographs:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
-    settings = _settings(opened, config, method, threshold, options)
+    settings = how.settings(config) | {"threshold": threshold, "classes": list(opened.class_names)}
+    settings |= {"weights": weights_hash(opened.model)}
     with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         log = _Log(folder / LOG)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
         skipped = dict(found.skipped)
         bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
-        labels = _labels(opened, config, todo, method=method, threshold=threshold, crf=options or {})
+        labels = _labels(opened, config, todo, how, threshold)
         try:
             with bar, log:
                 for photograph, image, outcome in labels:
@@ -276,13 +270,7 @@ def _is_below(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _labels(
-    opened: NamedModel,
-    config: TrainConfig,
-    photographs: Sequence[Photograph],
-    *,
-    method: str,
-    threshold: float,
-    crf: Mapping,
+    opened: NamedModel, config: TrainConfig, photographs: Sequence[Photograph], how: LabelMethod, threshold: float
 ) -> Iterator[tuple]:
     """(photograph, image, ToCoError) or (photograph, image, (label map, the classes that it may have, the classifier's
     probability of each of the K)), in order."""
@@ -296,8 +284,7 @@ def _labels(
             scores, classes = predictor.class_scores(), photograph.classes
             if classes is None:
                 classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
-            label = image_label(predictor, method, beta=config.labels.beta, crf=crf, classes=classes)
-            yield photograph, image, (label, classes, scores)
+            yield photograph, image, (how.label(predictor, classes), classes, scores)
         except ToCoError as error:
             yield photograph, image, error
 
@@ -392,15 +379,6 @@ class _Labelled(Split):
 
     def mask(self, index: int) -> None:
         return None
-
-
-def _settings(opened: NamedModel, config: TrainConfig, method: str, threshold: float, crf: dict | None) -> dict:
-    """All that a label map depends on besides its photograph."""
-    thresholds = {"cam": ("beta",), "crf": ("beta_l", "beta_h"), "par": ("beta_l", "beta_h")}.get(method, ())
-    settings = {"method": method, "threshold": threshold, "size": eval_size(config), "crf": crf}
-    settings |= {name: getattr(config.labels, name) for name in thresholds}
-    settings |= {"classes": list(opened.class_names), "weights": weights_hash(opened.model)}
-    return settings
 
 
 def _write_overlay(path: Path, image: np.ndarray, label: np.ndarray, names: dict[int, str], opened: NamedModel) -> None:

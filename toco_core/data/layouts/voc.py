@@ -30,11 +30,11 @@ from toco_core.data.layouts.sbd import read_sbd_mask, sbd_folder
 from toco_core.data.split import (
     Report,
     Split,
-    first_twice,
     inside_name,
     one_hot,
     one_spelling,
     read_lines,
+    refuse_twice,
     with_background,
     without_suffix,
 )
@@ -203,9 +203,7 @@ def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tupl
         raise ToCoError(f"split {split!r} is empty: {path} names no image")
     if len(mask_folders) > 1:
         raise ToCoError(f"{path} names masks in {' and '.join(sorted(mask_folders))}: one folder is allowed")
-    twice = first_twice(names)
-    if twice is not None:
-        raise ToCoError(f"{path} names {twice!r} more than once")
+    refuse_twice(names, f"{path} names")
     if mask_folders:
         return tuple(names), mask_folders.pop()
     augmented = split.endswith("aug") and _is_augmented(root)
