@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
@@ -132,6 +132,13 @@ def evaluation_items(
         **_worker_options(workers, start_method),
     )
     return _items(loader)
+
+
+def in_batches(items: Iterable, n: int) -> Iterator[list]:
+    """Lists of `n` neighbours, the last one as long as it gets."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, n)):
+        yield batch
 
 
 def to_unit(images: Shaped[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:

@@ -151,6 +151,13 @@ class Split:
         part._image_labels = None if self._image_labels is None else self._image_labels[indices]
         return part
 
+    def spread(self, n: int, *, labelled: bool = False) -> "Split":
+        """`n` items spread evenly over the split, all where it has fewer; `labelled`: of those that show a class, where
+        any does."""
+        places = np.flatnonzero(self.image_labels.any(1)) if labelled else np.arange(len(self))
+        places = places if len(places) else np.arange(len(self))
+        return self.subset(places[np.linspace(0, len(places) - 1, min(n, len(places))).round().astype(int)].tolist())
+
     def readable(self, *, progress: bool = True) -> "Split":
         """The same split without the items whose image or mask cannot be used; each is decoded once.
 

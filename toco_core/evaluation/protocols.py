@@ -20,10 +20,11 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
+from toco_core.cam import CAMViews
 from toco_core.config import TrainConfig, override
 from toco_core.data import Split, TrainVal, evaluation_items, open_data, open_source
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import carried_named
+from toco_core.evaluation.evaluate import cam_named, listed
 from toco_core.evaluation.metrics import OpenCounts, Scores
 from toco_core.evaluation.scores import reported_part
 from toco_core.machine.device import resolve_device
@@ -227,11 +228,9 @@ def assess(
             counts.setdefault(kind, []).append(one.counts)
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
-    options = config.labels.cam_options()
-    cam = f"{where}, image labels known, CAM scales {_listed(options.pop('scales'))} + flip, {carried_named(**options)}"
-    cam = cam.rstrip(", ")
+    cam = f"{where}, image labels known, CAM {cam_named(CAMViews(**config.labels.cam_options()))}"
     par = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}, PAR {config.labels.par_iterations}"
-    several = f"{where}, scales {_listed(scales)} + flip"
+    several = f"{where}, scales {listed(scales)} + flip"
     protocol = {
         "cam": f"{cam}, threshold {beta:g} chosen on {chosen_on}",
         "aux_cam": f"{cam}, threshold {aux_beta:g} chosen on {chosen_on}",
@@ -247,7 +246,3 @@ def assess(
 
 def _percent(value: float) -> float | None:
     return round(100 * float(value), 2) if np.isfinite(value) else None
-
-
-def _listed(scales: Sequence[float]) -> str:
-    return ", ".join(f"{scale:g}" for scale in scales)

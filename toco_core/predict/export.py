@@ -152,20 +152,16 @@ def label_maps(
     model: ToCo, source: Split, config: TrainConfig, *, method: str, beta: float, crf: Mapping
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
     """(name, label map at native size) of every image, in order; one image in memory at a time."""
-    was_training = model.training
     items = evaluation_items(
         source if needs_labels(method) else _Unlabelled(source),
         size=eval_size(config),
         workers=config.data.workers,
         native=True,
     )
-    model.eval()
-    try:
-        passes = passes_of(model, config)
+    passes = passes_of(model, config)
+    with model.evaluating():
         for item in items:
             yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf, passes=passes)
-    finally:
-        model.train(was_training)
 
 
 def needs_labels(method: str) -> bool:

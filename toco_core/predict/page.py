@@ -28,6 +28,7 @@ from torch import Tensor
 
 from toco_core import par
 from toco_core.conventions import voc_palette
+from toco_core.data.files import encoded
 from toco_core.errors import ToCoError
 from toco_core.machine.writing import write_whole, writing
 from toco_core.predict.image import AUXILIARY, ImagePredictor
@@ -185,15 +186,12 @@ def _jpeg(image: UInt8[np.ndarray, "H W 3"]) -> str:
     scale = PICTURE_SIDE / max(image.shape[:2])
     size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    return _address(
-        "jpeg", cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    )
+    return _address("jpeg", encoded(small, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 90))
 
 
 def _png(values: np.ndarray) -> str:
-    values = values[..., ::-1] if values.ndim == 3 else values
-    return _address("png", cv2.imencode(".png", np.ascontiguousarray(values), [cv2.IMWRITE_PNG_COMPRESSION, 9])[1])
+    return _address("png", encoded(values, ".png", cv2.IMWRITE_PNG_COMPRESSION, 9))
 
 
-def _address(kind: str, data: np.ndarray) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
+def _address(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

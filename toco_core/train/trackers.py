@@ -159,12 +159,10 @@ def validation_pictures(model, source, config: TrainConfig) -> dict[str, UInt8[n
     from toco_core import viz  # matplotlib takes a while to load
 
     found = {}
-    training = model.training
-    model.eval()
     for index in sorted({int(i) for i in np.linspace(0, len(source) - 1, PICTURES)}):
-        seen = look(model, source, index, config)
+        with model.evaluating():
+            seen = look(model, source, index, config)
         cam = np.rint(255 * viz.overlay(seen.image, seen.cam)).astype(np.uint8)
         labels = (viz.label_colours(seen.pseudo_label), viz.label_colours(seen.segmentation))
         found[f"picture/{seen.name}"] = np.concatenate([seen.image, cam, *labels], axis=1)
-    model.train(training)
     return found
