@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from toco_core.backbone import build_encoder, resize_positions, rotary_positions
 
@@ -348,8 +349,16 @@ def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None 
 def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NumbersOnCPU():
         return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Leave `torch.linspace` its numbers: timm before 1.0.21 reads them while it builds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **more | (kwargs or {}))
 
 
 def loaded_model(what: str, found: Mapping[str, Tensor], config: TrainConfig, n_classes: int) -> ToCo:
