@@ -21,6 +21,7 @@ from toco_core.config import (
 )
 from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
+from toco_core.objective import PAPER, term_weights
 
 VOC = {
     "model": {
