@@ -498,7 +498,7 @@ def test_a_name_is_no_formula(name):
         viz.token_similarity(plt.subplots()[1], {name: [0.1, 0.2, 0.3]}),
     ]
     for one in drawn:
-        (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png")
+        (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png", dpi=20)
         shown = name.encode(errors="replace").decode()  # what is no text has question marks
         assert any(shown in text.get_text() for text in one.findobj(Text))
     plt.close("all")
