@@ -44,11 +44,13 @@ def tiny() -> TrainConfig:
     tests use.
 
     The classifiers are fitted to the frozen tokens first and the lower eight blocks stay as they are, so that nothing
-    that the backbone knows is bent by random heads. CTC is off: here it does not help (see `docs/results.md`).
+    that the backbone knows is bent by random heads. The auxiliary classifier reads the first block that is trained,
+    which is the best one on validation images. CTC is off: here it does not help (see `docs/results.md`).
     """
     return TrainConfig(
         model=ModelConfig(
             backbone="scenes_vit_nano",
+            layer=9,
             proj_hidden=256,
             proj_bottleneck=64,
             proj_dim=128,
