@@ -1,4 +1,4 @@
-"""The explorer as a person uses it: a real JupyterLab in headless Chromium.
+"""The explorer as a person uses it: a real JupyterLab, and an app of voila, in headless Chromium.
 
 Skipped, with the reason, where playwright or a browser is not found. Screenshots are left in pytest's temporary folder.
 """
@@ -6,12 +6,13 @@ Skipped, with the reason, where playwright or a browser is not found. Screenshot
 import base64
 import re
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
-from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
+from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, in_voila, press, run_all_cells, slider, start_watch
 from PIL import Image
 from small_config import short_run
 
@@ -123,19 +124,44 @@ def test_a_person_explores(page):
     assert [error for error in page.errors if not HARMLESS.search(error)] == []
 
 
-def wider_than_the_window(page, parts):
-    return page.evaluate(
-        "parts => { const out = document.querySelector('.toco-explorer');"
-        "const right = out.closest('.jp-OutputArea-output').getBoundingClientRect().right;"
-        "return [...out.querySelectorAll(parts)]"
-        ".filter(e => !e.closest('.toco-film') && e.getBoundingClientRect().right > right + 1)"
-        ".map(e => `${e.tagName} ${e.getAttribute('class')}`) }",
-        parts,
-    )
+WIDER = """() => {
+    const out = document.querySelector('.toco-explorer')
+    const right = (out.closest('.jp-OutputArea-output') ?? document.documentElement).getBoundingClientRect().right
+    const beyond = element => element.getBoundingClientRect().right > right + 1
+    return [...out.querySelectorAll('*')].filter(element => !element.closest('.toco-film') && beyond(element))
+        .map(element => `${element.tagName} ${element.getAttribute('class')} ${element.textContent.slice(0, 60)}`)
+}"""
+CUT = """() => [...document.querySelectorAll('.toco-explorer svg')].flatMap(chart => {
+    const edge = chart.getBoundingClientRect()
+    return [...chart.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect()
+        return box.left < edge.left - 1 || box.right > edge.right + 1 || box.bottom > edge.bottom + 2
+    }).map(text => text.textContent)
+})"""
 
 
-def test_page_is_not_wider_than_the_window(page):
-    assert wider_than_the_window(page, "img, .widget-tab, table, svg") == []
+@contextmanager
+def window(page, width, height=1000):
+    """The page at another width, without JupyterLab's list of files where that would leave no room."""
+    before, narrow = page.viewport_size, width < 600
+    if narrow:
+        page.keyboard.press("Control+b")
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(400)
+    yield
+    page.set_viewport_size(before)
+    if narrow:
+        page.keyboard.press("Control+b")
+
+
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_nothing_is_wider_than_the_window(page, width):
+    with window(page, width, 1600):
+        for tab in ("labels", "crops", "keep", "open", "look"):
+            page.get_by_role("tab", name=tab).click()
+            assert page.evaluate(WIDER) == [], f"the tab {tab}"
+        assert page.locator(".toco-explorer svg").count() == 3 and page.evaluate(CUT) == []
+        shoot(page, f"width-{width}")
 
 
 def test_dark_theme_is_legible(page):
@@ -155,17 +181,27 @@ def test_dark_theme_is_legible(page):
 
 
 ZOOM = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.style.transform)"
-DROP = """async name => {
+DRAWN = """async ({ name, kind }) => {
     const canvas = Object.assign(document.createElement('canvas'), { width: 120, height: 80 })
     const pen = canvas.getContext('2d')
     for (let x = 0; x < 120; x += 10) { pen.fillStyle = `hsl(${3 * x} 80% 50%)`; pen.fillRect(x, 0, 10, 80) }
-    const blob = await new Promise(done => canvas.toBlob(done, 'image/webp'))
+    const blob = await new Promise(done => canvas.toBlob(done, kind))"""
+DROP = (
+    DRAWN
+    + """
     const transfer = new DataTransfer()
-    transfer.items.add(new File([blob], name, { type: blob.type }))
+    transfer.items.add(new File([blob], name, {type: blob.type }))
     const target = document.querySelector('.toco-row')
-    for (const kind of ['dragover', 'drop'])
-        target.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }))
+    for (const event of ['dragover', 'drop'])
+        target.dispatchEvent(new DragEvent(event, { dataTransfer: transfer, bubbles: true, cancelable: true }))
 }"""
+)
+COPY = (
+    DRAWN
+    + """
+    await navigator.clipboard.write([new ClipboardItem({ [kind]: blob })])
+}"""
+)
 
 
 def test_views_chips_why_and_a_photograph(page):
@@ -220,16 +256,95 @@ def test_views_chips_why_and_a_photograph(page):
     shoot(page, "curtain")
     page.get_by_role("button", name="side by side").click()
 
-    page.evaluate(DROP, "<b>mine.webp")  # which Python does not read: the browser makes a JPEG of it
+    name = "<b>mine.webp"  # which Python does not read: the browser makes a JPEG of it
+    page.evaluate(DROP, {"name": name, "kind": "image/webp"})
     page.wait_for_function("document.querySelector('.toco-film [aria-selected=true]')?.title === '<b>mine'")
     page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 4")  # there is no truth
-    page.keyboard.press("Control+b")  # the list of files would take three quarters of a phone
-    page.set_viewport_size({"width": 400, "height": 900})
-    page.wait_for_timeout(400)
-    shoot(page, "phone")
-    assert wider_than_the_window(page, "img") == []
-    page.keyboard.press("Control+b")
-    page.set_viewport_size({"width": 1280, "height": 1000})
+    with window(page, 390):
+        shoot(page, "phone")
+        assert page.evaluate(WIDER) == []
+    assert [error for error in page.errors if not HARMLESS.search(error)] == []
+
+
+CHOSEN = "document.querySelector('.toco-film [aria-selected=true]')?.title"
+
+
+def test_a_pasted_photograph(page):
+    """From the clipboard of the browser, by its own keys."""
+    before = page.evaluate(CHOSEN)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(COPY, {"name": "", "kind": "image/png"})
+    page.locator(".toco-row img.toco-picture").first.focus()
+    page.keyboard.press("Control+v")
+    name = changed(page, CHOSEN, before)
+    assert name != "<b>mine" and "image" in name  # as browsers call what has no name
+    assert page.evaluate("document.querySelector('.toco-row img.toco-picture').naturalHeight") % 80 == 0
+    assert page.locator(".jp-CodeCell").count() == n_code_cells(page.folder / "explore.ipynb")  # no cell was pasted
+
+
+def n_code_cells(path):
+    return sum(cell.cell_type == "code" for cell in nbformat.read(path, as_version=4).cells)
+
+
+RECORD = """() => {
+    const [picture, caption] = ['.toco-played', '.toco-played-caption'].map(part => document.querySelector(part))
+    window.tocoPlayed = []
+    picture.addEventListener('load', () => window.tocoPlayed.push([caption.innerText.trim(), picture.src]))
+}"""
+
+
+def test_player(page):
+    """Played over the blocks by its button, moved over PAR's iterations by keys, saved."""
+    page.locator(".toco-film button").first.click()
+    page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("document.querySelector('.toco-played')?.naturalWidth > 0")
+    caption = page.locator(".toco-played-caption")
+    last = caption.inner_text().strip()
+    _, depth = map(int, re.fullmatch(r"block (\d+) of (\d+)", last).groups())
+    assert last == f"block {depth} of {depth}"  # it begins with what the explorer shows
+    page.evaluate(RECORD)
+    page.locator(".widget-play button").first.click()
+    page.wait_for_function(f"window.tocoPlayed.length > 1 && window.tocoPlayed.at(-1)[0] === '{last}'")
+    played = page.evaluate("window.tocoPlayed")
+    numbers = [int(words.split()[1]) for words, _ in played]
+    assert numbers == sorted(numbers) and numbers[0] < depth  # a busy machine may leave some out
+    assert len({source for _, source in played}) == len(played)
+    shoot(page, "player")
+
+    page.locator(".widget-dropdown:has(label:text-is('play')) select").select_option("over PAR's iterations")
+    page.wait_for_function("document.querySelector('.toco-played-caption').innerText.trim() === '0 iterations of PAR'")
+    handle = page.locator(".widget-hbox:has(> .widget-play) .noUi-handle")
+    handle.focus()
+    for n in (1, 2, 3):
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"window.tocoPlayed.at(-1)[0] === '{n} iterations of PAR'")
+    page.get_by_role("button", name="GIF", exact=True).click()
+    page.wait_for_function("/saved explored.*gif/.test(document.querySelector('.toco-explorer').innerText)")
+    (saved,) = (page.folder / "explored").glob("*.gif")
+    with Image.open(saved) as movie:
+        assert movie.n_frames > 10
+    page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("!document.querySelector('.toco-played')")
+
+
+def test_gallery(page):
+    """Opened below the views, which stay as they are; a picture of it is chosen and shown above."""
+    widths = "[...document.querySelectorAll('.toco-row .toco-frame')].map(frame => frame.offsetWidth).join()"
+    before, shown = page.evaluate(widths), page.evaluate(CHOSEN)
+    page.get_by_role("button", name="gallery of the split").click()
+    page.wait_for_function("document.querySelectorAll('.toco-gallery img').length > 4")
+    assert page.evaluate(widths) == before
+    for width in (390, 1920):
+        with window(page, width):
+            assert page.evaluate(WIDER) == []
+    page.locator(".toco-gallery button").nth(2).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert changed(page, CHOSEN, shown) == "val_00003"
+    page.locator(".toco-gallery").scroll_into_view_if_needed()
+    page.screenshot(path=page.folder / "gallery.png")
+    page.get_by_role("button", name="gallery of the split").click()
+    page.wait_for_function("!document.querySelector('.toco-gallery')")
     assert [error for error in page.errors if not HARMLESS.search(error)] == []
 
 
@@ -267,3 +382,57 @@ def test_a_hostile_name_runs_nothing(page):
     assert [url for _, url in requests if url.rsplit("/", 1)[-1] == "x"] == []
     assert [url for method, url in requests if method == "POST" and url.endswith("/api/contents")] == []
     assert sorted(page.folder.glob("*.ipynb")) == before
+
+
+# ---- as an app
+
+
+@pytest.mark.slow
+def test_app(tmp_path):
+    """What a visitor of the notebook does where voila serves it; nothing is written beside it."""
+    photograph = tmp_path / "photographs" / "mine.png"
+    photograph.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(photograph)
+    folder = tmp_path / "app"
+    folder.mkdir()
+    write_notebook(folder / "explore.ipynb", model=str(short_run(tmp_path / "runs", 0)), n_images=2)
+    try:
+        with in_voila(folder, "explore.ipynb") as page:
+            page.goto(f"{page.address}/?image=3&show=seed+label&views=image,seed+label&contours=false")
+            page.wait_for_selector(".toco-row img.toco-picture")
+            before = sorted(path.name for path in folder.iterdir())
+            picture = changed(page, PICTURE, None)
+            assert page.evaluate(CHOSEN) == "val_00003" and page.locator(".toco-row .toco-canvas").count() == 2
+            assert page.locator(".toco-notes").count() == 0
+
+            page.locator(".toco-chips button[aria-pressed=false]").first.click()
+            picture, pinned = changed(page, PICTURE, picture), page.locator(".toco-why").inner_text()
+            page.locator(".toco-row .toco-frame").first.click(position={"x": 30, "y": 40})
+            changed(page, PICTURE, picture)
+            page.wait_for_function("before => document.querySelector('.toco-why').innerText !== before", arg=pinned)
+
+            page.get_by_role("tab", name="keep").click()
+            for button, end in (("label PNG", "-label.png"), ("figure SVG", ".svg")):
+                with page.expect_download() as waiting:
+                    page.get_by_role("button", name=button).click()
+                assert waiting.value.suggested_filename == f"val_00003-seed_label{end}"
+                assert Path(waiting.value.path()).stat().st_size > 100
+            page.get_by_role("button", name="play", exact=True).click()
+            page.wait_for_selector(".toco-played")
+            with page.expect_download() as waiting:
+                page.get_by_role("button", name="GIF", exact=True).click()
+            with Image.open(waiting.value.path()) as movie:
+                assert movie.n_frames > 1
+
+            page.locator("input[type=file]").set_input_files(photograph)
+            page.wait_for_function(f"{CHOSEN} === 'mine'")
+            page.wait_for_function("document.querySelector('.toco-row img.toco-picture').naturalHeight % 60 === 0")
+            page.screenshot(path=tmp_path / "app.png")
+            page.goto(f"{page.address}/?image=nowhere")
+            page.wait_for_function(
+                "/image = 'nowhere' is not in/.test(document.querySelector('.toco-notes')?.innerText)"
+            )
+            assert [error for error in page.errors if not HARMLESS.search(error)] == []
+            assert sorted(path.name for path in folder.iterdir()) == before
+    except NoBrowser as error:
+        pytest.skip(str(error))

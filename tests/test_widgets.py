@@ -575,7 +575,7 @@ def test_still_picture_and_words_are_the_same_every_time(session):
 def test_papermill_line_is_copied(explorer):
     explorer.others = {"dataset": "photos"}
     explorer.copy.click()
-    assert explorer.line.value == explorer.film.clipboard[0] == explorer.parameters_line()
+    assert explorer.line.value == explorer.door.clipboard[0] == explorer.parameters_line()
 
 
 # ---- wrong use

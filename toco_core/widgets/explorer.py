@@ -20,10 +20,10 @@ import numpy as np
 
 from toco_core.data.files import palette_png
 from toco_core.data.split import inside_name
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, in_a_line
 from toco_core.widgets import draw, report, why
 from toco_core.widgets.address import address_parameters
-from toco_core.widgets.canvas import Canvas, Chips, Door, Filmstrip
+from toco_core.widgets.canvas import Canvas, Chips, Door, Thumbnails
 from toco_core.widgets.extras import Extras
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.pictures import Pictures, open_pictures
@@ -91,6 +91,7 @@ class Explorer(w.VBox):
             session,
             folder=self.folder,
             may_save=self.may_save,
+            offer=self.door.offer,
             on_open=lambda index: self._do(lambda: self._go(index)),
             give_way=self._give_way,
         )
@@ -165,10 +166,10 @@ class Explorer(w.VBox):
         session, full = self.session, {"layout": w.Layout(width="auto"), "style": {"description_width": "92px"}}
         slider = {**full, "continuous_update": True}
         small_label = {**slider, "style": {"description_width": "36px"}}
-        narrow_label = {**full, "style": {"description_width": "46px"}}
+        narrow_label = {**full, "style": {"description_width": "52px"}}
         self.search = w.Text(placeholder="name or class", description="search", continuous_update=False, **narrow_label)
         self.sort = w.Dropdown(options=["list order", "worst first"], description="order", **narrow_label)
-        self.film = Filmstrip()
+        self.film = Thumbnails()
         self.back, self.forth = (_button(word, tip) for word, tip in (("‹", "previous page"), ("›", "next page")))
         self.position = Panel()
         self.model = w.Dropdown(options=session.subjects.names, description="model", **narrow_label)
@@ -277,11 +278,13 @@ class Explorer(w.VBox):
         opens = [self.open_model, self.open_weights, self.open_data, self.open_split, self.open]
         names = {"look": look, "labels": labels, "scales": inputs, "crops": crops, "keep": keep, "open": opens}
         self.tabs = w.Tab([w.VBox(children) for children in names.values()], titles=list(names))
-        self.tabs.layout = w.Layout(width="376px", max_width="100%")
+        self.tabs.layout = w.Layout(width="376px", max_width="calc(100% - 4px)")  # a margin of 2 on each side
         self.tabs.add_class("toco-tabs")
         split = w.HBox([self.score, self.stop, self.progress], layout=wrap)
         counts = w.VBox([self.numbers, split, self.split_numbers], layout=w.Layout(width="376px", max_width="100%"))
-        self.pinned = w.VBox([self.why, w.HBox(self.why_maps, layout=spread), self.votes])
+        self.vote_maps = w.Box(self.why_maps)
+        self.vote_maps.add_class("toco-votes")
+        self.pinned = w.VBox([self.why, self.vote_maps, self.votes])
         self.pinned.add_class("toco-pinned")
         left = w.VBox([self.tabs, counts], layout=w.Layout(width="380px", max_width="100%"))
         narrow = {"layout": w.Layout(width=f"{SMALL + 6}px")}
@@ -361,11 +364,10 @@ class Explorer(w.VBox):
         try:
             self.problem = ""
             action()
-        except ToCoError as error:
-            self.problem = str(error)
-            self._fill_controls()
         except Exception as error:  # noqa: BLE001  a traceback in a log that nobody reads helps nobody
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = in_a_line(error)
+            if isinstance(error, ToCoError):
+                self._fill_controls()
         finally:
             self._busy -= 1
         self._show_notes()
@@ -564,7 +566,7 @@ class Explorer(w.VBox):
         if self.session.index >= self.session.pictures.n_listed:
             raise ToCoError("a photograph of yours is in no folder: put it in one, and open that with -p dataset")
         self.line.value = self.parameters_line()
-        self.film.clipboard = [self.line.value, self.film.clipboard[1] + 1]
+        self.door.clipboard = [self.line.value, self.door.clipboard[1] + 1]
 
     def _save(self, kind: str) -> None:
         def make() -> bytes:
@@ -746,7 +748,7 @@ class Explorer(w.VBox):
         if found.pairs:
             patch = session.analysis(session.active).patch_at(*session.place)
             pictures[2] = why.pairs_picture(found, image, patch)
-        titles = ("who votes in a step", f"counts after {session.sides[session.active].settings.par_iterations} steps")
+        titles = ("votes in a step", f"after {session.sides[session.active].settings.par_iterations} steps")
         for canvas, picture, title in zip(self.why_maps, pictures, (*titles, "PTC pulls, pushes"), strict=True):
             canvas.layout.display = "none" if picture is None else None
             if picture is not None:
@@ -912,6 +914,7 @@ class Explorer(w.VBox):
                     "index": i,
                     "title": self.session.pictures.names[i],
                     "source": self._thumbnail(i),
+                    "words": "unreadable",
                     "mark": f"{100 * iou[i]:.0f}" if i in iou and not np.isnan(iou[i]) else "",
                 }
                 for i in shown

@@ -11,6 +11,7 @@ A wrong value raises ToCoError and leaves everything as it was.
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,6 +205,16 @@ class Session:
 
     def clear_crops(self) -> None:
         self.centres = []
+
+    def snapshot(self, side: int) -> "Session":
+        """One side with the image at hand, for a thread of its own: neither session moves the other. Of what was worked
+        out it shares the passes of this image; nothing is marked in it."""
+        still, key = copy(self), (self.sides[side].subject, self.index)
+        still.sides, still.active, still.place, still.centres = [self.sides[side]], 0, None, []
+        still._analyses = OrderedDict((k, found) for k, found in self._analyses.items() if k == key)
+        still._decoded = OrderedDict({self.index: self.picture})
+        still._labels, still._colourings = OrderedDict(), {}
+        return still
 
     # ---- what is seen
 

@@ -131,7 +131,7 @@ def _name(found: Reasons, slot: int) -> str:
 def _cam_chart(found: Reasons, settings: Settings, width: int = 300) -> Markup:
     """A bar per class, with lines at the two thresholds."""
     left, right, step = 84, 40, 18
-    span, height = width - left - right, step * len(found.cams) + 16
+    span, height = width - left - right, step * len(found.cams) + 18
     parts = []
     for i, value in enumerate(found.cams):
         top = i * step + 3
@@ -141,8 +141,8 @@ def _cam_chart(found: Reasons, settings: Settings, width: int = 300) -> Markup:
         parts.append(element("text", f"{value:.2f}", x=f"{left + value * span + 5:.1f}", y=top + 10))
     for beta, name, anchor in ((settings.beta_l, "beta_l", "end"), (settings.beta_h, "beta_h", "start")):
         at = f"{left + beta * span:.1f}"
-        parts.append(element("line", x1=at, x2=at, y1=0, y2=height - 13, stroke="currentColor", stroke_dasharray="3 2"))
-        parts.append(element("text", name, x=at, y=height - 2, text_anchor=anchor))
+        parts.append(element("line", x1=at, x2=at, y1=0, y2=height - 15, stroke="currentColor", stroke_dasharray="3 2"))
+        parts.append(element("text", name, x=at, y=height - 4, text_anchor=anchor))
     return _svg(parts, width, height, "CAM of each class against the thresholds")
 
 
@@ -173,7 +173,7 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
     for y, name in sorted(ends):
         last = max(y + 4, last + 11)
         parts.append(element("text", _short(name), x=width - right + 5, y=f"{last:.1f}"))
-    words = f"step 0 to {steps} of PAR; solid: against beta_h, dashed: beta_l"
+    words = f"step 0 to {steps} of PAR; solid: beta_h, dashed: beta_l"
     parts.append(element("text", words, x=left - 26, y=height - 6))
     return _svg(parts, width, height, "scores at the pixel after each step of PAR")
 
