@@ -140,17 +140,20 @@ CUT = """() => [...document.querySelectorAll('.toco-explorer svg')].flatMap(char
 })"""
 
 
+FILES = "document.querySelector('#jp-left-stack')?.offsetWidth > 0"
+
+
 @contextmanager
 def window(page, width, height=1000):
     """The page at another width, without JupyterLab's list of files where that would leave no room."""
-    before, narrow = page.viewport_size, width < 600
-    if narrow:
+    before, hidden = page.viewport_size, width < 600 and page.evaluate(FILES)
+    if hidden:
         page.keyboard.press("Control+b")
     page.set_viewport_size({"width": width, "height": height})
     page.wait_for_timeout(400)
     yield
     page.set_viewport_size(before)
-    if narrow:
+    if hidden:
         page.keyboard.press("Control+b")
 
 

@@ -243,7 +243,9 @@ def test_without_masks_labels_are_shown_and_nothing_is_scored(folder, tmp_path):
     subjects = Subjects()
     subjects.add(make_subject())
     gallery = judged(Gallery(Session(open_pictures(tmp_path), subjects)))
-    assert all(item["source"] and not item["mark"] for item in gallery.grid.items) and gallery.summary.value == ""
+    assert all(item["source"] for item in gallery.grid.items) and gallery.summary.value == ""
+    for item in gallery.grid.items:  # no score: the classes that are seen
+        assert item["mark"] == ", ".join(gallery.survey.found[item["index"]].classes[:3] or ["background"])
     gallery.kind.value = KINDS[0]
     gallery.settle()
     assert gallery.order == []
