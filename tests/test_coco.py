@@ -171,7 +171,7 @@ def test_paths_that_lead_out_of_the_folder_are_refused(root, entry):
         (lambda c: c["annotations"][0].update(image_id=7), "annotation 1 has image_id = 7, which no image has"),
         (lambda c: c["annotations"][0].update(segmentation="x" * 200), "annotation 1: a segmentation is a list"),
         (lambda c: c.update(categories=[]), "names 0 classes"),
-        (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "the category id 3 more than once"),
+        (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "the category id '3' more than once"),
         (lambda c: c["categories"].append({"id": 5, "name": "dog"}), "the class 'dog' more than once"),
         (lambda c: c.update(annotations=[]), "split 'train' is empty: .* names no image with a label"),
     ],
@@ -272,10 +272,10 @@ def test_what_is_no_number_or_name(root, change, message):
 def test_hostile_shapes_are_refused_at_once(root, shape, message):
     """Two megabytes of an RLE's characters took more than 45 seconds, a long outline gigabytes in C."""
     spoil(root, lambda c: c["annotations"][0].update(segmentation=shape))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ToCoError, match=message):
         COCOFolder(root, "train").mask(0)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_nothing_is_drawn_for_a_declared_size_that_the_image_has_not(root):
@@ -306,9 +306,9 @@ def test_many_objects_on_a_large_image_share_one_mask(root):
         content["annotations"].append(annotation(99, 100, 1, rectangle(0, 0, 6000, 4000)))
 
     spoil(root, many)
-    folder, growth, began = COCOFolder(root, "train"), memory_growth(), time.monotonic()
+    folder, growth, began = COCOFolder(root, "train"), memory_growth(), time.process_time()
     mask = folder.mask(0)
-    assert time.monotonic() - began < 5 and growth() < 200
+    assert time.process_time() - began < 5 and growth() < 200
     assert (mask == 2).sum() == 60 * 40 * 30 and mask[20, 15] == 2 and mask[41, 15] == 1 and mask[-1, -1] == 1
 
 

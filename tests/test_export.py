@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import tarfile
 import warnings
 
@@ -12,6 +14,7 @@ from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 
+import toco_core.__main__ as toco
 import toco_core.predict.export as exporting
 from toco_core.analysis.label_quality import cams_of_split, crf_of
 from toco_core.analysis.second_stage import crop_with_mask, train_segmentation
@@ -283,6 +286,29 @@ def test_the_command(model, source, config, tmp_path, capsys):
         export_command([*everything[:-1], "0.05"])  # beta_l above beta_h
     with pytest.raises(ToCoError, match="split 'nope'"):
         export_command([str(run.folder), str(tmp_path / "out"), "--split", "nope"])
+    formats_through_the_shell(run, tmp_path, capsys)
+
+
+def formats_through_the_shell(run, tmp_path, capsys):
+    """What a user types, from the run to label maps that came back from a tool unchanged."""
+    folder, command = str(tmp_path / "edit"), [sys.executable, "-m", "toco_core"]
+    words = ["export", str(run.folder), folder, "--method", "cam", "--format"]
+    done = subprocess.run([*command, *words, "label-studio"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{folder}/label_studio.json", done.stderr
+    tasks = json.loads((tmp_path / "edit" / "label_studio.json").read_text())
+    assert [task["data"]["name"] for task in tasks] == [f"img_{i}" for i in range(4)]
+    assert "<BrushLabels" in (tmp_path / "edit" / "label_studio.xml").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        toco.main([*words, "paint"])
+    assert toco.main([*words, "cvat"]) == 0
+    assert toco.main(["corrected", folder, f"{folder}/cvat.zip", str(tmp_path / "back")]) == 0
+    said = capsys.readouterr()
+    assert "invalid choice: 'paint'" in said.err and "4 label maps, 0 of them new" in said.out
+    assert f"{folder}/cvat.zip\n" in said.out and "4 label maps, 4 of them corrected" in said.out
+    before, after = (VOCFolder(place, "train") for place in (folder, tmp_path / "back"))
+    assert any(before.mask(i).any() for i in range(4))
+    for i in range(4):
+        np.testing.assert_array_equal(before.mask(i), after.mask(i))
 
 
 # ---- the second stage

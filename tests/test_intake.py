@@ -42,10 +42,10 @@ def limits(monkeypatch):
 
 
 def refused(name, path):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ToCoError) as caught:
         READ[name](path)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     text = str(caught.value)
     assert name in text and "\n" not in text and len(text) < 1000
     return text

@@ -14,6 +14,7 @@ from toco_core.__main__ import main
 from toco_core.config import override
 from toco_core.conventions import voc_palette
 from toco_core.data import COCOFolder, VOCFolder, open_source, read_image
+from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.predict.export import export
@@ -86,7 +87,7 @@ def test_without_tags_the_classifier_chooses(opened, photos, tmp_path):
     """Of one photograph at a time, at the size at which CAMs are made."""
     scores = {}
     for name in TAGS:
-        image = torch.from_numpy(labelling.resize(read_image(photos / f"{name}.jpg"), 32, 32)).permute(2, 0, 1)[None]
+        image = torch.from_numpy(resize(read_image(photos / f"{name}.jpg"), 32, 32)).permute(2, 0, 1)[None]
         with torch.no_grad():
             logits = opened.model(opened.model.normalise(image.float() / 255)).class_logits
         scores[name] = logits[0].sigmoid().numpy()

@@ -167,3 +167,13 @@ def test_questions_are_read_from_the_first_cells(tmp_path):
 def test_every_notebook_asks_a_question():
     folder = Path(__file__).resolve().parents[1] / "notebooks"
     assert sorted(questions(folder)) == sorted(path.stem for path in folder.glob("*.ipynb"))
+
+
+def test_notebooks_that_train_long_say_how_to_see_it_under_papermill():
+    folder, asked = Path(__file__).resolve().parents[1] / "notebooks", []
+    for path in folder.glob("*.ipynb"):
+        opening, *cells = ("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        if any("train(config" in cell for cell in cells):
+            assert "`--log-output`" in opening, path.name
+            asked.append(path.stem)
+    assert {"train", "your_data"} <= set(asked)

@@ -12,7 +12,7 @@ from growth import memory_growth
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-from toco_core.backbone import load_weights
+from toco_core.backbone import build_encoder, load_weights
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors, read_tensors
@@ -91,10 +91,10 @@ def test_hostile_descriptions_are_refused_before_torch_reads_them(tmp_path, monk
         path.write_bytes(start + HOSTILE[name] + pickle.dumps(["0"], 2) + (3).to_bytes(8, "little") + bytes(12))
     if not (name == "two sizes" and form == "legacy"):
         monkeypatch.setattr(torch, "load", None)
-    growth, began = memory_growth(), time.monotonic()
+    growth, began = memory_growth(), time.process_time()
     with pytest.raises(ToCoError, match="w.pth' cannot be read"):
         read_tensors(path, "weights")
-    assert growth() < 100 and time.monotonic() - began < 5
+    assert growth() < 100 and time.process_time() - began < 5
 
 
 def test_a_second_description_is_refused(tmp_path):
@@ -132,16 +132,29 @@ def release_file(path, **changes):
 )
 def test_releases_that_declare_more_than_they_hold(tmp_path, name, tensor, message):
     """Block number 10**9 asked for as many blocks; its name in superscript for ValueError."""
-    path, growth, began = release_file(tmp_path / "r.pth", **{name: tensor}), memory_growth(), time.monotonic()
+    path, growth, began = release_file(tmp_path / "r.pth", **{name: tensor}), memory_growth(), time.process_time()
     with pytest.raises(ToCoError, match=message):
         from_release(path, heads=2, layer=1)
-    assert growth() < 300 and time.monotonic() - began < 10
+    assert growth() < 300 and time.process_time() - began < 10
 
 
 def test_a_release_is_still_read(tmp_path):
     model = from_release(release_file(tmp_path / "r.pth"), heads=2, layer=1)
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(ToCo(SMALL, 3).parameters(), model.parameters(), strict=True))
+
+
+def test_a_skeleton_leaves_linspace_its_numbers(monkeypatch):
+    """timm before 1.0.21 reads them while it builds; with it no release checkpoint and no run could be opened."""
+    found = []
+
+    def build(config):
+        found.append((torch.linspace(0, 1, 3).tolist(), torch.ones(2).device.type))
+        return build_encoder(config)
+
+    monkeypatch.setattr("toco_core.model.build_encoder", build)
+    assert {value.device.type for value in skeleton(SMALL, 3).state_dict().values()} == {"meta"}
+    assert found == [([0.0, 0.5, 1.0], "meta")]
 
 
 def test_a_skeleton_has_names_and_shapes_of_the_model_and_no_numbers():
@@ -173,10 +186,10 @@ def test_a_config_that_asks_for_terabytes(tmp_path, field, value, message):
     config["model"][field] = value
     (run.folder / "config.json").write_text(json.dumps(config))
     torch.save({"model": {"x": torch.ones(1)}, "optimizer": {}, "step": 1}, run.folder / "checkpoint.pt")
-    growth, began = memory_growth(), time.monotonic()
+    growth, began = memory_growth(), time.process_time()
     with pytest.raises(ToCoError, match=message):
         open_run(run.folder)
-    assert growth() < 500 and time.monotonic() - began < 10
+    assert growth() < 500 and time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from matplotlib.text import Text
 
 from toco_core import viz
 from toco_core.conventions import voc_palette
-from toco_core.evaluation.evaluate import CAMCounts
-from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.viz import curves as curves_module
 from toco_core.viz import theme
 
@@ -225,22 +223,6 @@ def test_the_theme_is_light():
     viz.use_theme()
     assert plt.figure().get_facecolor() == (1, 1, 1, 1)
     assert plt.rcParams["axes.facecolor"] == plt.rcParams["savefig.facecolor"] == "white"
-
-
-def test_score_table():
-    counts, seg = CAMCounts(2), ConfusionMatrix(2)
-    truth = np.array([[0, 0, 1, 1]], np.uint8)
-    counts.update(truth, np.array([[0.1, 0.6, 0.6, 0.9]], np.float32), np.array([[1, 1, 1, 1]]))
-    seg.update(truth, truth)
-    found = SimpleNamespace(cam=counts, aux_cam=counts, seg=seg.scores())
-    lines = viz.score_table(found, 0.5, 0.7, ["background", "cat", "dog"]).splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["background", "50.0", "66.7", "100.0"],
-        ["cat", "66.7", "50.0", "100.0"],
-        ["dog", "-", "-", "-"],
-        ["mean", "58.3", "58.3", "100.0"],
-    ]
-    assert len({len(line) for line in lines}) == 1
 
 
 # ---- live

@@ -77,7 +77,7 @@ def autocast_on_meta(monkeypatch):
 def waits_of(config: TrainConfig) -> list[str]:
     """Of a late step, forward and backward, with all that follows up to the question whether it may count."""
     model, batch = on_meta(config)
-    weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
+    weights, generator = objectives.term_weights(config, LATE), torch.Generator().manual_seed(0)
     steps = []
 
     def watched(step):
@@ -107,7 +107,7 @@ def test_a_step_in_parts_waits_for_nothing():
 def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     """How many vertices a lattice has depends on the image."""
     config = config_of()
-    assert config.loss.at(LATE)["energy"] > 0
+    assert objectives.term_weights(config, LATE)["energy"] > 0
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
     made = [lattice.to(META) for lattice in energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]

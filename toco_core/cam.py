@@ -52,44 +52,51 @@ def normalise_cam(cam: Float[Tensor, "M H W"]) -> Float[Tensor, "M H W"]:
     return cam / (cam.amax(dim=(-2, -1), keepdim=True) + EPSILON)
 
 
+class CAMViews(NamedTuple):
+    """In which views of the (normalised) images CAMs are made, and how they are carried along attention."""
+
+    scales: Sequence[float] = (1.0, 0.5, 1.5)
+    """Each contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W."""
+    flip: bool = True
+    """Without it the mirrored image is left out."""
+    attention_steps: int = 0
+    """Carry the activations of every view so often along its own attention, at the tokens, before they are resized (see
+    `refiners.attention`, also for the kind)."""
+    attention_blocks: Sequence[int] = ()
+    attention_kind: str = "attention"
+
+    def attended(self) -> tuple[int, ...]:
+        """The blocks whose attention a pass must keep."""
+        return tuple(self.attention_blocks) if self.attention_steps else ()
+
+
 @torch.no_grad()
 def multi_scale_cam(
     model: ToCo,
     images: Float[Tensor, "B 3 H W"],
     *,
-    scales: Sequence[float] = (1.0, 0.5, 1.5),
-    flip: bool = True,
     tokens: Tokens | None = None,
     image_labels: Num[Tensor, "B K"] | None = None,
-    attention_steps: int = 0,
-    attention_blocks: Sequence[int] = (),
-    attention_kind: str = "attention",
+    **views: Any,
 ) -> CAMs:
-    """CAM and auxiliary CAM, summed over scales of the (normalised) images.
-
-    Each scale contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W; the sum is
-    normalised per image and class. Without `flip` the mirrored image is left out.
+    """CAM and auxiliary CAM, summed over views of the (normalised) images, the sum normalised per image and class.
 
     tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not
-    repeated.
+    repeated. Where CAMs are carried along attention it should come from `model.encode(images,
+    attend=attention_blocks)`; otherwise that pass is repeated.
     image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what
     `labels.valid_cam` would make of them. Without it, all K. Which classes those are is looked up where the labels
     are: for labels on the CPU no device is waited for.
-
-    attention_steps: carry the activations of every view so often along its own attention, at the tokens, before they
-    are resized (see `refiners.attention`, also for `attention_kind`). `tokens` should then come from
-    `model.encode(images, attend=attention_blocks)`; otherwise that pass is repeated.
+    views: fields of `CAMViews`.
 
     No gradient, no decoder. Without attention steps it equals the release (which always includes scale 1) when
     `model.dropped_border`, to 3e-6 with fused attention and to 3e-7 within `model.plain_attention()`; otherwise a
     scaled image whose size is not a multiple of the patch is fitted to the nearest multiple and nothing of its border
     is lost.
     """
-    labelled = _labelled(images, model.n_classes, image_labels)
-    maps = _summed_maps(
-        model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
-    )
-    return CAMs(*(_placed(one, labelled, len(images), model.n_classes) for one in maps))
+    if image_labels is None:
+        image_labels = torch.ones(len(images), model.n_classes)
+    return on_all_classes(labelled_cams(model, images, image_labels, tokens=tokens, **views), model.n_classes)
 
 
 @torch.no_grad()
@@ -98,26 +105,22 @@ def labelled_cams(
     images: Float[Tensor, "B 3 H W"],
     image_labels: Num[Tensor, "B K"],
     *,
-    scales: Sequence[float] = (1.0, 0.5, 1.5),
-    flip: bool = True,
     tokens: Tokens | None = None,
-    attention_steps: int = 0,
-    attention_blocks: Sequence[int] = (),
-    attention_kind: str = "attention",
+    **views: Any,
 ) -> LabelledCAMs:
     """`multi_scale_cam` of the labelled classes, without the maps of 0 that the others would take."""
-    image, k = labelled = _labelled(images, model.n_classes, image_labels)
     present = image_labels > 0
     filled = present.sum(1)
     n_slots = int(filled.max()) if len(filled) else 0
-    slot = (present.cumsum(1) - 1)[present].to(images.device, non_blocking=True)
-    maps = _summed_maps(
-        model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
-    )
+    places = *torch.nonzero(present, as_tuple=True), (present.cumsum(1) - 1)[present]
+    image, k, slot = (place.to(images.device, non_blocking=True) for place in places)
     classes = k.new_zeros(len(images), n_slots)
     classes[image, slot] = k
-    cams = CAMs(*(_placed(one, (image, slot), len(images), n_slots) for one in maps))
-    return LabelledCAMs(cams, classes, torch.arange(n_slots, device=filled.device) < filled[:, None])
+    cams = []
+    for maps in _summed_maps(model, images, (image, k), tokens, CAMViews(**views)):
+        cams.append(maps.new_zeros(len(images), n_slots, *maps.shape[1:]))
+        cams[-1][image, slot] = maps
+    return LabelledCAMs(CAMs(*cams), classes, torch.arange(n_slots, device=filled.device) < filled[:, None])
 
 
 def on_all_classes(labelled: LabelledCAMs, n_classes: int) -> CAMs:
@@ -130,56 +133,37 @@ def on_all_classes(labelled: LabelledCAMs, n_classes: int) -> CAMs:
     return CAMs(*found)
 
 
-def _placed(maps: Tensor, place: tuple[Tensor, Tensor], n_images: int, n_maps: int) -> Tensor:
-    """M H W maps at their place among `n_maps` of each image; the others are 0."""
-    whole = maps.new_zeros(n_images, n_maps, *maps.shape[1:])
-    whole[place] = maps
-    return whole
-
-
 def _summed_maps(
-    model, images, labelled, scales, flip, tokens, attention_steps, attention_blocks, attention_kind
-) -> tuple[Tensor, Tensor]:
+    model: ToCo, images: Tensor, labelled: tuple[Tensor, Tensor], tokens: Tokens | None, views: CAMViews
+) -> list[Tensor]:
     """Normalised M H W maps of the labelled classes, of the final and of the auxiliary classifier."""
-    if not len(scales) or min(scales) <= 0:
-        raise ToCoError(f"scales = {scales!r} is not allowed: one or more positive numbers")
-    size = images.shape[-2:]
+    if not len(views.scales) or min(views.scales) <= 0:
+        raise ToCoError(f"scales = {views.scales!r} is not allowed: one or more positive numbers")
+    if views.attention_steps and not views.attention_blocks:
+        raise ToCoError(
+            "attention_blocks = () is not allowed: one or more blocks along whose attention CAMs are carried"
+        )
     if not len(labelled[0]):
-        return images.new_zeros(0, *size), images.new_zeros(0, *size)
-    attend = tuple(attention_blocks) if attention_steps else ()
+        return [images.new_zeros(0, *images.shape[-2:])] * 2
+    attend = views.attended()
     if tokens is not None and attend and tokens.attention is None:
         tokens = None
-    total: Any = 0
-    aux_total: Any = 0
-    for scale in scales:
-        views = scaled(model, images, scale)
+    totals: list[Any] = [0, 0]
+    for scale in views.scales:
+        straight = scaled(model, images, scale)
         if scale == 1 and tokens is not None:
-            parts = [(tokens, False)] + ([(model.encode(views.flip(-1), attend=attend), True)] if flip else [])
-        elif flip:
-            both = model.encode(torch.cat([views, views.flip(-1)]), attend=attend)
-            parts = [(_half(both, 0), False), (_half(both, 1), True)]
+            parts = [tokens] + ([model.encode(straight.flip(-1), attend=attend)] if views.flip else [])
+        elif views.flip:
+            both = model.encode(torch.cat([straight, straight.flip(-1)]), attend=attend)
+            parts = [both.part(slice(len(images))), both.part(slice(len(images), None))]
         else:
-            parts = [(model.encode(views, attend=attend), False)]
-        affinities = [
-            token_affinity(t.attention, attention_kind) if attend and t.attention is not None else None
-            for t, _ in parts
+            parts = [model.encode(straight, attend=attend)]
+        maps = [_maps(model, one, bool(n), labelled, images.shape[-2:], views) for n, one in enumerate(parts)]
+        totals = [
+            total + torch.stack(of_head).amax(0).relu_()
+            for total, of_head in zip(totals, zip(*maps, strict=True), strict=True)
         ]
-        pairs = [
-            _maps(model, *part, labelled, size, affinity=affinity, steps=attention_steps)
-            for part, affinity in zip(parts, affinities, strict=True)
-        ]
-        cams, aux_cams = zip(*pairs, strict=True)
-        total = total + torch.stack(cams).amax(0).relu_()
-        aux_total = aux_total + torch.stack(aux_cams).amax(0).relu_()
-    return normalise_cam(total), normalise_cam(aux_total)
-
-
-def _labelled(images: Tensor, n_classes: int, image_labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Image and class numbers of the M maps that are wanted."""
-    if image_labels is None:
-        image_labels = torch.ones(len(images), n_classes)
-    image, k = (index.to(images.device, non_blocking=True) for index in torch.nonzero(image_labels, as_tuple=True))
-    return image, k
+    return [normalise_cam(total) for total in totals]
 
 
 def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
@@ -195,25 +179,17 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def _half(tokens: Tokens, which: int) -> Tokens:
-    """The first or the second half of a batch."""
-
-    def half(part: Tensor) -> Tensor:
-        return part.chunk(2)[which]
-
-    attention = None if tokens.attention is None else half(tokens.attention)
-    return Tokens(*map(half, tokens[:3]), tokens.grid, attention)
-
-
-def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, *, affinity, steps: int) -> list[Tensor]:
+def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, views: CAMViews) -> list[Tensor]:
     """M H W maps of the labelled classes, of the final and of the auxiliary classifier. A mirrored one is turned back
     at image size: at token size rounding would differ from the release."""
-    found = []
+    found, affinity = [], None
+    if views.attention_steps and tokens.attention is not None:
+        affinity = token_affinity(tokens.attention, views.attention_kind)
     for patch_map, head in ((tokens.patch_map, model.classifier), (tokens.aux_patch_map, model.aux_classifier)):
         with torch.autocast(patch_map.device.type, enabled=False):
             cam = class_activation(patch_map.to(head.weight.dtype), head.weight)
-            if steps:
-                cam = carried(cam, affinity, steps).to(cam.dtype)
+            if affinity is not None:
+                cam = carried(cam, affinity, views.attention_steps).to(cam.dtype)
             cam = cam[labelled]
         cam = F.interpolate(cam[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
         found.append(cam.flip(-1) if mirrored else cam)

@@ -11,19 +11,21 @@ twice.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from toco_core.backbone import build_encoder, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 from .heads import LargeFOV, ProjectionHead, class_scores
+from .machine.files import refuse_wrong_keys
 from .refiners.attention import mean_attention
 from .tokens import BlockTokens, Kept, Output, Tokens
 
@@ -227,6 +229,16 @@ class ToCo(nn.Module):
         torch._foreach_mul_(teacher, momentum)
         torch._foreach_add_(teacher, student, alpha=1 - momentum)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within this context the network is in evaluation mode."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def compile_blocks(self) -> None:
         """Let torch.compile make the encoder's blocks, at their first call with each size of batch and view."""
         for block in self.encoder.blocks:
@@ -334,8 +346,25 @@ def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None 
     return ToCo(model, n_classes, dropped_border=config.release.dropped_border)
 
 
-def skeleton(config: ModelConfig, n_classes: int, *, dropped_border: bool = False) -> ToCo:
+def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
-    with torch.device("meta"):
-        return ToCo(dataclasses.replace(config, pretrained=False), n_classes, dropped_border=dropped_border)
+    with torch.device("meta"), _NumbersOnCPU():
+        return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Leave `torch.linspace` its numbers: timm before 1.0.21 reads them while it builds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **more | (kwargs or {}))
+
+
+def loaded_model(what: str, found: Mapping[str, Tensor], config: TrainConfig, n_classes: int) -> ToCo:
+    """Build the network of a config with the tensors of a file, `what` in messages. Raises ToCoError, before memory is
+    taken, where they are not the config's."""
+    refuse_wrong_keys(what, found, skeleton(config.model, n_classes).state_dict())
+    model = build_model(config, n_classes, pretrained=False)
+    model.load_state_dict(found)
+    return model

@@ -21,6 +21,12 @@ class Tokens(NamedTuple):
     attention: Float[Tensor, "B N N"] | None = None
     """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
 
+    def part(self, images: slice) -> "Tokens":
+        """Those of some images of the batch."""
+        attention = None if self.attention is None else self.attention[images]
+        own = (self.class_token[images], self.patch_tokens[images], self.aux_patch_tokens[images])
+        return Tokens(*own, self.grid, attention)
+
     @property
     def patch_map(self) -> Float[Tensor, "B D h w"]:
         return self.patch_tokens.transpose(1, 2).unflatten(2, self.grid)
@@ -51,13 +57,10 @@ class BlockTokens(NamedTuple):
 
     def images(self) -> "list[BlockTokens]":
         """Each image of the batch by itself."""
-        found = []
-        for b in range(len(self.tokens.class_token)):
-            one = slice(b, b + 1)
-            *parts, grid, attention = self.tokens
-            tokens = Tokens(*(part[one] for part in parts), grid, None if attention is None else attention[one])
-            found.append(BlockTokens([x[one] for x in self.blocks], [x[one] for x in self.normed], tokens))
-        return found
+        return [
+            BlockTokens([x[one] for x in self.blocks], [x[one] for x in self.normed], self.tokens.part(one))
+            for one in (slice(b, b + 1) for b in range(len(self.tokens.class_token)))
+        ]
 
 
 @runtime_checkable

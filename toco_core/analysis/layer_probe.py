@@ -23,14 +23,14 @@ from torch import Tensor
 from toco_core.cam import class_activation, normalise_cam
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, evaluation_items, to_unit
+from toco_core.data.loader import in_batches
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import CAMCounts, strongest
-from toco_core.heads import pooled
 from toco_core.machine.device import in_float64
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo
 from toco_core.predict.tokens import tokens_by_block
-from toco_core.train.warm_start import fit_classifier
+from toco_core.train.warm_start import classifier_input, fit_classifier
 
 BATCH = 16  # images whose tokens of all blocks are held at a time
 PROBE_STEPS = 300  # of a probe of the scores at tokens
@@ -87,7 +87,7 @@ def probe_classifiers(
     """
     features, labels, pooling = [], [], model.config.pooling
     for items, tokens, _ in _tokens_of_split(model, source, config, n_images):
-        features.append([block.bfloat16() if pooling == "cam_topk" else pooled(block, pooling) for block in tokens])
+        features.append([classifier_input(block, pooling) for block in tokens])
         labels += [item.image_labels for item in items]
     features = [torch.cat(parts) for parts in zip(*features, strict=True)]
     image_labels = torch.cat(labels).to(features[0].device)
@@ -146,8 +146,7 @@ def _tokens_of_split(
     device, size = model.classifier.weight.device, config.data.crop_size
     autocast, items = autocast_of(config, device), evaluation_items(source, size=size)
     grid = tuple(side // patch for side, patch in zip(model.fitted_size(size, size), model.patch_size, strict=True))
-    for first in range(0, len(source), BATCH):
-        batch = [next(items) for _ in range(min(BATCH, len(source) - first))]
+    for batch in in_batches(items, BATCH):
         images = model.normalise(to_unit(torch.cat([item.image for item in batch]).to(device)))
         with torch.no_grad(), attention_of(model, config, device), autocast():
             tokens = tokens_by_block(model, images)

@@ -10,9 +10,7 @@ ordinary supervised training can begin anew from the pretrained backbone: cross-
 program that keeps the numbers of a palette PNG.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,15 +21,13 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.data import Split, open_source, to_unit
+from toco_core.data import Split, to_unit
 from toco_core.data.augment import scaled_range
 from toco_core.data.loader import sample_order
 from toco_core.errors import ToCoError
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo
-from toco_core.predict.models import open_model
-from toco_core.runs.hub import write_pretrained
 from toco_core.train.optimizer import build_training, set_rates
 
 
@@ -113,32 +109,3 @@ def _batch(source: Split, config: TrainConfig, step: int) -> tuple[torch.Tensor,
         images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
         masks.append(torch.from_numpy(mask).long())
     return torch.stack(images), torch.stack(masks)
-
-
-SECOND_CARD = """# A second network
-
-{backbone}, trained for {steps} steps by cross-entropy on the {n} label maps of `{labels}`, by toco_core.
-Classes: {classes}. Only the decoder was trained: `--method seg`.
-"""
-
-
-def second_command(arguments: list[str]) -> int:
-    """Run `toco second`."""
-    parser = argparse.ArgumentParser(
-        prog="toco second", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a run, or a shipped run (full): its backbone, sizes and rates are used")
-    parser.add_argument("labels", help="folder with label maps in VOC layout")
-    parser.add_argument("folder", help="folder to write, as `toco share` does")
-    parser.add_argument("--split", default="train", help="list of the images to train on (train)")
-    parser.add_argument("--steps", type=int, help="steps of training (default: the run's)")
-    chosen = parser.parse_args(arguments)
-    config = open_model(chosen.run).config
-    if chosen.steps is not None and chosen.steps < 1:
-        raise ToCoError(f"steps = {chosen.steps} is not allowed: 1 or more")
-    source = open_source(chosen.labels, chosen.split)
-    model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
-    facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
-    card = SECOND_CARD.format(**facts, classes=", ".join(source.class_names[1:]))
-    print(write_pretrained(chosen.folder, model.state_dict(), config, source.class_names, card))
-    return 0

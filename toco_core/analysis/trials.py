@@ -22,7 +22,7 @@ from torch import Tensor
 
 from toco_core.cam import multi_scale_cam
 from toco_core.config import TrainConfig, configured, field_sections, override, tiny
-from toco_core.data import EvalItem, Split, TrainVal, evaluation_items, open_data, to_unit
+from toco_core.data import EvalItem, TrainVal, evaluation_items, open_data, to_unit
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.labels import token_label, upsampled_argmax, valid_cam
@@ -109,14 +109,12 @@ class Trials:
         config = override(config, views_per_image=1, eval_interval=0, log_interval=LOGGED_EVERY, log_to="")
         self.config, self.every = configured(config, steps=steps), every
         data = data or open_data(config.data)
-        self.data = data._replace(train=_spread(data.train, n_train), val=_spread(data.val, n_val))
+        self.data = data._replace(train=data.train.spread(n_train), val=data.val.spread(n_val))
         self.kept = KeptTokens()
         self.depth = ToCo(config.model, data.train.n_classes).depth
         self.done: list[Trial] = []
-        labelled = np.flatnonzero(self.data.val.image_labels.any(1))
-        places = labelled if len(labelled) else np.arange(len(self.data.val))
-        shown = sorted({int(places[i]) for i in np.linspace(0, len(places) - 1, SHOWN).round().astype(int)})
-        self.shown = list(evaluation_items(self.data.val.subset(shown), size=config.data.crop_size, native=True))
+        shown = self.data.val.spread(SHOWN, labelled=True)
+        self.shown = list(evaluation_items(shown, size=config.data.crop_size, native=True))
 
     def configured(self, **values: Any) -> TrainConfig:
         """The config of a trial with these fields. Raises ToCoError for what cannot be, as training would."""
@@ -207,14 +205,11 @@ class Trials:
     @torch.no_grad()
     def _frame(self, model: ToCo, config: TrainConfig, step: int) -> Frame:
         images, image_labels = _batch(model, self.shown)
-        was_training = model.training
-        model.eval()
-        with passes_of(model, config)():
+        with model.evaluating(), passes_of(model, config)():
             tokens = model.encode(images, attend=config.labels.attended())
             options = {"tokens": tokens, "image_labels": image_labels, **config.labels.cam_options()}
             cams = multi_scale_cam(model, images, **options)
             seg_logits = model.decoder(tokens.patch_map)
-        model.train(was_training)
         label = token_label(cams.aux_cam.float(), image_labels, tokens.grid, **config.labels.thresholds())
         segmentation = upsampled_argmax(seg_logits.float(), tuple(images.shape[-2:]))
         return Frame(
@@ -227,22 +222,15 @@ class Trials:
     @torch.no_grad()
     def _similarity(self, model: ToCo, config: TrainConfig) -> float:
         """Mean over the validation images, whose frozen blocks the scoring needs anyway."""
-        was_training, found = model.training, []
-        model.eval()
-        with passes_of(model, config)():
+        found = []
+        with model.evaluating(), passes_of(model, config)():
             for item in evaluation_items(self.data.val, size=config.data.crop_size):
                 found.append(token_similarity(model.encode(_batch(model, [item])[0]).patch_tokens.float()))
-        model.train(was_training)
         return float(torch.cat(found).mean())
 
 
 class _Stopped(Exception):
     """Ends a training from within."""
-
-
-def _spread(split: Split, n: int) -> Split:
-    """`n` of its images, evenly spread; all where there are fewer."""
-    return split.subset(np.linspace(0, len(split) - 1, min(n, len(split))).round().astype(int).tolist())
 
 
 def _batch(model: ToCo, items: list[EvalItem]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Look a data set over: what is there, what is missing, what is broken, what lies in two splits."""
 
-import argparse
 import sys
 
+from toco_core.commands import command_parser
 from toco_core.data.source import open_source, recognise
 from toco_core.data.survey import how_to_get, inventory, survey
 from toco_core.errors import ToCoError
@@ -10,7 +10,7 @@ from toco_core.errors import ToCoError
 
 def check_command(arguments: list[str]) -> int:
     """Run `toco check`: print the inventory and, unless told otherwise, decode everything; 0 where nothing is wrong."""
-    parser = argparse.ArgumentParser(prog="toco check", description=__doc__)
+    parser = command_parser("check", __doc__)
     parser.add_argument("dataset", help="folder or file of a data set, or 'scenes'")
     parser.add_argument("--split", action="append", help="only these splits (may be repeated)")
     parser.add_argument("--names-only", action="store_true", help="decode nothing")

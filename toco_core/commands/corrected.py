@@ -1,7 +1,6 @@
 """Read corrected label maps back in from a shell."""
 
-import argparse
-
+from toco_core.commands import command_parser
 from toco_core.predict import corrections
 from toco_core.predict.corrections import write_corrected
 from toco_core.predict.export import IMAGES
@@ -9,9 +8,7 @@ from toco_core.predict.export import IMAGES
 
 def corrected_command(arguments: list[str]) -> int:
     """Run `toco corrected`."""
-    parser = argparse.ArgumentParser(
-        prog="toco corrected", description=corrections.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("corrected", corrections.__doc__)
     parser.add_argument("labels", help="folder that `toco export` or `toco label` wrote")
     parser.add_argument(
         "exported", help="Label Studio's export as JSON; CVAT's as Segmentation mask 1.1 (.zip or folder)"

@@ -2,6 +2,7 @@
 
 import argparse
 
+from toco_core.commands import command_parser
 from toco_core.config import TrainConfig
 from toco_core.data import Split, open_data, open_source
 from toco_core.data.split import joined
@@ -14,7 +15,7 @@ ALL = "all"  # the split of all images of a run
 
 def export_command(arguments: list[str]) -> int:
     """Run `toco export`."""
-    parser = argparse.ArgumentParser(prog="toco export", description="Write pseudo labels of a run.")
+    parser = command_parser("export", __doc__)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("folder", help="new folder, or one whose export was interrupted")
     parser.add_argument(
@@ -23,12 +24,7 @@ def export_command(arguments: list[str]) -> int:
         help="split of the run's data set (default train); all: what it trains and what it validates on, with a list "
         "each",
     )
-    parser.add_argument(
-        "--method", default="par", choices=METHODS, help="; ".join(f"{k}: {v}" for k, v in METHODS.items())
-    )
-    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
-        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
-    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
+    add_label_options(parser)
     parser.add_argument(
         "--format",
         default="voc",
@@ -59,6 +55,15 @@ def export_command(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("stopped; the same call goes on from here") from stop
     return 0
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `toco export` and `toco label` have in common: how labels are made, and where their images go."""
+    methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
+    parser.add_argument("--method", default="par", choices=METHODS, help=f"{methods} (default par)")
+    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
+        parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
+    parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
 
 
 def split_of_run(config: TrainConfig, split: str) -> Split:

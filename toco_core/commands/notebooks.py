@@ -7,7 +7,6 @@
 `python -m toco_core` stands for `toco` where the scripts' folder is not on the path.
 """
 
-import argparse
 import importlib.util
 import json
 import subprocess
@@ -16,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import toco_core
+from toco_core.commands import command_parser
 from toco_core.errors import ToCoError
 
 
@@ -80,9 +80,7 @@ def open_lab(folder: str | Path, *, options: tuple[str, ...] = ()) -> int:
 
 def copy_command(arguments: list[str]) -> int:
     """Run `toco notebooks`."""
-    parser = argparse.ArgumentParser(
-        prog="toco notebooks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("notebooks", __doc__)
     parser.add_argument("folder", help="folder that receives the notebooks")
     parser.add_argument("names", nargs="*", help="which ones (default: all)")
     parser.add_argument("--cleared", action="store_true", help="without outputs")
@@ -95,9 +93,7 @@ def copy_command(arguments: list[str]) -> int:
 
 def lab_command(arguments: list[str]) -> int:
     """Run `toco lab`."""
-    parser = argparse.ArgumentParser(
-        prog="toco lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("lab", __doc__)
     parser.add_argument("folder", nargs="?", default="toco_notebooks", help="default: toco_notebooks")
     chosen, options = parser.parse_known_args(arguments)
     return open_lab(chosen.folder, options=tuple(options))

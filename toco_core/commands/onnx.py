@@ -1,7 +1,6 @@
 """Write ONNX from a shell."""
 
-import argparse
-
+from toco_core.commands import command_parser
 from toco_core.predict import portable
 from toco_core.predict.portable import write_onnx
 from toco_core.runs.opened import open_run
@@ -9,9 +8,7 @@ from toco_core.runs.opened import open_run
 
 def onnx_command(arguments: list[str]) -> int:
     """Run `toco onnx`."""
-    parser = argparse.ArgumentParser(
-        prog="toco onnx", description=portable.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("onnx", portable.__doc__)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("file", help="the ONNX file to write")
     chosen = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Write a page from a shell."""
 
-import argparse
 from pathlib import Path
 
+from toco_core.commands import command_parser
 from toco_core.data import read_image
 from toco_core.machine.precision import passes_of
 from toco_core.predict import page
@@ -13,9 +13,7 @@ from toco_core.predict.page import write_page
 
 def page_command(arguments: list[str]) -> int:
     """Run `toco page`."""
-    parser = argparse.ArgumentParser(
-        prog="toco page", description=page.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("page", page.__doc__)
     parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
     parser.add_argument("photograph", help="a picture")
     parser.add_argument("file", help="the page, .html")

@@ -1,16 +1,13 @@
 """Share a run from a shell."""
 
-import argparse
-
+from toco_core.commands import command_parser
 from toco_core.runs import hub
 from toco_core.runs.hub import push_to_hub, save_pretrained
 
 
 def share_command(arguments: list[str]) -> int:
     """Run `toco share`."""
-    parser = argparse.ArgumentParser(
-        prog="toco share", description=hub.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("share", hub.__doc__)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("folder", help="folder to write")
     parser.add_argument("--push", metavar="NAME/MODEL", help="also upload it to this repository of the Hub")

@@ -7,9 +7,9 @@ The run's folder is printed at the end; the same call goes on where it was inter
 first steps of the terms keep their share of the schedule. With `torchrun`, `batch_size` is that of all processes.
 """
 
-import argparse
 import sys
 
+from toco_core.commands import command_parser
 from toco_core.commands.fields import field_help
 from toco_core.config import RECIPES, TrainConfig, changed_batch, configured
 from toco_core.config.parameters import named_values
@@ -24,13 +24,8 @@ from toco_core.train.loop import train
 def train_command(arguments: list[str]) -> int:
     """Run `toco train`; with `torchrun`, as one of its processes."""
     shown = next((RECIPES[word] for word in arguments if word in RECIPES), TrainConfig)
-    parser = argparse.ArgumentParser(
-        prog="toco train",
-        description=__doc__,
-        epilog=field_help(shown()) if {"-h", "--help"} & {*arguments} else "",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = field_help(shown()) if {"-h", "--help"} & {*arguments} else ""
+    parser = command_parser("train", __doc__, epilog=epilog, allow_abbrev=False)
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of the config that differ: see below")
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from toco_core.cam import CAMs, multi_scale_cam
+from toco_core.cam import CAMs, CAMViews, multi_scale_cam
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
@@ -43,6 +43,7 @@ from toco_core.predict.segmentation import checked_crf, crf_named, maps_at, merg
 from toco_core.runs.folder import weights_hash
 
 N_THRESHOLDS = 20
+ROWS = ("logits", "aux_logits", "image_labels")
 AS_CAM = "as CAM"  # segmentation sees the images at the size at which the CAM does
 
 
@@ -146,11 +147,6 @@ def evaluate(
     source,
     *,
     size: int | None,
-    scales: Sequence[float] = (1.0, 0.5, 1.5),
-    flip: bool = True,
-    attention_steps: int = 0,
-    attention_blocks: Sequence[int] = (),
-    attention_kind: str = "attention",
     seg_scales: Sequence[float] = (1.0,),
     max_over_scales: bool = True,
     seg_size: int | str | None = AS_CAM,
@@ -164,6 +160,7 @@ def evaluate(
     what: str = "evaluating",
     share: Share = ALONE,
     keep: Path | str | None = None,
+    **cam_views: Any,
 ) -> Evaluation:
     """Score a model on a split, one batch of images in memory at a time. Nothing is written unless `keep` says where.
 
@@ -171,14 +168,12 @@ def evaluate(
         source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
             Where an image has no mask it counts for the image-level predictions only.
         size: images are stretched to this square; None keeps the native size.
-        scales, flip: of the CAM. Image-level predictions are made at scale 1, unflipped.
-        attention_steps, attention_blocks, attention_kind: how CAMs are carried along attention (`cam.multi_scale_cam`).
         seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
             at scale 1, unflipped.
         seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
             segmentation at native size (None).
         crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
-            settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
+            settings that are usual for VOC; or a mapping with fields of `refiners.crf.CRFSettings`.
         workers: processes that read images.
         crf_workers: processes that compute the CRF while the network is at the next batch; 0 computes it here. On a CPU
             their number moves no bit.
@@ -189,6 +184,8 @@ def evaluate(
             one returns the scores of all, in counts equal to those of one process.
         keep: a folder in which every finished image stays (see `kept`). After an interruption the same call goes on
             there, and returns bit for bit what it would have: the batches are the same, only whole ones are skipped.
+        cam_views: scales, flip and attention of the CAM (`cam.CAMViews`). Image-level predictions are made at scale 1,
+            unflipped.
 
     Raises ToCoError for a folder that keeps another evaluation, and for `keep` together with `on_batch`, which would
     not see what is skipped.
@@ -196,16 +193,15 @@ def evaluate(
     crf_options = checked_crf(crf)
     if keep is not None and on_batch is not None:
         raise ToCoError("keep and on_batch: one of them is allowed, as on_batch would not see what was finished before")
-    carried = (attention_steps, tuple(attention_blocks), attention_kind) if attention_steps else ()
-    views = _Views(size, tuple(scales), flip, size if seg_size == AS_CAM else seg_size, tuple(seg_scales), carried)
+    views = _Views(size, CAMViews(**cam_views), size if seg_size == AS_CAM else seg_size, tuple(seg_scales))
     protocol = f"{len(source)} images at {views}, {crf_named(crf_options)}"
     counted, mine = _Counted(model.n_classes), share.chunks(len(source), batch_size)
     kept, todo = None, mine
     if keep is not None:
         if share.first:
-            exact = {name: value for name, value in views._asdict().items() if name != "attention" or value}
-            exact |= {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
-            kept = KeptEvaluation(keep, {"protocol": protocol, **exact, **_depends_on(model, source, autocast)})
+            exact = {"max_over_scales": max_over_scales, "crf": crf_options, "batch_size": batch_size}
+            exact |= {"protocol": protocol, **views.settings(), **_depends_on(model, source, autocast)}
+            kept = KeptEvaluation(keep, exact)
         kept = share.from_first(kept)
         todo = counted.add_finished(kept, source.names, mine, batch_size)
     numbers, waiting = iter(todo), deque()
@@ -224,41 +220,37 @@ def evaluate(
                 kept.write(item.name, counts, label)
             bar.update()
 
-    was_training = model.training
-    model.eval()
     bar = tqdm(
         total=len(mine), initial=len(mine) - len(todo), desc=what, unit="image", disable=not progress, leave=False
     )
-    try:
-        with bar, CRFWorkers(crf_workers, crf_options or {}, max_over_scales=max_over_scales) as refined:
-            part = source if len(todo) == len(source) else source.subset(todo) if todo else ()
-            native = crf_options is not None or views.seg_size != size
-            found = evaluation_items(part, size=size, workers=workers, native=native) if todo else iter(())
-            for items in _batches(found, batch_size):
-                seen = _seen(model, items, views, autocast)
-                if on_batch:
-                    on_batch(items, seen.unit, seen.cams, seen.image_labels)
-                for b, item in enumerate(items):
-                    label = None
-                    if item.mask is not None and crf_options is not None:
-                        label = refined.submit(seen.seg_maps[b], item.native)
-                    elif item.mask is not None:
-                        label = merged_label(seen.seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
-                        label = label[0].to(torch.uint8).cpu().numpy()
-                    waiting.append((next(numbers), item, _counts_of(seen, b, item), label))
-                finish(2 * crf_workers)
-            finish(0)
-    finally:
-        model.train(was_training)
-    n_masks = counted.n_masks
-    if share.n > 1:
-        _merge([counted.cam.counts, counted.aux_cam.counts, counted.seg.counts], share)
-        n_masks = sum(share.gathered(n_masks))
-    logits, aux_logits, truth = _in_order(counted.rows(mine), mine, share)
-    if n_masks < len(source):
-        protocol += f", masks of {n_masks} images" if n_masks else ", no masks: no mIoU"
+    with (
+        bar,
+        model.evaluating(),
+        CRFWorkers(crf_workers, crf_options or {}, max_over_scales=max_over_scales) as refined,
+    ):
+        part = source if len(todo) == len(source) else source.subset(todo) if todo else ()
+        native = crf_options is not None or views.seg_size != size
+        found = evaluation_items(part, size=size, workers=workers, native=native) if todo else iter(())
+        for items in _batches(found, batch_size):
+            seen = _seen(model, items, views, autocast)
+            if on_batch:
+                on_batch(items, seen.unit, seen.cams, seen.image_labels)
+            for b, item in enumerate(items):
+                label = None
+                if item.mask is not None and crf_options is not None:
+                    label = refined.submit(seen.seg_maps[b], item.native)
+                elif item.mask is not None:
+                    label = merged_label(seen.seg_maps[b], item.mask.shape, max_over_scales=max_over_scales)
+                    label = label[0].to(torch.uint8).cpu().numpy()
+                waiting.append((next(numbers), item, _counts_of(seen, b, item), label))
+            finish(2 * crf_workers)
+        finish(0)
+    counted = counted.of_all(share)
+    if counted.n_masks < len(source):
+        protocol += f", masks of {counted.n_masks} images" if counted.n_masks else ", no masks: no mIoU"
     if kept is not None and share.first:
         kept.finish(protocol)
+    logits, aux_logits, truth = counted.predictions()
     return Evaluation(
         counted.cam,
         counted.aux_cam,
@@ -267,7 +259,7 @@ def evaluate(
         multi_label_scores(aux_logits, truth),
         len(source),
         protocol,
-        n_masks,
+        counted.n_masks,
     )
 
 
@@ -275,33 +267,30 @@ class _Views(NamedTuple):
     """How images are seen: by the CAM, and by the segmentation."""
 
     size: int | None
-    scales: tuple[float, ...]
-    flip: bool
+    cam: CAMViews
     seg_size: int | None
     seg_scales: tuple[float, ...]
-    attention: tuple = ()
-    """Steps, blocks and kind of affinity with which CAMs are carried; empty: they are not."""
 
     @property
     def once(self) -> bool:
         """Whether the segmentation is one pass at scale 1."""
         return self.seg_scales == (1.0,)
 
-    @property
-    def carried(self) -> dict:
-        """The keywords of `multi_scale_cam` for it."""
-        return dict(zip(("attention_steps", "attention_blocks", "attention_kind"), self.attention, strict=False))
+    def settings(self) -> dict:
+        """What a kept evaluation writes down."""
+        scales, flip, *carried = self.cam
+        found = {"size": self.size, "scales": scales, "flip": flip, "seg_size": self.seg_size}
+        return found | {"seg_scales": self.seg_scales} | ({"attention": carried} if self.cam.attention_steps else {})
 
     def __str__(self) -> str:
         return (
-            f"{_named(self.size)}, CAM scales {_listed(self.scales)}{' + flip' if self.flip else ''}, "
-            f"{carried_named(**self.carried)}"
+            f"{_named(self.size)}, CAM {cam_named(self.cam)}, "
             f"segmentation {'' if self.seg_size == self.size else f'at {_named(self.seg_size)} '}"
-            f"{'once' if self.once else f'scales {_listed(self.seg_scales)} + flip'}"
+            f"{'once' if self.once else f'scales {listed(self.seg_scales)} + flip'}"
         )
 
 
-class _Seen(NamedTuple):
+class _BatchPrediction(NamedTuple):
     """What the network says of a batch."""
 
     unit: Tensor  # the images in [0, 1]
@@ -312,34 +301,40 @@ class _Seen(NamedTuple):
     seg_maps: list[list[Tensor]]  # per image, per scale
 
 
-def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _Seen:
+def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _BatchPrediction:
     device = model.classifier.weight.device
     unit = to_unit(torch.cat([i.image for i in items]).to(device))
     image_labels = torch.cat([i.image_labels for i in items]).to(device)
     images = model.normalise(unit)
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
-        tokens = model.encode(images, attend=views.attention[1] if views.attention else ())
+        tokens = model.encode(images, attend=views.cam.attended())
         output = model.heads(tokens)
-        options = {"scales": views.scales, "flip": views.flip, **views.carried}
-        cams = multi_scale_cam(model, images, tokens=tokens, image_labels=image_labels, **options)
+        cams = multi_scale_cam(model, images, tokens=tokens, image_labels=image_labels, **views.cam._asdict())
         if views.seg_size != views.size:
             seg_maps = maps_at(model, [i.native for i in items], views.seg_size, views.seg_scales)
         else:
             maps = [output.seg_logits] if views.once else segmentation_maps(model, images, views.seg_scales)
             seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
-    return _Seen(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
+    return _BatchPrediction(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
 
 
-def _counts_of(seen: _Seen, b: int, item: EvalItem) -> ImageCounts:
+def _counts_of(seen: _BatchPrediction, b: int, item: EvalItem) -> ImageCounts:
     """What image `b` of a batch adds, but for its segmentation."""
-    one, K = slice(b, b + 1), seen.image_labels.shape[1]
-    cam, aux_cam = CAMCounts(K), CAMCounts(K)
-    if item.mask is not None:
-        for counts, maps in ((cam, seen.cams.cam), (aux_cam, seen.cams.aux_cam)):
-            counts.update(item.mask, *strongest(maps[one], seen.image_labels[one], item.mask.shape))
+    one, found = slice(b, b + 1), _nothing(seen.image_labels.shape[1])
     rows = (seen.class_logits[b].float(), seen.aux_class_logits[b].float(), seen.image_labels[b])
-    seg = np.zeros((K + 1, K + 1), np.int64)
-    return ImageCounts(cam.counts, aux_cam.counts, seg, *(row.cpu().numpy() for row in rows), item.mask is not None)
+    found = found._replace(**dict(zip(ROWS, (row.cpu().numpy() for row in rows), strict=True)))
+    if item.mask is None:
+        return found
+    maps = [CAMCounts(seen.image_labels.shape[1]) for _ in seen.cams]
+    for counts, cams in zip(maps, seen.cams, strict=True):
+        counts.update(item.mask, *strongest(cams[one], seen.image_labels[one], item.mask.shape))
+    return found._replace(cam=maps[0].counts, aux_cam=maps[1].counts, has_mask=True)
+
+
+def _nothing(n_classes: int) -> ImageCounts:
+    """The counts of an image without a mask, whose predictions are 0."""
+    cam, seg = CAMCounts(n_classes).counts, ConfusionMatrix(n_classes).counts
+    return ImageCounts(cam, cam, seg, *[np.zeros(n_classes, np.float32)] * len(ROWS), False)
 
 
 class _Counted:
@@ -356,7 +351,7 @@ class _Counted:
         self.aux_cam.counts += image.aux_cam
         self.seg.counts += image.seg
         self.n_masks += image.has_mask
-        self._rows[number] = image.logits, image.aux_logits, image.image_labels
+        self._rows[number] = tuple(getattr(image, name) for name in ROWS)
 
     def add_finished(self, kept: KeptEvaluation, names: Sequence[str], mine: list[int], batch_size: int) -> list[int]:
         """The images of finished batches; returns the others. (In a batch of other images an image may get other
@@ -368,24 +363,23 @@ class _Counted:
                 todo += batch
                 continue
             for number in batch:
-                image = kept.read(names[number])
-                for name, shape in self._shapes().items():
-                    if getattr(image, name).shape != shape:
-                        raise ToCoError(
-                            f"{kept.folder}: {name} of the image {names[number]} is {getattr(image, name).shape} and "
-                            f"not {shape}: delete the folder, and it is evaluated again"
-                        )
-                self.add(number, image)
+                self.add(number, kept.read(names[number], like=_nothing(self.cam.n_classes)))
         return todo
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """What each image adds."""
-        maps = {"cam": self.cam.counts.shape, "aux_cam": self.aux_cam.counts.shape, "seg": self.seg.counts.shape}
-        return maps | dict.fromkeys(("logits", "aux_logits", "image_labels"), (self.cam.n_classes,))
+    def of_all(self, share: Share) -> "_Counted":
+        """What all processes have counted together."""
+        parts = share.gathered(self)
+        whole = _Counted(self.cam.n_classes)
+        for name in ("cam", "aux_cam", "seg"):
+            getattr(whole, name).counts = sum(getattr(part, name).counts for part in parts)
+        whole.n_masks = sum(part.n_masks for part in parts)
+        whole._rows = {number: rows for part in parts for number, rows in part._rows.items()}
+        return whole
 
-    def rows(self, numbers: list[int]) -> list[list[Tensor]]:
-        """Logits, auxiliary logits and image-level labels, 1 K per image."""
-        return [[torch.from_numpy(self._rows[n][k])[None] for n in numbers] for k in range(3)]
+    def predictions(self) -> list[Tensor]:
+        """Logits, auxiliary logits and image-level labels, a row per image, in the order of the split."""
+        columns = zip(*(self._rows[number] for number in sorted(self._rows)), strict=True)
+        return [torch.from_numpy(np.stack(column)) for column in columns]
 
 
 def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
@@ -408,31 +402,21 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
     }
 
 
-def _merge(counts: Sequence[np.ndarray], share: Share) -> None:
-    """Adds up what all processes counted, in place."""
-    for own, *others in zip(counts, *share.gathered(list(counts)), strict=True):
-        own[...] = sum(others)
-
-
-def _in_order(rows: Sequence[list[Tensor]], mine: list[int], share: Share) -> list[Tensor]:
-    """Each process's rows of its images as those of all images, in the order of the list."""
-    parts = share.gathered([[torch.cat(row) for row in rows] if mine else None, mine])
-    order = torch.tensor([i for _, numbers in parts for i in numbers]).argsort()
-    return [torch.cat([own[k] for own, _ in parts if own])[order] for k in range(len(rows))]
-
-
-def carried_named(*, attention_steps: int = 0, attention_blocks: Sequence[int] = (), attention_kind: str = "") -> str:
-    """ "carried 2 x along the attention of blocks 9, 10 (pattern), ", or "" where CAMs are not."""
-    if not attention_steps:
-        return ""
-    return f"carried {attention_steps} x along the attention of blocks {_listed(attention_blocks)} ({attention_kind}), "
+def cam_named(views: CAMViews) -> str:
+    """ "scales 1, 0.5 + flip", and how the CAM is carried along attention, where it is."""
+    name = f"scales {listed(views.scales)}{' + flip' if views.flip else ''}"
+    if not views.attention_steps:
+        return name
+    blocks, kind = listed(views.attention_blocks), views.attention_kind
+    return f"{name}, carried {views.attention_steps} x along the attention of blocks {blocks} ({kind})"
 
 
 def _named(size: int | None) -> str:
     return "native size" if size is None else f"{size} x {size}"
 
 
-def _listed(scales: Sequence[float]) -> str:
+def listed(scales: Sequence[float]) -> str:
+    """Numbers in as few digits as tell them."""
     return ", ".join(f"{scale:g}" for scale in scales)
 
 
@@ -448,36 +432,16 @@ def _batches(items: Iterator[EvalItem], batch_size: int) -> Iterator[list[EvalIt
         yield batch
 
 
-def evaluate_as(
-    config: TrainConfig,
-    model: ToCo,
-    source,
-    *,
-    crf: bool | Mapping = False,
-    crf_workers: int = 0,
-    on_batch: Callable | None = None,
-    progress: bool = True,
-    what: str = "evaluating",
-    share: Share = ALONE,
-    keep: Path | str | None = None,
-) -> Evaluation:
-    """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with."""
+def evaluate_as(config: TrainConfig, model: ToCo, source, **options: Any) -> Evaluation:
+    """`evaluate` on a split with the sizes, scales, precision and attention that `config` trains and validates with;
+    `options` are its other arguments."""
     device = model.classifier.weight.device
+    configured = {
+        "size": eval_size(config),
+        "seg_scales": config.seg_scales,
+        "max_over_scales": config.release.max_over_scales,
+        "autocast": autocast_of(config, device),
+        "workers": config.data.workers,
+    }
     with attention_of(model, config, device):
-        return evaluate(
-            model,
-            source,
-            size=eval_size(config),
-            **config.labels.cam_options(),
-            seg_scales=config.seg_scales,
-            max_over_scales=config.release.max_over_scales,
-            crf=crf,
-            crf_workers=crf_workers,
-            autocast=autocast_of(config, device),
-            on_batch=on_batch,
-            progress=progress,
-            workers=config.data.workers,
-            what=what,
-            share=share,
-            keep=keep,
-        )
+        return evaluate(model, source, **configured, **config.labels.cam_options(), **options)

@@ -20,11 +20,12 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
+from toco_core.cam import CAMViews
 from toco_core.config import TrainConfig, override
 from toco_core.data import Split, TrainVal, evaluation_items, open_data, open_source
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import carried_named
-from toco_core.evaluation.metrics import OpenCounts, Scores
+from toco_core.evaluation.evaluate import cam_named, listed
+from toco_core.evaluation.metrics import OpenCounts, Scores, in_groups
 from toco_core.evaluation.scores import reported_part
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import passes_of
@@ -48,7 +49,7 @@ class AssessedModel(NamedTuple):
     origin: str
 
 
-def open_subject(
+def open_assessed(
     config: TrainConfig, *, run: str = "", checkpoint: str = "", heads: int | None = None, changes: dict | None = None
 ) -> AssessedModel:
     """A model from a finished run's folder, from a checkpoint of the published release, or else from the run of
@@ -124,7 +125,7 @@ def labels_of(
     """Every kind of label of image `index` of a split, at its native size; without "seg_crf" unless `crf`.
 
     The model sees the image as `config` says. `scales` are those of "seg_ms" and "seg_crf"; `crf` is True, for the
-    settings that are usual for VOC, or a mapping with keywords of `crf.dense_crf`.
+    settings that are usual for VOC, or a mapping with fields of `refiners.crf.CRFSettings`.
     """
     options = checked_crf(crf)
     predictor = ImagePredictor(model, config, passes=passes_of(model, config))
@@ -164,10 +165,8 @@ class Assessment:
     def group_miou(self, kind: str, groups: int = 4) -> np.ndarray:
         """mIoU in [0, 1] on disjoint groups of images, image i in group i mod `groups`: how much a score moves from one
         handful of images to the next. Raises ToCoError where a group would be empty."""
-        counts = self.counts[kind]
-        if not 1 <= groups <= len(counts):
-            raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(counts)}, the number of images")
-        return np.array([self._counted(counts[g::groups].sum(0)).scores().miou for g in range(groups)])
+        parts = in_groups(self.counts[kind], groups)
+        return np.array([self._counted(part.sum(0)).scores().miou for part in parts])
 
     def worst(self, kind: str, n: int) -> list[int]:
         """Places of the `n` images with the lowest `image_iou`, worst first."""
@@ -227,11 +226,9 @@ def assess(
             counts.setdefault(kind, []).append(one.counts)
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
-    options = config.labels.cam_options()
-    cam = f"{where}, image labels known, CAM scales {_listed(options.pop('scales'))} + flip, {carried_named(**options)}"
-    cam = cam.rstrip(", ")
+    cam = f"{where}, image labels known, CAM {cam_named(CAMViews(**config.labels.cam_options()))}"
     par = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}, PAR {config.labels.par_iterations}"
-    several = f"{where}, scales {_listed(scales)} + flip"
+    several = f"{where}, scales {listed(scales)} + flip"
     protocol = {
         "cam": f"{cam}, threshold {beta:g} chosen on {chosen_on}",
         "aux_cam": f"{cam}, threshold {aux_beta:g} chosen on {chosen_on}",
@@ -247,7 +244,3 @@ def assess(
 
 def _percent(value: float) -> float | None:
     return round(100 * float(value), 2) if np.isfinite(value) else None
-
-
-def _listed(scales: Sequence[float]) -> str:
-    return ", ".join(f"{scale:g}" for scale in scales)

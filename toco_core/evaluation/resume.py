@@ -35,12 +35,6 @@ class ImageCounts(NamedTuple):
     has_mask: bool
 
 
-KINDS = {  # axes, and integers, floating-point numbers or a truth value
-    "cam": (3, "i"), "aux_cam": (3, "i"), "seg": (2, "i"),
-    "logits": (1, "f"), "aux_logits": (1, "f"), "image_labels": (1, "f"), "has_mask": (0, "b"),
-}  # fmt: skip
-
-
 class KeptEvaluation:
     """The folder, for the evaluation that `settings` describe. Raises ToCoError where it holds another one, or
     something else, or cannot be written."""
@@ -54,8 +48,9 @@ class KeptEvaluation:
         """Whether an image is finished."""
         return self._counts(name).is_file()
 
-    def read(self, name: str) -> ImageCounts:
-        """A finished image. Raises ToCoError for a damaged file."""
+    def read(self, name: str, *, like: ImageCounts) -> ImageCounts:
+        """A finished image. Raises ToCoError for a damaged file, and for one whose parts have other shapes or types
+        than those of `like`."""
         path = self._counts(name)
         data = read_bytes(path, "counts_bytes")
         try:
@@ -66,7 +61,8 @@ class KeptEvaluation:
                 values = [plain_array(archive.read(part)) for part in parts]
             found = dict(zip(ImageCounts._fields, values, strict=True))
             for field, value in found.items():
-                if (value.ndim, value.dtype.kind) != KINDS[field] or (value.dtype.kind == "i" and value.min() < 0):
+                wanted, kind = np.asarray(getattr(like, field)), value.dtype.kind
+                if (value.shape, kind) != (wanted.shape, wanted.dtype.kind) or (kind == "i" and value.min() < 0):
                     raise ValueError(f"{field} is no such array")
         except Exception as error:  # noqa: BLE001  a damaged archive raises many kinds
             raise ToCoError(f"{path} is damaged: delete it, and the image is evaluated again") from error

@@ -236,8 +236,10 @@ def are_tensors(content: object) -> bool:
     return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
-def refuse_wrong_keys(what: str, found: dict, wanted: dict) -> None:
+def refuse_wrong_keys(what: str, found: Any, wanted: dict) -> None:
     """An error in words where the names or the shapes of tensors differ from what is wanted."""
+    if not are_tensors(found):
+        raise ToCoError(f"{what}: it holds no tensors by name")
     missing = [k for k in wanted if k not in found]
     unexpected = [k for k in found if k not in wanted]
     misshapen = [

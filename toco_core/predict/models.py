@@ -6,7 +6,6 @@ my_model                 a folder that `toco share` wrote
 official.pth             a checkpoint of the published release
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +13,7 @@ from toco_core.config import TrainConfig, override, voc
 from toco_core.data import VOC_CLASSES, open_data
 from toco_core.errors import ToCoError
 from toco_core.machine.device import resolve_device
-from toco_core.machine.files import refuse_wrong_keys
-from toco_core.model import ToCo, skeleton
+from toco_core.model import ToCo, loaded_model
 from toco_core.runs.folder import Run
 from toco_core.runs.hub import from_pretrained
 from toco_core.runs.release import from_release
@@ -75,11 +73,7 @@ def _of_run(run: Run) -> NamedModel:
     if state is None:
         raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
     names = _class_names(run, config)
-    options = {"dropped_border": config.release.dropped_border}
-    found, wanted = state["model"], skeleton(config.model, len(names) - 1, **options).state_dict()
-    refuse_wrong_keys(f"run = {str(run.folder)!r}", found, wanted)
-    model = ToCo(dataclasses.replace(config.model, pretrained=False), len(names) - 1, **options)
-    model.load_state_dict(found)
+    model = loaded_model(f"run = {str(run.folder)!r}", state["model"], config, len(names) - 1)
     return NamedModel(run.folder.resolve().name, model, config, names, state.get("step"))
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from toco_core import __version__
 from toco_core.config import TrainConfig, override
 from toco_core.errors import ToCoError
-from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.machine.files import read_tensors
 from toco_core.machine.hub import hub_reason, quick_hub
-from toco_core.model import ToCo, build_model, skeleton
+from toco_core.model import ToCo, loaded_model
 from toco_core.runs.folder import Run, write_whole
 
 FILES = ("model.safetensors", "config.json", "README.md")
@@ -90,10 +90,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
     found = read_tensors(folder / "model.safetensors", "source")
-    wanted = skeleton(config.model, len(names) - 1).state_dict()
-    refuse_wrong_keys(f"source = {str(source)!r}", found, wanted)
-    model = build_model(config, len(names) - 1, pretrained=False)
-    model.load_state_dict(found)
+    model = loaded_model(f"source = {str(source)!r}", found, config, len(names) - 1)
     return Pretrained(model.eval(), config, names)
 
 
@@ -111,7 +108,7 @@ def push_to_hub(run: Run | str | Path, repository: str, *, private: bool = False
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
         except Exception as error:  # the Hub's, of the connection, of a token: of many types
-            raise ToCoError(f"repository = {repository!r} could not be written ({_first_line(error)})") from error
+            raise ToCoError(f"repository = {repository!r} could not be written ({hub_reason(error)})") from error
 
 
 def model_card(config: TrainConfig, manifest: dict, metrics: dict, scores: dict | None) -> str:
@@ -186,7 +183,3 @@ def _fetched(repository: str, revision: str | None) -> Path:
             f"source = {repository!r} is no folder, and no repository of the Hub ({hub_reason(error)})"
         ) from error
     return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -49,7 +49,7 @@ def open_run(
     given, data = data is not None, data or open_data(config.data)
     refuse_other_model(skeleton(config.model, data.train.n_classes), weights, run, data)
     model = build_model(config, data.train.n_classes, pretrained=False)
-    load_model_state(model, weights, run, data)
+    model.load_state_dict(weights)
     if given:
         run.refuse_other_data(data)
     return Opened(model.to(resolve_device(device)).eval(), config, run, data)

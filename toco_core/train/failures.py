@@ -19,9 +19,8 @@ from toco_core.data import Batch
 from toco_core.errors import ToCoError
 from toco_core.machine.device import resolve_device
 from toco_core.machine.distributed import ALONE, Share
-from toco_core.machine.files import are_tensors, refuse_wrong_keys
 from toco_core.machine.precision import attention_of, autocast_of
-from toco_core.model import ToCo, build_model, skeleton
+from toco_core.model import ToCo, loaded_model
 from toco_core.objective import TERMS, Objective, Step, Term, objective
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.backward import crop_generator
@@ -99,24 +98,14 @@ def load_failure(run: Run | Path | str) -> Failure:
     state = read_state(path, ("step", "message", "config", "model", "batch", "names"))
     try:
         config, batch = TrainConfig.from_dict(state["config"]), Batch(names=tuple(state["names"]), **state["batch"])
-        model = _loaded(path, config, batch, state["model"])
-        teacher = _loaded(path, config, batch, state.get("teacher")) if config.schedule.teacher_momentum else None
+        nets = ["model", "teacher"] if config.schedule.teacher_momentum else ["model"]
+        model, *teacher = (loaded_model(str(path), state.get(n), config, batch.image_labels.shape[1]) for n in nets)
     except ToCoError:
         raise
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{path} cannot be read as a failed step: {type(error).__name__}: {error}") from error
-    teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-    return Failure(model.train(), config, state["step"], batch, state["message"], teacher)
-
-
-def _loaded(path: Path, config: TrainConfig, batch: Batch, found: object) -> ToCo:
-    n_classes = batch.image_labels.shape[1]
-    if not are_tensors(found):
-        raise ToCoError(f"{path}: it holds no tensors by name")
-    refuse_wrong_keys(str(path), found, skeleton(config.model, n_classes).state_dict())
-    model = build_model(config, n_classes, pretrained=False)
-    model.load_state_dict(found)
-    return model
+    frozen = teacher[0].eval().requires_grad_(False) if teacher else None
+    return Failure(model.train(), config, state["step"], batch, state["message"], frozen)
 
 
 class Replay(NamedTuple):
@@ -151,9 +140,3 @@ def replay(
         teacher = None if failure.teacher is None else failure.teacher.to(device)
         step = Step(model, batch, config, failure.step, teacher=teacher, **options)
         return Replay(step, objective(step))
-
-
-def is_finite(found: Replay) -> dict[str, bool]:
-    """Whether the total and each term of a step is finite."""
-    values = {"total": found.objective.total, **found.objective.terms}
-    return {name: bool(torch.isfinite(value)) for name, value in values.items()}

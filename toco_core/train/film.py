@@ -12,7 +12,6 @@ A frame reads the weights and draws no random number: no bit of the training cha
 took after its last checkpoint are taken again, with the same bits.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +24,14 @@ from jaxtyping import UInt8
 
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, Split, evaluation_items
-from toco_core.errors import ToCoError
+from toco_core.data.files import picture_bytes
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.intake import read_json
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole, writing
 from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.runs.folder import Run
-from toco_core.viz.movie import captioned, write_movie
 from toco_core.viz.pictures import label_over_image, overlay
 
 IMAGES = 4  # validation images with a label, evenly spaced over the split
@@ -61,14 +60,10 @@ class Film:
 
     def take(self, model: ToCo, step: int) -> None:
         """Keep a frame. The model's mode is restored. Raises ToCoError where it cannot be written."""
-        was_training = model.training
-        model.eval()
-        try:
+        with model.evaluating():
             frames = [_frame(model, item, self.config) for item in self._opened()]
-        finally:
-            model.train(was_training)
         with writing(self.folder):
-            write_whole(self._path(step), _png(_side_by_side(frames)))
+            write_whole(self._path(step), picture_bytes(_side_by_side(frames)))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.png"
@@ -76,10 +71,7 @@ class Film:
     def _opened(self) -> list[EvalItem]:
         """The images, and what is written of them once."""
         if self._items is None:
-            labelled = np.flatnonzero(self._source.image_labels.any(1))
-            places = labelled if len(labelled) else np.arange(len(self._source))
-            chosen = sorted({int(places[i]) for i in np.linspace(0, len(places) - 1, IMAGES).round().astype(int)})
-            source = self._source.subset(chosen)
+            source = self._source.spread(IMAGES, labelled=True)
             self._items = list(evaluation_items(source, size=eval_size(self.config), native=True))
             images = [_small(item.native[0].permute(1, 2, 0).numpy()) for item in self._items]
             left = np.cumsum([0, *(image.shape[1] for image in images)]).tolist()
@@ -88,7 +80,7 @@ class Film:
             known["classes"] = list(source.class_names)
             with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                write_whole(self.folder / "images.png", _png(_side_by_side(images)))
+                write_whole(self.folder / "images.png", picture_bytes(_side_by_side(images)))
                 write_whole(self.folder / "film.json", json.dumps(known, indent=1) + "\n")
         return self._items
 
@@ -107,8 +99,7 @@ class FilmFrames(NamedTuple):
 
     def picture(self, frame: int, *, show: str = "CAM", strength: float = 0.65) -> UInt8[np.ndarray, "H W 3"]:
         """The images of a frame side by side under their CAM or segmentation, twice as large as they are kept."""
-        if show not in SHOWN:
-            raise ToCoError(f"show = {show!r} is not allowed: one of {', '.join(SHOWN)}")
+        refuse_other(SHOWN, show=show)
         parts = []
         for image, cam, label in zip(self.images, self.cam[frame], self.segmentation[frame], strict=True):
             size = 2 * image.shape[1], 2 * image.shape[0]
@@ -186,30 +177,8 @@ def _cut(strip: np.ndarray, box: Sequence[int]) -> np.ndarray:
     return part
 
 
-def _png(rgb: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    return cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
-
-
 def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     found = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if found is None:
         raise ValueError(f"{path} is no picture")
     return np.ascontiguousarray(found[..., ::-1])
-
-
-def film_command(arguments: list[str]) -> int:
-    """Run `toco film`."""
-    parser = argparse.ArgumentParser(
-        prog="toco film", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="folder of a run that was trained with film")
-    parser.add_argument("file", help="the moving picture: .gif, or .mp4 where OpenCV can write it")
-    parser.add_argument("--show", default="CAM", choices=SHOWN, help="what is laid over the images (CAM)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each frame (0.3)")
-    chosen = parser.parse_args(arguments)
-    film = read_film(chosen.run)
-    frames = [
-        captioned(film.picture(i, show=chosen.show), f"{chosen.show}, step {step}") for i, step in enumerate(film.steps)
-    ]
-    print(write_movie(frames, chosen.file, seconds=chosen.seconds))
-    return 0

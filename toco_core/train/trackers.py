@@ -59,16 +59,13 @@ class TensorBoard(NoTracker):
         return self.make_writer(str(self.folder), purge_step=self.start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers by tag."""
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Log an RGB picture."""
         self.writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left and end."""
         if "writer" in self.__dict__:
             self.writer.close()
 
@@ -103,15 +100,12 @@ class Trackio(NoTracker):
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers by tag."""
         self._send(step, dict(values))
 
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Log an RGB picture."""
         self._send(step, {tag: self.trackio.Image(picture)})
 
     def close(self) -> None:
-        """Write what is left and end."""
         if "opened" in self.__dict__:
             self.opened.finish()
             write_whole(self.file, str(self.step))
@@ -159,12 +153,10 @@ def validation_pictures(model, source, config: TrainConfig) -> dict[str, UInt8[n
     from toco_core import viz  # matplotlib takes a while to load
 
     found = {}
-    training = model.training
-    model.eval()
     for index in sorted({int(i) for i in np.linspace(0, len(source) - 1, PICTURES)}):
-        seen = look(model, source, index, config)
+        with model.evaluating():
+            seen = look(model, source, index, config)
         cam = np.rint(255 * viz.overlay(seen.image, seen.cam)).astype(np.uint8)
         labels = (viz.label_colours(seen.pseudo_label), viz.label_colours(seen.segmentation))
         found[f"picture/{seen.name}"] = np.concatenate([seen.image, cam, *labels], axis=1)
-    model.train(training)
     return found

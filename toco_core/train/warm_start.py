@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.data import evaluation_items, to_unit
+from toco_core.data.loader import in_batches
 from toco_core.heads import class_scores, pooled
 from toco_core.losses import classification_loss
 from toco_core.model import ToCo
@@ -51,27 +53,21 @@ def pooled_tokens(
 ) -> tuple[Tensor, Tensor]:
     """What the final and the auxiliary classifier read of every image of a split: two n D, float32; with the pooling
     `cam_topk`, which has no such vector, all tokens, n N D in bfloat16."""
-    found, was_training = ([], []), model.training
-    device, waiting = model.classifier.weight.device, []
-    model.eval()
-
-    def encode() -> None:
-        with autocast():
-            tokens = model.encode(model.normalise(to_unit(torch.cat(waiting).to(device))))
-        for kept, patches in zip(found, (tokens.patch_tokens, tokens.aux_patch_tokens), strict=True):
-            of_channels = model.config.pooling != "cam_topk"
-            kept.append(pooled(patches.float(), model.config.pooling) if of_channels else patches.bfloat16())
-        waiting.clear()
-
+    found, device, pooling = ([], []), model.classifier.weight.device, model.config.pooling
     items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers)
-    for item in tqdm(items, total=len(source), desc="warm start", unit="image", disable=not progress, leave=False):
-        waiting.append(item.image)
-        if len(waiting) == ENCODED_AT_ONCE:
-            encode()
-    if waiting:
-        encode()
-    model.train(was_training)
+    bar = tqdm(items, total=len(source), desc="warm start", unit="image", disable=not progress, leave=False)
+    with model.evaluating():
+        for batch in in_batches(bar, ENCODED_AT_ONCE):
+            with autocast():
+                tokens = model.encode(model.normalise(to_unit(torch.cat([item.image for item in batch]).to(device))))
+            for kept, patches in zip(found, (tokens.patch_tokens, tokens.aux_patch_tokens), strict=True):
+                kept.append(classifier_input(patches.float(), pooling))
     return torch.cat(found[0]), torch.cat(found[1])
+
+
+def classifier_input(patch_tokens: Float[Tensor, "B N D"], pooling: str) -> Tensor:
+    """What a classifier is fitted to: B D pooled tokens; with `cam_topk` all of them, B N D in bfloat16."""
+    return patch_tokens.bfloat16() if pooling == "cam_topk" else pooled(patch_tokens, pooling)
 
 
 def fit_classifier(

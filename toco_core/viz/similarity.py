@@ -8,14 +8,19 @@ import numpy as np
 from toco_core.viz.theme import FLAG_COLOURS, name_colours, with_plain_text
 
 
-@with_plain_text
-def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
-    """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+def _lines_by_block(ax: plt.Axes, curves: dict[str, Sequence[float]], layer: int | None) -> None:
     colours = name_colours(curves)
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
     if layer is not None:
         ax.axvline(layer, color="#999999", ls="--", lw=1)
+
+
+@with_plain_text
+def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
+    """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+    _lines_by_block(ax, curves, layer)
+    if layer is not None:
         place = {"transform": ax.get_xaxis_transform(), "color": "#666666", "fontsize": 8}
         ax.text(layer, 0.02, f" auxiliary block {layer}", **place)
     ax.set(title="Over-smoothing", xlabel="block", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
@@ -31,11 +36,7 @@ def by_block(
     ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
 ) -> plt.Axes:
     """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
-    colours = name_colours(curves)
-    for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
-    if layer is not None:
-        ax.axvline(layer, color="#999999", ls="--", lw=1)
+    _lines_by_block(ax, curves, layer)
     ax.set(title=title, xlabel="block", ylabel=ylabel)
     ax.set_xticks(range(1, len(next(iter(curves.values()))) + 1))
     ax.legend()

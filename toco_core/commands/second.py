@@ -1,0 +1,37 @@
+"""Train a second network from a shell."""
+
+from pathlib import Path
+
+from toco_core.analysis import second_stage
+from toco_core.analysis.second_stage import train_segmentation
+from toco_core.commands import command_parser
+from toco_core.data import open_source
+from toco_core.errors import ToCoError
+from toco_core.predict.models import open_model
+from toco_core.runs.hub import write_pretrained
+
+CARD = """# A second network
+
+{backbone}, trained for {steps} steps by cross-entropy on the {n} label maps of `{labels}`, by toco_core.
+Classes: {classes}. Only the decoder was trained: `--method seg`.
+"""
+
+
+def second_command(arguments: list[str]) -> int:
+    """Run `toco second`."""
+    parser = command_parser("second", second_stage.__doc__)
+    parser.add_argument("run", help="folder of a run, or a shipped run (full): its backbone, sizes and rates are used")
+    parser.add_argument("labels", help="folder with label maps in VOC layout")
+    parser.add_argument("folder", help="folder to write, as `toco share` does")
+    parser.add_argument("--split", default="train", help="list of the images to train on (train)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: the run's)")
+    chosen = parser.parse_args(arguments)
+    config = open_model(chosen.run).config
+    if chosen.steps is not None and chosen.steps < 1:
+        raise ToCoError(f"steps = {chosen.steps} is not allowed: 1 or more")
+    source = open_source(chosen.labels, chosen.split)
+    model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
+    facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
+    card = CARD.format(**facts, classes=", ".join(source.class_names[1:]))
+    print(write_pretrained(chosen.folder, model.state_dict(), config, source.class_names, card))
+    return 0
