@@ -1,18 +1,18 @@
-"""A session in words: as the notebook's parameters, which a papermill line or an address holds, and back."""
+"""A session in words: as the notebook's parameters, which a papermill line or an address holds, and back.
+
+`session` is a `Session`, whose methods of the same names these are.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toco_core.errors import ToCoError
 from toco_core.widgets.settings import ARRANGEMENTS, VIEWS, Settings, differences, within
 
-if TYPE_CHECKING:
-    from toco_core.widgets.session import Session
 
-
-def parameters(session: "Session") -> dict[str, Any]:
+def parameters(session) -> dict[str, Any]:
     """The notebook's parameters that lead here: `restore` of a new session takes them. Settings that a session of
     this model begins with are left out."""
     side, found = session.sides[0], {}
@@ -39,7 +39,7 @@ def parameters(session: "Session") -> dict[str, Any]:
     return found
 
 
-def restore(session: "Session", values: Mapping[str, Any]) -> None:
+def restore(session, values: Mapping[str, Any]) -> None:
     """Go where parameters lead: image, settings, patch, crop places, second model and its own settings.
 
     What is None or empty, and names that are not a session's, are passed over; the model is that of side A already,
@@ -66,7 +66,7 @@ def restore(session: "Session", values: Mapping[str, Any]) -> None:
     session.arrange_views(**{name: given[name] for name in ("arrange", "views", "curtain") if name in given})
 
 
-def describe(session: "Session") -> str:
+def describe(session) -> str:
     """The state and its numbers in lines that are the same on every machine."""
     lines = [f"{session.picture.name} of {session.pictures.title}"]
     for i, side in enumerate(session.sides):
