@@ -118,3 +118,9 @@ def test_no_name_becomes_html_in_the_panel(tmp_path):
         found = Elements(panel.value)
         assert not found.tags & {"img", "script"} and not {a for a in found.attributes if a.startswith("on")}
     assert "class<img" in Elements(explorer.why.words.value).text
+
+
+def test_names_of_a_chart_do_not_cover_each_other_or_what_is_below():
+    assert why._apart([10, 12, 60], 11, most=100) == [10, 21, 60]
+    assert why._apart([90, 95, 96, 97], 11, most=100) == [67, 78, 89, 100]
+    assert why._apart([], 11, most=100) == []

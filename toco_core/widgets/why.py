@@ -169,13 +169,22 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
             parts.append(element("polyline", points=points, **line))
             if not dash:
                 ends.append((top + (1 - float(scores[-1, slot])) * (height - top - bottom), name))
-    last = -100.0
-    for y, name in sorted(ends):
-        last = max(y + 4, last + 11)
-        parts.append(element("text", _short(name), x=width - right + 5, y=f"{last:.1f}"))
+    rows = _apart([y + 4 for y, _ in sorted(ends)], 11, most=height - bottom + 4)
+    for y, (_, name) in zip(rows, sorted(ends), strict=True):
+        parts.append(element("text", _short(name), x=width - right + 5, y=f"{y:.1f}"))
     words = f"step 0 to {steps} of PAR; solid: beta_h, dashed: beta_l"
     parts.append(element("text", words, x=left - 26, y=height - 6))
     return _svg(parts, width, height, "scores at the pixel after each step of PAR")
+
+
+def _apart(heights: list[float], step: float, *, most: float) -> list[float]:
+    """Rising heights moved so that none is nearer than `step` to the next, and none above `most`."""
+    found = []
+    for y in heights:
+        found.append(max(y, found[-1] + step) if found else y)
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], most - step * (len(found) - 1 - i))
+    return found
 
 
 def _short(name: str) -> str:
