@@ -16,6 +16,8 @@ from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_c
 from PIL import Image
 from small_config import short_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
 HARMLESS = re.compile(r"favicon|ResizeObserver|net::ERR_|status of 404|Failed to load resource")

@@ -196,6 +196,7 @@ def data_of_numbers(n):
     return Source()
 
 
+@pytest.mark.slow
 def test_runs_share_what_they_keep_and_a_resumed_one_has_the_same_bits(data, tmp_path):
     def trained(name, kept, **options):
         config = small(out_dir=str(tmp_path / name), warm_start_steps=5, cam_scales=(1.0,))

@@ -33,6 +33,7 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "patch", "prefix"), [("vit_small_patch14_reg4_dinov2", 14, 5), ("vit_small_patch16_dinov3", 16, 5)]
 )

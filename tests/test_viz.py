@@ -238,6 +238,7 @@ def test_a_headless_run_notes_and_draws_at_the_end(monkeypatch):
     assert curves.records == RECORDS and curves.image is None
 
 
+@pytest.mark.slow
 def test_the_curves_are_a_png_and_leave_no_figure_open():
     curves = viz.LiveCurves(live=False)
     curves.records += RECORDS
@@ -394,6 +395,7 @@ def test_attention_is_shown_in_units_of_an_even_spread(ax):
     assert shown.get_clim() == (0, 3)
 
 
+@pytest.mark.slow
 def test_the_explorer_tells_patches_and_percents():
     rng = np.random.default_rng(0)
     matrices = {str(b): rng.uniform(-1, 1, (6, 6)) for b in range(1, 5)}
@@ -496,7 +498,7 @@ def test_a_name_is_no_formula(name):
         viz.token_similarity(plt.subplots()[1], {name: [0.1, 0.2, 0.3]}),
     ]
     for one in drawn:
-        (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png")
+        (one if isinstance(one, Figure) else one.figure).savefig(io.BytesIO(), format="png", dpi=20)
         shown = name.encode(errors="replace").decode()  # what is no text has question marks
         assert any(shown in text.get_text() for text in one.findobj(Text))
     plt.close("all")

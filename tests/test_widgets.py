@@ -352,6 +352,7 @@ def run_line(line, folder):
     return found["explorer"]
 
 
+@pytest.mark.slow
 def test_the_copied_line_leads_back_through_the_notebook(tmp_path):
     """Two sides with settings of their own, crops set by hand, another model, an image named like a number."""
     models = [short_run(tmp_path / "runs", seed) for seed in (0, 1)]
@@ -512,6 +513,7 @@ def test_crops_are_placed_by_clicks(explorer):
     assert explorer.session.centres == []
 
 
+@pytest.mark.slow
 def test_saved_files(session, tmp_path):
     explorer = Explorer(session, folder=tmp_path)
     explorer.controls.of["show"].value = "pseudo label"
@@ -564,6 +566,7 @@ def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
     assert len(files_below(tmp_path / "explored")) == 1
 
 
+@pytest.mark.slow
 def test_still_picture_and_words_are_the_same_every_time(session):
     bundles = [Explorer(session)._repr_mimebundle_()[0] for _ in range(2)]
     assert bundles[0]["image/png"] == bundles[1]["image/png"]
@@ -781,6 +784,7 @@ def hostile_explorer(tmp_path):
     return Explorer(Session(open_pictures(root, f"split{EVIL}"), subjects), folder=tmp_path / f"out{EVIL}")
 
 
+@pytest.mark.slow
 def test_no_name_becomes_html(tmp_path):
     explorer = hostile_explorer(tmp_path)
     seen = {}
