@@ -26,7 +26,7 @@ from toco_core.data import open_source  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "explorer.gif"
 IMAGE = "val_00080"
-PHOTOGRAPH = 6  # of the training part: the reader's own
+PHOTOGRAPH = 4  # of the validation part, whose labels are left out: the reader's own
 WINDOW = 1240, 900
 TOP = 100  # of the notebook in the window, pixels: menu and tools are above
 WIDTH = 860  # of the moving picture, pixels
@@ -159,11 +159,12 @@ def walk(page, recorder: Recorder, photograph: Path) -> None:
     shoot("Another image: each class in its colour, with the classifier's probability.", 1.8)
     page.locator(".toco-chips button[aria-pressed=true]:has(b)").first.click()
     shoot("A click switches a class off.", 1.4)
-    page.locator(".toco-chips button[aria-pressed=false]:has(b)").first.focus()
+    page.get_by_role("tab", name="look").click()
+    page.locator(choose.format("which")).select_option("labelled")
     page.locator("input[type=file]").set_input_files(photograph)
     page.wait_for_function(f"document.querySelector('.toco-film [aria-selected=true]')?.title === {photograph.stem!r}")
     top_of(page, ".toco-film")
-    shoot("A photograph of your own, chosen, dropped or pasted: nobody has labelled it.", 2.2)
+    shoot("A photograph of your own, chosen, dropped or pasted: the classes are those that the model sees.", 2.2)
     page.get_by_role("button", name="play", exact=True).click()
     page.wait_for_function("document.querySelector('.toco-played')?.naturalWidth > 0")
     top_of(page, ".toco-played-caption")
@@ -219,7 +220,7 @@ def main() -> None:
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
         nbformat.write(notebook, f"{folder}/walk.ipynb")
         photograph = Path(folder) / "mine.png"
-        Image.fromarray(open_source("scenes", "train").image(PHOTOGRAPH)).save(photograph)
+        Image.fromarray(open_source("scenes", "val").image(PHOTOGRAPH)).save(photograph)
         try:
             with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
                 run_all_cells(page)
