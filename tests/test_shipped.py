@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from small_config import small_recipe
+from small_config import few_scenes, small_recipe
 from torch.testing import assert_close
 
 import toco_core.runs.shipped as shipped
 from toco_core.config import override
-from toco_core.data import open_data, open_train_val
-from toco_core.data.scenes import ScenesConfig, scenes_folder
+from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.scores import read_scores, scored_run
@@ -22,10 +21,7 @@ from toco_core.train.loop import train, trained_run
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=12, n_train=6, n_val=4, n_test=2), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=12, n_train=6, n_val=4, n_test=2)
 
 
 @pytest.fixture(scope="module")
