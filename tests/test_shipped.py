@@ -76,9 +76,9 @@ def test_a_shipped_run_has_the_scores_that_come_with_it(name, kept):
     scores = read_scores(run)
     assert scores.part == "test" and scored_run(opened.config, data=opened.data, progress=False).scores == scores
     val = opened.data.val
+    opened.model.freeze_blocks(opened.config.schedule.frozen_blocks)
     with kept.of(opened.model, blocks=kept_blocks(opened.config)):
         found = evaluate_as(opened.config, opened.model, val, progress=False)
-    assert kept.found or kept.computed == len(val)
     assert abs(100 * found.cam.scores(scores.beta).miou - scores.val["cam"]) < 0.5
     assert abs(100 * found.seg.miou - scores.val["seg"]) < 0.5
 
