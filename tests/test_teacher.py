@@ -109,7 +109,7 @@ def test_off_costs_nothing(data, tmp_path, monkeypatch):
 
 
 def networks(config, k=3):
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     found = [ToCo(config.model, k), ToCo(config.model, k)]
     for model in found:
         stir(model, 0.3)
