@@ -4,7 +4,7 @@
     python experiments/walk.py --frames FOLDER     # the frames too, as PNG, to be looked at
 
 Opens a notebook with the shipped run in headless Chromium, moves its controls as a person would, and photographs it
-after each step. Nothing is staged: what is seen is what the widgets drew. Expected: a file of at most 1.5 MB. Needs
+after each step. Nothing is staged: what is seen is what the widgets drew. Expected: a file of at most 2.5 MB. Needs
 playwright and a browser.
 """
 
@@ -21,13 +21,16 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 from browser import NoBrowser, in_jupyterlab, run_all_cells, slider  # noqa: E402
 
+from toco_core.data import open_source  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "explorer.gif"
 IMAGE = "val_00080"
+PHOTOGRAPH = 6  # of the training part: the reader's own
 WINDOW = 1240, 900
 TOP = 100  # of the notebook in the window, pixels: menu and tools are above
 WIDTH = 860  # of the moving picture, pixels
-MOST_BYTES = 1_500_000
+MOST_BYTES = 2_500_000
 CELL = """\
 from toco_core.runs.shipped import shipped_runs
 from toco_core.widgets import Explorer, Session, Subjects, open_pictures, open_subject
@@ -40,6 +43,14 @@ session.go("{image}")
 explorer = Explorer(session, folder="explored")
 explorer
 """
+
+
+# every image was judged: the bar has gone, and every thumbnail is there
+JUDGED = """() => {
+    const bar = document.querySelector('.toco-explorer .toco-explorer .widget-hprogress')
+    const pictures = [...document.querySelectorAll('.toco-gallery button')]
+    return getComputedStyle(bar).visibility === 'hidden' && pictures.every(button => button.querySelector('img'))
+}"""
 
 
 class Recorder:
@@ -100,19 +111,18 @@ def top_of(page, selector: str, above: int = TOP + 8) -> None:
     )
 
 
-def walk(page, recorder: Recorder) -> None:
+def walk(page, recorder: Recorder, photograph: Path) -> None:
     """The steps, in the order of a person's questions."""
     shoot: Callable = recorder.shoot
+    choose = ".widget-dropdown:has(label:text-is('{}')) select"
     top_of(page, ".toco-row")
-    shoot(
-        "One image: its class map, the pseudo label made of it, and the ground truth, which training never saw.",
-        2.4,
-    )
-    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("block")
+    shoot("One image: its class map, the pseudo label made of it, and the ground truth, which training never saw.", 2.4)
+    page.locator(choose.format("CAM")).select_option("block")
     for block in (10, 8, 6):
         press(page, slider(page, "block"), "ArrowLeft", 2)
         shoot(f"What would block {block} light up?", 0.8)
-    page.locator(".widget-dropdown:has(label:text-is('CAM')) select").select_option("final")
+    page.locator(choose.format("CAM")).select_option("final")
+    press(page, slider(page, "block"), "ArrowRight", 6)
     shoot("The last block again.", 0.9)
     page.get_by_role("tab", name="labels").click()
     for _ in range(3):
@@ -123,17 +133,54 @@ def walk(page, recorder: Recorder) -> None:
     shoot("Without refinement the label is as coarse as the patches,", 1.3)
     press(page, slider(page, "PAR iterations"), "ArrowRight", 10)
     shoot("with it, it ends where the colours change.", 1.5)
-    picture = page.locator(".toco-row .toco-canvas img").nth(1)
-    box = picture.bounding_box()
-    picture.click(position={"x": 0.45 * box["width"], "y": 0.55 * box["height"]})
-    shoot(
-        "Why this pixel? Its values against the thresholds, through PAR, and who voted.",
-        2.4,
-    )
-    page.get_by_role("button", name="curtain").first.click()
-    page.wait_for_timeout(1500)
+    click_at(page, 1, 0.55, 0.45)
+    shoot("Why this pixel? Its values against the thresholds, through PAR, and who voted.", 2.6)
+    page.get_by_role("button", name="compare").click()
+    page.locator(".widget-toggle-button:text-is('B')").click()
+    page.locator(choose.format("model")).select_option("classification")
     top_of(page, ".toco-row")
-    shoot("A curtain between any two views.", 2.4)
+    shoot("The same network trained without token contrast, below.", 2.4)
+    page.get_by_role("button", name="compare").click()
+    page.get_by_role("button", name="curtain").first.click()
+    page.wait_for_function("document.querySelector('.toco-row img.toco-under')?.naturalWidth > 0")
+    top_of(page, ".toco-row")
+    curtain = page.locator(".toco-row .toco-curtain")
+    for _ in range(3):
+        press(page, curtain, "ArrowLeft", 2)
+        shoot("A curtain between any two views.", 0.7)
+    page.get_by_role("button", name="side by side").click()
+    top_of(page, ".toco-film")
+    page.locator(".toco-film button").nth(2).click()
+    shoot("Another image: each class in its colour, with the classifier's probability.", 1.8)
+    page.locator(".toco-chips button[aria-pressed=true]:has(b)").first.click()
+    shoot("A click switches a class off.", 1.4)
+    page.locator(".toco-chips button[aria-pressed=false]:has(b)").first.focus()
+    page.locator("input[type=file]").set_input_files(photograph)
+    page.wait_for_function(f"document.querySelector('.toco-film [aria-selected=true]')?.title === {photograph.stem!r}")
+    top_of(page, ".toco-film")
+    shoot("A photograph of your own, chosen, dropped or pasted: nobody has labelled it.", 2.2)
+    page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("document.querySelector('.toco-played')?.naturalWidth > 0")
+    top_of(page, ".toco-played-caption")
+    handle = page.locator(".widget-hbox:has(> .widget-play) .noUi-handle")
+    press(page, handle, "Home", 1)
+    for step in range(5):
+        press(page, handle, "ArrowRight", 2 if step else 1)
+        shoot("Play it over the blocks, over PAR's iterations, over a training.", 0.5)
+    page.get_by_role("button", name="play", exact=True).click()
+    page.get_by_role("button", name="gallery of the split").click()
+    page.locator(choose.format("order")).last.select_option("lowest IoU first")
+    top_of(page, ".toco-gallery", TOP + 120)
+    page.wait_for_function(JUDGED)
+    top_of(page, ".toco-gallery", TOP + 120)
+    shoot("All images of the split, the worst labels first.", 2.6)
+
+
+def click_at(page, number: int, down: float, across: float) -> None:
+    """Click one of the views, at a place in fractions of it."""
+    picture = page.locator(".toco-row .toco-canvas img.toco-picture").nth(number)
+    box = picture.bounding_box()
+    picture.click(position={"x": across * box["width"], "y": down * box["height"]})
 
 
 def write_gif(recorder: Recorder, path: Path) -> int:
@@ -164,6 +211,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="toco-") as folder:
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
         nbformat.write(notebook, f"{folder}/walk.ipynb")
+        photograph = Path(folder) / "mine.png"
+        Image.fromarray(open_source("scenes", "train").image(PHOTOGRAPH)).save(photograph)
         try:
             with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
                 run_all_cells(page)
@@ -171,7 +220,7 @@ def main() -> None:
                 page.keyboard.press("Control+b")  # the list of files goes
                 recorder = Recorder(page)
                 try:
-                    walk(page, recorder)
+                    walk(page, recorder, photograph)
                 finally:
                     if arguments.frames:
                         arguments.frames.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import torch
 from small_config import small_recipe
 
 from toco_core.config import override
+from toco_core.model import build_model
 from toco_core.runs import folder as runs
 from toco_core.runs.folder import Run
 from toco_core.train.loop import train
@@ -95,6 +96,7 @@ def main() -> None:
     torch.set_num_threads(1)
     chance = random.Random(seed)
     whole = config_of(data, out_dir / "whole")
+    build_model(whole, 3)  # imports here, once, what every child would import by itself
     began = time.monotonic()
     _, status = os.waitpid(start(whole), 0)
     assert status == 0, "the uninterrupted run failed"

@@ -260,28 +260,19 @@ def test_the_test_part_is_reported_where_there_is_one(root, tmp_path):
 
 def test_a_release_checkpoint_is_opened_for_its_data(model, root, config, tmp_path):
     save_release(model, tmp_path / "toco.pth")
-    opened = assess.open_subject(config, checkpoint=str(tmp_path / "toco.pth"), heads=2)
+    opened = assess.open_assessed(config, checkpoint=str(tmp_path / "toco.pth"), heads=2)
     image = torch.rand(1, 3, 40, 40)
     torch.testing.assert_close(opened.model.encode(image).patch_tokens, model.encode(image).patch_tokens)
     assert opened.data.val.root == root and not opened.model.training
     parts = {"train": [0], "val": [0]}
     other = write_voc_folder(tmp_path / "other", n=1, splits=parts, classes=("background", "cat"))
     with pytest.raises(ToCoError, match="3 classes apart, other has 1"):
-        assess.open_subject(override(config, dataset=other), checkpoint=str(tmp_path / "toco.pth"), heads=2)
+        assess.open_assessed(override(config, dataset=other), checkpoint=str(tmp_path / "toco.pth"), heads=2)
     with pytest.raises(ToCoError, match="one of them is allowed"):
-        assess.open_subject(config, run="a", checkpoint="b")
+        assess.open_assessed(config, run="a", checkpoint="b")
 
 
 # ---- figures
-
-
-def test_the_table_has_a_line_per_class_and_a_column_per_kind(source, assessed):
-    summary = assessed.summary(source.class_names)
-    lines = viz.protocol_table(summary, source.class_names).splitlines()
-    assert lines[0].split()[2:] == list(assess.KINDS)
-    assert len(lines) == 1 + len(source.class_names) + 3
-    means = next(line for line in lines if line.startswith("mIoU")).split()[1:]
-    assert means == [f"{s['miou']:.1f}" for s in summary.values()]
 
 
 def test_bars_show_every_class_of_every_kind(source, assessed):

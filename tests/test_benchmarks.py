@@ -16,7 +16,7 @@ from toco_core.config import override
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.model import ToCo
-from toco_core.objective import Step, StepInput, objective
+from toco_core.objective import Step, StepInput, objective, term_weights
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 SMALL = {
@@ -70,7 +70,7 @@ def cam():
 
 def test_a_whole_step(baseline, model, batch):
     config = override(small_recipe(), **SMALL)
-    weights = config.loss.at(10_000)
+    weights = term_weights(config, 10_000)
     region = torch.ones(2, 32, 48, dtype=torch.int8)
     boxes = crops.sample_crops(region, n_crops=3, crop_size=16, generator=torch.Generator().manual_seed(0))
     step = Step(model, batch, config, 10_000, boxes=boxes)

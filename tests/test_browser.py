@@ -1,4 +1,4 @@
-"""The explorer as a person uses it: a real JupyterLab in headless Chromium.
+"""The explorer as a person uses it: a real JupyterLab in headless Chromium; `test_app.py` has it as an app.
 
 Skipped, with the reason, where playwright or a browser is not found. Screenshots are left in pytest's temporary folder.
 """
@@ -6,6 +6,7 @@ Skipped, with the reason, where playwright or a browser is not found. Screenshot
 import base64
 import re
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,8 @@ import pytest
 from browser import PATIENCE, NoBrowser, delays, in_jupyterlab, press, run_all_cells, slider, start_watch
 from PIL import Image
 from small_config import short_run
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
@@ -59,7 +62,7 @@ CURVE = "document.querySelector(`.toco-explorer svg[aria-label='similarity by bl
 
 
 def shoot(page, name):
-    page.locator(".toco-explorer").scroll_into_view_if_needed()
+    page.locator(".toco-explorer").first.scroll_into_view_if_needed()
     page.evaluate("document.querySelector('.toco-explorer').scrollIntoView()")
     page.screenshot(path=page.folder / f"{name}.png")
 
@@ -68,7 +71,7 @@ def test_a_person_explores(page):
     run_all_cells(page)
     page.wait_for_selector(".toco-row img.toco-picture")
     first = changed(page, PICTURE, None)
-    page.locator(".toco-explorer").scroll_into_view_if_needed()
+    page.locator(".toco-explorer").first.scroll_into_view_if_needed()
     numbers = page.evaluate(NUMBERS)
     shoot(page, "first")
 
@@ -123,21 +126,6 @@ def test_a_person_explores(page):
     assert [error for error in page.errors if not HARMLESS.search(error)] == []
 
 
-def wider_than_the_window(page, parts):
-    return page.evaluate(
-        "parts => { const out = document.querySelector('.toco-explorer');"
-        "const right = out.closest('.jp-OutputArea-output').getBoundingClientRect().right;"
-        "return [...out.querySelectorAll(parts)]"
-        ".filter(e => !e.closest('.toco-film') && e.getBoundingClientRect().right > right + 1)"
-        ".map(e => `${e.tagName} ${e.getAttribute('class')}`) }",
-        parts,
-    )
-
-
-def test_page_is_not_wider_than_the_window(page):
-    assert wider_than_the_window(page, "img, .widget-tab, table, svg") == []
-
-
 def test_dark_theme_is_legible(page):
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Theme", exact=True).hover()
@@ -154,18 +142,61 @@ def test_dark_theme_is_legible(page):
     assert dim == []
 
 
+WIDER = """() => {
+    const out = document.querySelector('.toco-explorer')
+    const right = (out.closest('.jp-OutputArea-output') ?? document.documentElement).getBoundingClientRect().right
+    const beyond = element => element.getBoundingClientRect().right > right + 1
+    return [...out.querySelectorAll('*')].filter(element => !element.closest('.toco-film') && beyond(element))
+        .map(element => `${element.tagName} ${element.getAttribute('class')} ${element.textContent.slice(0, 60)}`)
+}"""
+CUT = """() => [...document.querySelectorAll('.toco-explorer svg')].flatMap(chart => {
+    const edge = chart.getBoundingClientRect()
+    return [...chart.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect()
+        return box.left < edge.left - 1 || box.right > edge.right + 1 || box.bottom > edge.bottom + 2
+    }).map(text => text.textContent)
+})"""
+
+
+FILES = "document.querySelector('#jp-left-stack')?.offsetWidth > 0"
+
+
+@contextmanager
+def window(page, width, height=1000):
+    """The page at another width, without JupyterLab's list of files where that would leave no room."""
+    before, hidden = page.viewport_size, width < 600 and page.evaluate(FILES)
+    if hidden:
+        page.keyboard.press("Control+b")
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(400)
+    yield
+    page.set_viewport_size(before)
+    if hidden:
+        page.keyboard.press("Control+b")
+
+
 ZOOM = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.style.transform)"
-DROP = """async name => {
+DRAWN = """async ({ name, kind }) => {
     const canvas = Object.assign(document.createElement('canvas'), { width: 120, height: 80 })
     const pen = canvas.getContext('2d')
     for (let x = 0; x < 120; x += 10) { pen.fillStyle = `hsl(${3 * x} 80% 50%)`; pen.fillRect(x, 0, 10, 80) }
-    const blob = await new Promise(done => canvas.toBlob(done, 'image/webp'))
+    const blob = await new Promise(done => canvas.toBlob(done, kind))"""
+DROP = (
+    DRAWN
+    + """
     const transfer = new DataTransfer()
-    transfer.items.add(new File([blob], name, { type: blob.type }))
+    transfer.items.add(new File([blob], name, {type: blob.type }))
     const target = document.querySelector('.toco-row')
-    for (const kind of ['dragover', 'drop'])
-        target.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }))
+    for (const event of ['dragover', 'drop'])
+        target.dispatchEvent(new DragEvent(event, { dataTransfer: transfer, bubbles: true, cancelable: true }))
 }"""
+)
+COPY = (
+    DRAWN
+    + """
+    await navigator.clipboard.write([new ClipboardItem({ [kind]: blob })])
+}"""
+)
 
 
 def test_views_chips_why_and_a_photograph(page):
@@ -220,16 +251,106 @@ def test_views_chips_why_and_a_photograph(page):
     shoot(page, "curtain")
     page.get_by_role("button", name="side by side").click()
 
-    page.evaluate(DROP, "<b>mine.webp")  # which Python does not read: the browser makes a JPEG of it
+    name = "<b>mine.webp"  # which Python does not read: the browser makes a JPEG of it
+    page.evaluate(DROP, {"name": name, "kind": "image/webp"})
     page.wait_for_function("document.querySelector('.toco-film [aria-selected=true]')?.title === '<b>mine'")
     page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 4")  # there is no truth
-    page.keyboard.press("Control+b")  # the list of files would take three quarters of a phone
-    page.set_viewport_size({"width": 400, "height": 900})
-    page.wait_for_timeout(400)
-    shoot(page, "phone")
-    assert wider_than_the_window(page, "img") == []
-    page.keyboard.press("Control+b")
-    page.set_viewport_size({"width": 1280, "height": 1000})
+    with window(page, 390):
+        shoot(page, "phone")
+        assert page.evaluate(WIDER) == []
+    assert [error for error in page.errors if not HARMLESS.search(error)] == []
+
+
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_nothing_is_wider_than_the_window(page, width):
+    with window(page, width, 1600):
+        for tab in ("labels", "crops", "keep", "open", "look"):
+            page.get_by_role("tab", name=tab).click()
+            assert page.evaluate(WIDER) == [], f"the tab {tab}"
+        assert page.locator(".toco-explorer svg").count() > 1 and page.evaluate(CUT) == []
+        shoot(page, f"width-{width}")
+
+
+SHAPE = "(image => image.naturalWidth / image.naturalHeight)(document.querySelector('.toco-row img.toco-picture'))"
+CHOSEN = "document.querySelector('.toco-film [aria-selected=true]')?.title"
+
+
+def test_a_pasted_photograph(page):
+    """From the clipboard of the browser, by its own keys."""
+    before = page.evaluate(CHOSEN)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(COPY, {"name": "", "kind": "image/png"})
+    page.locator(".toco-row img.toco-picture").first.focus()
+    page.keyboard.press("Control+v")
+    name = changed(page, CHOSEN, before)
+    assert name != "<b>mine" and "image" in name  # as browsers call what has no name
+    page.wait_for_function(f"Math.abs({SHAPE} - 120 / 80) < 0.01")
+    assert page.locator(".jp-CodeCell").count() == n_code_cells(page.folder / "explore.ipynb")  # no cell was pasted
+
+
+def n_code_cells(path):
+    return sum(cell.cell_type == "code" for cell in nbformat.read(path, as_version=4).cells)
+
+
+RECORD = """() => {
+    const [picture, caption] = ['.toco-played', '.toco-played-caption'].map(part => document.querySelector(part))
+    window.tocoPlayed = []
+    picture.addEventListener('load', () => window.tocoPlayed.push([caption.innerText.trim(), picture.src]))
+}"""
+
+
+def test_player(page):
+    """Played over the blocks by its button, moved over PAR's iterations by keys, saved."""
+    page.locator(".toco-film button").first.click()
+    page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("document.querySelector('.toco-played')?.naturalWidth > 0")
+    caption = page.locator(".toco-played-caption")
+    last = caption.inner_text().strip()
+    _, depth = map(int, re.fullmatch(r"block (\d+) of (\d+)", last).groups())
+    assert last == f"block {depth} of {depth}"  # it begins with what the explorer shows
+    page.evaluate(RECORD)
+    page.locator(".widget-play button").first.click()
+    page.wait_for_function(f"window.tocoPlayed.length > 1 && window.tocoPlayed.at(-1)[0] === '{last}'")
+    played = page.evaluate("window.tocoPlayed")
+    numbers = [int(words.split()[1]) for words, _ in played]
+    assert numbers == sorted(numbers) and numbers[0] < depth  # a busy machine may leave some out
+    assert len({source for _, source in played}) == len(played)
+    shoot(page, "player")
+
+    page.locator(".widget-dropdown:has(label:text-is('play')) select").select_option("over PAR's iterations")
+    page.wait_for_function("document.querySelector('.toco-played-caption').innerText.trim() === '0 iterations of PAR'")
+    handle = page.locator(".widget-hbox:has(> .widget-play) .noUi-handle")
+    handle.focus()
+    for n in (1, 2, 3):
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"window.tocoPlayed.at(-1)[0] === '{n} iterations of PAR'")
+    page.get_by_role("button", name="GIF", exact=True).click()
+    page.wait_for_function("/saved explored.*gif/.test(document.querySelector('.toco-explorer').innerText)")
+    (saved,) = (page.folder / "explored").glob("*.gif")
+    with Image.open(saved) as movie:
+        assert movie.n_frames > 10
+    page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("!document.querySelector('.toco-played')")
+
+
+def test_gallery(page):
+    """Opened below the views, which stay as they are; a picture of it is chosen and shown above."""
+    widths = "[...document.querySelectorAll('.toco-row .toco-frame')].map(frame => frame.offsetWidth).join()"
+    before, shown = page.evaluate(widths), page.evaluate(CHOSEN)
+    page.get_by_role("button", name="gallery of the split").click()
+    page.wait_for_function("document.querySelectorAll('.toco-gallery img').length > 4")
+    assert page.evaluate(widths) == before
+    for width in (390, 1920):
+        with window(page, width):
+            assert page.evaluate(WIDER) == []
+    page.locator(".toco-gallery button").nth(2).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert changed(page, CHOSEN, shown) == "val_00003"
+    page.locator(".toco-gallery").scroll_into_view_if_needed()
+    page.screenshot(path=page.folder / "gallery.png")
+    page.get_by_role("button", name="gallery of the split").click()
+    page.wait_for_function("!document.querySelector('.toco-gallery')")
     assert [error for error in page.errors if not HARMLESS.search(error)] == []
 
 

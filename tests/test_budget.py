@@ -27,6 +27,7 @@ def config(tmp_path):
     return override(config_of(str(folder), tmp_path / "runs"), crop_size=64, batch_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
 def test_the_estimate_is_near_what_the_process_grows_by(tmp_path):
     """More than a quarter off is wrong."""

@@ -171,7 +171,7 @@ def test_paths_that_lead_out_of_the_folder_are_refused(root, entry):
         (lambda c: c["annotations"][0].update(image_id=7), "annotation 1 has image_id = 7, which no image has"),
         (lambda c: c["annotations"][0].update(segmentation="x" * 200), "annotation 1: a segmentation is a list"),
         (lambda c: c.update(categories=[]), "names 0 classes"),
-        (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "the category id 3 more than once"),
+        (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "the category id '3' more than once"),
         (lambda c: c["categories"].append({"id": 5, "name": "dog"}), "the class 'dog' more than once"),
         (lambda c: c.update(annotations=[]), "split 'train' is empty: .* names no image with a label"),
     ],

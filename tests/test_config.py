@@ -21,6 +21,7 @@ from toco_core.config import (
 )
 from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
+from toco_core.objective import PAPER, term_weights
 
 VOC = {
     "model": {
@@ -175,17 +176,21 @@ def test_coco_has_the_values_of_the_release():
     assert as_published(coco()) == wanted
 
 
+def paper_weights(config, step):
+    return {name: weight for name, weight in term_weights(config, step).items() if name in PAPER}
+
+
 def test_stages_of_coco():
-    loss = coco().loss
-    assert loss.at(8000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0, "energy": 0}
-    assert loss.at(12000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0.1, "energy": 0.05}
-    assert loss.at(12001) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
+    config = coco()
+    assert paper_weights(config, 8000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0, "energy": 0}
+    assert paper_weights(config, 12000) == {"cls": 1, "aux_cls": 1, "ptc": 0, "ctc": 0, "seg": 0.1, "energy": 0.05}
+    assert paper_weights(config, 12001) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
 
 
 def test_stages_of_voc():
-    loss = voc().loss
-    assert loss.at(2000) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0, "energy": 0}
-    assert loss.at(2001)["seg"] == 0.1
+    config = voc()
+    assert paper_weights(config, 2000) == {"cls": 1, "aux_cls": 1, "ptc": 0.2, "ctc": 0.5, "seg": 0, "energy": 0}
+    assert paper_weights(config, 2001)["seg"] == 0.1
 
 
 def test_learning_rates_are_those_of_the_release():
@@ -352,7 +357,7 @@ def test_steps_alone_shorten_every_stage_that_is_not_named():
     """`-p steps 90` once trained without PTC, CTC and decoder, whose first steps lay behind the last."""
     config = configured(tiny(), steps=40, ptc_start=3, layer=9)
     assert config == override(shortened(tiny(), 40), ptc_start=3, layer=9)
-    assert config.loss.seg_start < 40 and config.loss.at(39)["seg"] > 0
+    assert config.loss.seg_start < 40 and term_weights(config, 39)["seg"] > 0
     assert configured(tiny(), layer=9) == override(tiny(), layer=9)
     with pytest.raises(ToCoError, match="steps = 0 is not allowed: at least 1"):
         configured(tiny(), steps=0)

@@ -9,7 +9,8 @@ from small_config import stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
 
-from toco_core.analysis.crop_contrast import CropContrast, crop_contrast, object_share
+from toco_core.analysis.crop_audit import foreground_share
+from toco_core.analysis.crop_contrast import CropContrast, crop_contrast
 from toco_core.config import ModelConfig, override, tiny
 from toco_core.crops import CropBoxes, sample_crops
 from toco_core.data import VOCFolder, evaluation_items, to_unit
@@ -31,7 +32,7 @@ def test_share_of_object_by_counting():
     mask = torch.from_numpy(np.random.default_rng(0).choice([0, 0, 2, 3, 255], (14, 19)))
     mask[8:, 12:] = 255
     boxes = CropBoxes(torch.tensor([[0, 3, 9, 8]]), torch.tensor([[2, 14, 0, 13]]))
-    found = object_share(mask, boxes, 5)
+    found = foreground_share(mask[None], *boxes, 5)[0]
     for v, (top, left) in enumerate(zip(boxes.top[0].tolist(), boxes.left[0].tolist(), strict=True)):
         values = mask[top : top + 5, left : left + 5].flatten().tolist()
         seen = [value for value in values if value != 255]

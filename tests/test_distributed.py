@@ -136,6 +136,7 @@ def assert_same_step(found, wanted):
         assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["step", "in parts"])
 def test_losses_and_gradients_are_those_of_one_process(two, how):
     """Each process with its two images at once, and with one after the other."""
@@ -272,6 +273,7 @@ def test_the_command_line_trains(tmp_path, capsys):
     assert "a step takes about" in said and f"batch_size = {B} is not the recipe's" in said
 
 
+@pytest.mark.slow
 def test_a_notebook_starts_processes(two, tmp_path):
     """The run above is there already: its processes find it finished, and a failing one is told by its message."""
     _, _, config = two

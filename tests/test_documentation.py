@@ -100,6 +100,7 @@ def test_fields_and_terms_of_the_methods_page_exist():
     assert len(RECIPES) == 4
 
 
+@pytest.mark.slow
 def test_every_backbone_of_the_table_can_be_laid_out():
     rows = table(page("docs/backbones.md"), "`backbone`")
     for row in rows:

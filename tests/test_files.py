@@ -51,6 +51,7 @@ def test_sixteen_bit_colour_keeps_the_upper_byte(tmp_path, photo):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), photo)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (4000, 5000)])
 def test_tiny_and_huge_images(tmp_path, size):
     image = cv2.resize(smooth_image(8, 8, 1), size[::-1], interpolation=cv2.INTER_NEAREST)

@@ -49,6 +49,7 @@ def test_no_bit_of_the_training_changes(filmed, data, tmp_path):
     assert without_time == [{k: v for k, v in r.items() if k != "seconds"} for r in filmed.run.records()]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_the_same_film(filmed, data, tmp_path):
     config = config_in(data, tmp_path)
 

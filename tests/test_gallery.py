@@ -110,7 +110,7 @@ def test_classes_that_only_one_model_knows_never_agree(folder):
         survey.look(0)
     a, b = one.label(0), two.label(0)
     both = (a != 255) & (b != 255)
-    named = [[s.joint.names[k] if k < 255 else "?" for k in m.ravel()] for s, m in ((one, a), (two, b))]
+    named = [[s.found[0].names[k] if k < 255 else "?" for k in m.ravel()] for s, m in ((one, a), (two, b))]
     differ = (np.array(named[0]) != np.array(named[1])).reshape(a.shape) & both
     assert disagreement(one, two, 0) == differ.sum() / both.sum()
     assert np.isnan(disagreement(one, two, 1))
@@ -243,7 +243,9 @@ def test_without_masks_labels_are_shown_and_nothing_is_scored(folder, tmp_path):
     subjects = Subjects()
     subjects.add(make_subject())
     gallery = judged(Gallery(Session(open_pictures(tmp_path), subjects)))
-    assert all(item["source"] and not item["mark"] for item in gallery.grid.items) and gallery.summary.value == ""
+    assert all(item["source"] for item in gallery.grid.items) and gallery.summary.value == ""
+    for item in gallery.grid.items:  # no score: the classes that are seen
+        assert item["mark"] == ", ".join(gallery.survey.found[item["index"]].classes[:3] or ["background"])
     gallery.kind.value = KINDS[0]
     gallery.settle()
     assert gallery.order == []

@@ -164,6 +164,7 @@ def test_the_depth_of_a_png_is_read_from_its_header_chunk(tmp_path):
         assert "a.png" in str(error)
 
 
+@pytest.mark.slow
 def test_large_images_are_read_without_a_warning(tmp_path, recwarn):
     save_palette_mask(np.zeros((9500, 9500), np.uint8), tmp_path / "a.png")
     assert read_mask(tmp_path / "a.png").shape == (9500, 9500)

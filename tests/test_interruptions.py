@@ -38,6 +38,7 @@ def config(tmp_path):
     return override(config_of(str(folder), tmp_path / "runs"), steps=4, eval_interval=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are made by fork")
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     data = write_voc_folder(tmp_path / "data", n=4)
@@ -49,6 +50,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     assert found["kills"] >= KILLS and found["saving"] >= 3 and found["halves"] >= 1 and all(found["equal"]), found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are made by fork")
 @pytest.mark.parametrize(("what", "n_files"), [("export", 18), ("drawing", 33)])
 def test_killed_at_any_moment_a_folder_becomes_whole(tmp_path, what, n_files):
@@ -205,6 +207,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line_is_one_line(config):
     fields = {
         **SMALL,

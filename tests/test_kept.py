@@ -103,6 +103,7 @@ def stopping_after(calls: int, function):
     return stops
 
 
+@pytest.mark.slow
 def test_workers_move_no_bit(model, source, plain, tmp_path):
     equal(evaluate(model, source, **OPTIONS, crf_workers=2, keep=tmp_path / "kept"), plain)
     np.testing.assert_array_equal(scores_of_label_maps(tmp_path / "kept", source).iou, plain.seg.iou)
@@ -230,6 +231,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "kill"), reason="processes of POSIX")
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)

@@ -226,6 +226,7 @@ def built(tmp_path_factory):
     return wheel, sdist, wanted
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_the_weights_the_licence_and_the_notebooks(built):
     wheel, _, wanted = built
     with zipfile.ZipFile(wheel) as archive:
@@ -261,6 +262,7 @@ def test_citation_names_the_paper_and_this_version_and_licence():
     assert "Version 2.0, January 2004" in licence and "9. Accepting Warranty" in licence
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_trains_and_hands_out_its_notebooks(built, tmp_path):
     """Away from the checkout, beside what this environment has of the requirements."""
     prefix = tmp_path / "prefix"

@@ -42,6 +42,22 @@ def test_over_the_blocks(session, show):
     assert movie.frame(0) is movie.frame(0) and len({movie.frame(i).tobytes() for i in range(3)}) == 3
 
 
+def test_a_snapshot_and_its_session_do_not_move_each_other(session):
+    session.click(0.2, 0.3)
+    session.place_crop(0.5, 0.5)
+    session.set(show="seed label", beta_h=0.4)
+    before = session.view(0)
+    still = session.snapshot(0)
+    assert still.place is None and still.centres == [] and still.analysis(0) is session.analysis(0)
+    still.set(beta_h=0.9, show="CAM")
+    still.go(3)
+    assert session.picture.name == "img_0" and session.sides[0].settings.beta_h == 0.4 and session.centres
+    np.testing.assert_array_equal(session.view(0).picture, before.picture)
+    session.go(2)
+    session.set(beta_h=0.5)
+    assert still.picture.name == "img_3" and still.sides[0].settings.beta_h == 0.9
+
+
 def test_over_par_stays_with_its_image(session):
     session.click(0.2, 0.3)
     movie = over_par(session)
@@ -119,6 +135,19 @@ def test_player_saves_all_frames(session, tmp_path, kind):
             assert found.n_frames == 3
     else:
         assert path.stat().st_size > 1000
+
+
+def test_files_are_downloads_where_the_notebook_is_served(session, tmp_path):
+    sent = []
+    player = Player(session, folder=tmp_path / "kept", may_save=False, offer=lambda *told: sent.append(told))
+    assert not any(button.disabled for button in player.saves)
+    player.saves[0].click()
+    player.settle()
+    ((name, data, kind),) = sent
+    assert name == "img_0-CAM-blocks.gif" and kind == "image/gif"
+    with Image.open(io.BytesIO(data)) as movie:
+        assert movie.n_frames == 3
+    assert f"downloaded {name}" in player.notes.value and not (tmp_path / "kept").exists()
 
 
 def test_where_nothing_may_be_saved(session, tmp_path):

@@ -50,6 +50,7 @@ def test_torch_export_computes_other_batches_and_sizes(model, untyped):
             assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_the_same_and_a_wrong_file_is_found(model, untyped, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = write_onnx(model, tmp_path / "model.onnx")

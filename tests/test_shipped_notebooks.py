@@ -59,6 +59,7 @@ def test_refusals_name_what_is_allowed(tmp_path):
         copy_notebooks(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_lab_copies_what_is_missing_and_runs_jupyterlab_in_the_folder(tmp_path, capfd):
     (tmp_path / "train.ipynb").write_text("mine")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

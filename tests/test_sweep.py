@@ -40,6 +40,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_sweep_lists_what_failed_and_goes_on(notebook, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.1)
     out = tmp_path / "out"

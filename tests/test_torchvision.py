@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 # What torchvision's compiled library does when it loads: the operators are declared once, a second time is an error.
 LOADS = """
 import torch

@@ -15,6 +15,8 @@ from toco_core.runs.folder import Run
 from toco_core.train import trackers
 from toco_core.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):

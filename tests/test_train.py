@@ -286,6 +286,7 @@ def assert_same_weights(one, other):
     assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_bits_again(config, whole):
     told = []
     again = train(config, on_record=told.append, progress=False)
@@ -294,6 +295,7 @@ def test_a_run_is_the_same_bits_again(config, whole):
     assert again.run.folder.name == whole[0].run.folder.name and again.run.folder != whole[0].run.folder
 
 
+@pytest.mark.slow
 def test_no_step_keeps_the_maps_of_the_one_before(config, whole, monkeypatch):
     """They are as large as the images, times two per class."""
     cams, before = objectives.labelled_cams, []
@@ -343,6 +345,7 @@ def test_what_a_run_tells_and_leaves(whole):
     assert (len(trained.data.train), len(trained.data.val)) == (24, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, whole, step):
     """Step 1: before the first checkpoint; 2 and 3: after it."""
@@ -369,6 +372,7 @@ def test_a_finished_run_is_loaded_and_not_repeated(config, whole, monkeypatch):
     assert not loaded.model.training
 
 
+@pytest.mark.slow
 def test_a_run_can_be_started_anew(config):
     config = override(config, steps=1, eval_interval=0, warmup_steps=0)
     first = train(config, progress=False)
@@ -380,6 +384,7 @@ def test_a_run_can_be_started_anew(config):
     assert told[0]["step"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_the_teachers_head_is_averaged_in_the_loop(config, monkeypatch, before):
     """Once a step, before the teacher is used, as published, or after it."""
@@ -423,6 +428,7 @@ def test_rates_follow_the_schedule(config, monkeypatch):
     assert_close([rate["heads"] for rate in rates], [10 * rate for rate in wanted])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(config, monkeypatch):
     """On step 2, which is not logged; the checkpoint of step 1 stays a healthy one."""
     calls, plain = [], losses.ptc_loss
@@ -464,6 +470,7 @@ def test_an_out_dir_that_cannot_be_written_is_named(config, tmp_path, monkeypatc
         train(override(config, out_dir=str(tmp_path / "file" / "runs")), progress=False)
 
 
+@pytest.mark.slow
 def test_mixed_precision(config):
     """bf16 where asked for: the weights stay float32, the losses stay near."""
     config = override(config, steps=2, eval_interval=0)
@@ -477,6 +484,7 @@ def test_mixed_precision(config):
 # ---- around it
 
 
+@pytest.mark.slow
 def test_the_estimate_leaves_nothing_behind(config):
     seconds = estimate_seconds(config, open_data(config.data))
     assert 0 < seconds < 600
@@ -494,6 +502,7 @@ def test_open_data(folder, monkeypatch):
     assert held.held_out and len(held.train) + len(held.val) == 24
 
 
+@pytest.mark.slow
 def test_photographs_without_masks_are_trained_on(folder, config, tmp_path):
     """A folder per class: no mIoU anywhere, image-level scores everywhere."""
     own = VOCFolder(folder, "train")

@@ -77,7 +77,7 @@ def autocast_on_meta(monkeypatch):
 def waits_of(config: TrainConfig) -> list[str]:
     """Of a late step, forward and backward, with all that follows up to the question whether it may count."""
     model, batch = on_meta(config)
-    weights, generator = config.loss.at(LATE), torch.Generator().manual_seed(0)
+    weights, generator = objectives.term_weights(config, LATE), torch.Generator().manual_seed(0)
     steps = []
 
     def watched(step):
@@ -94,20 +94,23 @@ def waits_of(config: TrainConfig) -> list[str]:
     return waits.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", [ReleaseBehaviour(), ReleaseBehaviour.release_exact()], ids=["ours", "release"])
 def test_a_step_waits_for_nothing(release):
     """All terms but the dense energy."""
     assert waits_of(override(config_of(energy=0.0), release=release)) == []
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_waits_for_nothing():
     assert waits_of(config_of(energy=0.0, batch_size=B, accumulate=B)) == []
 
 
+@pytest.mark.slow
 def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     """How many vertices a lattice has depends on the image."""
     config = config_of()
-    assert config.loss.at(LATE)["energy"] > 0
+    assert objectives.term_weights(config, LATE)["energy"] > 0
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits_of(config)
     made = [lattice.to(META) for lattice in energy_lattices(torch.rand(B, 3, SIZE, SIZE), together=True)]
@@ -115,6 +118,7 @@ def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     assert waits_of(config) == []
 
 
+@pytest.mark.slow
 def test_the_lattices_come_first(monkeypatch):
     """Where a device has nothing to do yet there is little to wait for."""
     queued, encode = [], ToCo.encode
@@ -157,6 +161,7 @@ class Doubles(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_a_device_without_float64_can_train(monkeypatch):
     """As on Apple's MPS. All terms but the dense energy, which `meta` has no lattice for."""
     config = config_of(energy=0.0)

@@ -352,33 +352,34 @@ def run_line(line, folder):
     return found["explorer"]
 
 
+@pytest.mark.slow
 def test_the_copied_line_leads_back_through_the_notebook(tmp_path):
     """Two sides with settings of their own, crops set by hand, another model, an image named like a number."""
     models = [short_run(tmp_path / "runs", seed) for seed in (0, 1)]
     first = run_line(papermill_line(NOTEBOOK, {"model": str(models[0]), "n_images": 0}), tmp_path)
-    assert first.session.sides[0].settings == first.session._start(0), "the notebook begins with other settings"
-    first.film.wanted = [7, 1]
-    first.controls["contours"].value = False
-    first.controls["par_dilations"].value = "1, 3"
+    assert first.session.sides[0].settings == first.session.start(0), "the notebook begins with other settings"
+    first.finder.film.wanted = [7, 1]
+    first.controls.of["contours"].value = False
+    first.controls.of["par_dilations"].value = "1, 3"
     first.compare.value = True
     first.side.value = 1
     first.model.value = models[1].name
     first.linked.value = False
-    first.controls["show"].value = "seed label"
-    first.controls["beta_h"].value = 0.62
-    first.click_means.value = "places a crop"
-    first.canvases[0].click = [0.21, 0.37, 1]
-    first.canvases[1].click = [0.8, 0.654321, 2]
-    first.copy.click()
-    again = run_line(first.line.value, tmp_path)
+    first.controls.of["show"].value = "seed label"
+    first.controls.of["beta_h"].value = 0.62
+    first.controls.click_means.value = "places a crop"
+    first.tiles.canvases[0].click = [0.21, 0.37, 1]
+    first.tiles.canvases[1].click = [0.8, 0.654321, 2]
+    first.keeping.copy.click()
+    again = run_line(first.keeping.line.value, tmp_path)
     for name in ("sides", "centres", "place", "linked"):
         assert getattr(again.session, name) == getattr(first.session, name), name
     assert len(again.session.centres) == 2 and again.session.sides[0] != again.session.sides[1]
-    assert repr(again) == repr(first) and again.canvases[1].picture == first.canvases[1].picture
+    assert repr(again) == repr(first) and again.tiles.canvases[1].picture == first.tiles.canvases[1].picture
 
     first.compare.value = False
     first.model.value = models[1].name
-    first.clear.click()
+    first.controls.clear.click()
     first.session.place = None
     again = run_line(first.parameters_line(), tmp_path)
     assert again.session.sides == first.session.sides and again.session.sides[0].subject == models[1].name
@@ -422,48 +423,48 @@ def test_data_sets_in_other_layouts(tmp_path):
 
 
 def test_slider_changes_picture_and_numbers(explorer):
-    explorer.controls["show"].value = "seed label"
-    before = explorer.canvases[0].picture, explorer.numbers.value
-    explorer.controls["beta_h"].value = 0.31
+    explorer.controls.of["show"].value = "seed label"
+    before = explorer.tiles.canvases[0].picture, explorer.numbers.value
+    explorer.controls.of["beta_h"].value = 0.31
     assert explorer.session.sides[0].settings.beta_h == 0.31
-    assert explorer.canvases[0].picture != before[0] and explorer.numbers.value != before[1]
-    explorer.controls["beta_l"].value = 0.5
-    assert explorer.controls["beta_h"].value == pytest.approx(0.51)
+    assert explorer.tiles.canvases[0].picture != before[0] and explorer.numbers.value != before[1]
+    explorer.controls.of["beta_l"].value = 0.5
+    assert explorer.controls.of["beta_h"].value == pytest.approx(0.51)
 
 
 def test_messages_of_the_browser(explorer):
     """What the browser sends are states of widgets."""
-    explorer.canvases[0].set_state({"click": [0.1, 0.9, 1]})
+    explorer.tiles.canvases[0].set_state({"click": [0.1, 0.9, 1]})
     assert explorer.session.place == (0.1, 0.9)
-    curve, similarity = explorer.curve.value, explorer.maps[0].picture
-    explorer.canvases[0].set_state({"step": [3, -3, 2]})
+    curve, similarity = explorer.tokens.curve.value, explorer.tokens.maps[0].picture
+    explorer.tiles.canvases[0].set_state({"step": [3, -3, 2]})
     assert explorer.session.analysis(0).patch_at(*explorer.session.place) == 3 * 6 + 2
-    assert explorer.curve.value != curve and explorer.maps[0].picture != similarity
-    explorer.canvases[0].set_state({"turn": [1, 3]})
-    assert explorer.session.picture.name == "img_1" and explorer.film.chosen == 1
-    explorer.canvases[0].set_state({"pointer": [0.5, 0.5]})
-    assert "row 16, column 10" in explorer.reading.value and "truth: dog" in explorer.reading.value
-    explorer.film.set_state({"wanted": [4, 1]})
+    assert explorer.tokens.curve.value != curve and explorer.tokens.maps[0].picture != similarity
+    explorer.tiles.canvases[0].set_state({"turn": [1, 3]})
+    assert explorer.session.picture.name == "img_1" and explorer.finder.film.chosen == 1
+    explorer.tiles.canvases[0].set_state({"pointer": [0.5, 0.5]})
+    assert "row 16, column 10" in explorer.tiles.reading.value and "truth: dog" in explorer.tiles.reading.value
+    explorer.finder.film.set_state({"wanted": [4, 1]})
     assert explorer.session.picture.name == "img_4"
 
 
 def test_search_and_worst_first(explorer):
-    explorer.search.value = "dog"
-    assert explorer.order == [1, 4]
-    explorer.search.value = "img_5"
-    assert [item["index"] for item in explorer.film.items] == [5]
-    explorer.search.value = ""
-    explorer.sort.value = "worst first"
+    explorer.finder.search.value = "dog"
+    assert explorer.finder.order == [1, 4]
+    explorer.finder.search.value = "img_5"
+    assert [item["index"] for item in explorer.finder.film.items] == [5]
+    explorer.finder.search.value = ""
+    explorer.finder.sort.value = "worst first"
     assert "score the split" in explorer.notes.value
-    assert explorer.stop.disabled and not any(item["mark"] for item in explorer.film.items)
+    assert explorer.stop.disabled and not any(item["mark"] for item in explorer.finder.film.items)
     explorer.score.click()
     explorer.settle()
     assert "6 of 6 images" in explorer.split_numbers.value
-    assert explorer.stop.disabled and all(item["mark"] for item in explorer.film.items)
-    explorer.sort.value = "list order"
-    explorer.sort.value = "worst first"
-    iou = explorer.split.iou
-    assert [iou[i] for i in explorer.order] == sorted(iou.values())
+    assert explorer.stop.disabled and all(item["mark"] for item in explorer.finder.film.items)
+    explorer.finder.sort.value = "list order"
+    explorer.finder.sort.value = "worst first"
+    iou = explorer.finder.iou
+    assert [iou[i] for i in explorer.finder.order] == sorted(iou.values())
     assert len(set(iou.values())) > 2
 
 
@@ -472,61 +473,62 @@ def test_compare_two_models_with_linked_sliders(explorer):
     explorer.side.value = 1
     explorer.model.value = "other"
     assert [side.subject for side in explorer.session.sides] == ["model", "other"]
-    assert (decoded(explorer.canvases[0]) != decoded(explorer.canvases[1])).any()
-    explorer.controls["beta_h"].value = 0.9
+    assert (decoded(explorer.tiles.canvases[0]) != decoded(explorer.tiles.canvases[1])).any()
+    explorer.controls.of["beta_h"].value = 0.9
     assert [side.settings.beta_h for side in explorer.session.sides] == [0.9, 0.9]
     explorer.linked.value = False
-    explorer.controls["beta_h"].value = 0.8
+    explorer.controls.of["beta_h"].value = 0.8
     assert [side.settings.beta_h for side in explorer.session.sides] == [0.9, 0.8]
-    assert "A: model" in explorer.legends[0].value and "B: other" in explorer.legends[1].value
-    assert "● A" in explorer.curve.value and "● B" in explorer.curve.value
+    assert "A: model" in explorer.tiles.legends[0].value and "B: other" in explorer.tiles.legends[1].value
+    assert "● A" in explorer.tokens.curve.value and "● B" in explorer.tokens.curve.value
     assert "A: CAM label" in explorer.numbers.value and "B: CAM label" in explorer.numbers.value
     explorer.compare.value = False
     assert len(explorer.session.sides) == 1 and explorer.model.value == "model"
 
 
 def test_classes_are_toggled(explorer):
-    assert explorer.class_names.value == ("cat",)
-    explorer.class_choice.value = "all"
-    assert explorer.class_names.value == ("cat", "dog", "sheep")
-    explorer.class_names.value = ("sheep",)
-    assert explorer.class_choice.value == "chosen" and explorer.session.classes(0)[0] == (3,)
+    assert explorer.controls.class_names.value == ("cat",)
+    explorer.controls.class_choice.value = "all"
+    assert explorer.controls.class_names.value == ("cat", "dog", "sheep")
+    explorer.controls.class_names.value = ("sheep",)
+    assert explorer.controls.class_choice.value == "chosen" and explorer.session.classes(0)[0] == (3,)
 
 
 def test_crf_comes_later_and_is_drawn(explorer):
-    explorer.controls["show"].value = "segmentation"
+    explorer.controls.of["show"].value = "segmentation"
     before = explorer.session.label(0)
-    explorer.controls["crf"].value = True
+    explorer.controls.of["crf"].value = True
     explorer.settle()
     assert explorer.session.analysis(0).has_crf() and "computed" not in explorer.notes.value
     assert (explorer.session.label(0) != before).any()
 
 
 def test_crops_are_placed_by_clicks(explorer):
-    explorer.click_means.value = "places a crop"
-    explorer.canvases[0].click = [0.2, 0.3, 1]
-    assert explorer.session.centres == [(0.2, 0.3)] and "<td>1</td>" in explorer.crop_table.value
-    explorer.sample.click()
-    assert len(explorer.session.centres) == explorer.controls["n_crops"].value
-    explorer.clear.click()
+    explorer.controls.click_means.value = "places a crop"
+    explorer.tiles.canvases[0].click = [0.2, 0.3, 1]
+    assert explorer.session.centres == [(0.2, 0.3)] and "<td>1</td>" in explorer.controls.crop_table.value
+    explorer.controls.sample.click()
+    assert len(explorer.session.centres) == explorer.controls.of["n_crops"].value
+    explorer.controls.clear.click()
     assert explorer.session.centres == []
 
 
+@pytest.mark.slow
 def test_saved_files(session, tmp_path):
     explorer = Explorer(session, folder=tmp_path)
-    explorer.controls["show"].value = "pseudo label"
-    explorer.save_name.value = "out"
-    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+    explorer.controls.of["show"].value = "pseudo label"
+    explorer.keeping.name.value = "out"
+    for button in (explorer.keeping.png, explorer.keeping.svg, explorer.keeping.label):
         button.click()
     assert Image.open(tmp_path / "out" / "img_0-pseudo_label.png").size[0] > 600
     assert (tmp_path / "out" / "img_0-pseudo_label.svg").read_text().lstrip().startswith("<?xml")
     saved = Image.open(tmp_path / "out" / "img_0-pseudo_label-label.png")
     np.testing.assert_array_equal(np.asarray(saved), explorer.session.label(0))
     assert saved.mode == "P" and saved.getpalette()[:60] == voc_palette()[:20].ravel().tolist()
-    assert Elements(explorer.saved.value).text == f"saved {tmp_path.name}/out/img_0-pseudo_label-label.png"
+    assert Elements(explorer.keeping.saved.value).text == f"saved {tmp_path.name}/out/img_0-pseudo_label-label.png"
     (tmp_path / "file").write_text("")
-    explorer.save_name.value = "file/below"
-    explorer.save_png.click()
+    explorer.keeping.name.value = "file/below"
+    explorer.keeping.png.click()
     assert "cannot be written" in explorer.notes.value
 
 
@@ -540,30 +542,31 @@ def test_visitors_write_nowhere_else(session, tmp_path):
     (tmp_path / "explored" / "link").symlink_to(tmp_path)
     explorer = Explorer(session, folder=tmp_path / "explored")
     for name in ("..", "../elsewhere", str(tmp_path / "elsewhere"), "a/../../b", "link/below", "~/x\0", "a\\..\\b"):
-        explorer.set_state({"save_name": explorer.save_name.model_id})
-        explorer.save_name.set_state({"value": name})
-        for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+        explorer.set_state({"save_name": explorer.keeping.name.model_id})
+        explorer.keeping.name.set_state({"value": name})
+        for button in (explorer.keeping.png, explorer.keeping.svg, explorer.keeping.label):
             button.click()
             assert "folder" in explorer.notes.value, name
     assert files_below(tmp_path / "explored") == [] and not (tmp_path / "elsewhere").exists()
-    explorer.save_name.set_state({"value": "mine/too"})
-    explorer.save_label.click()
+    explorer.keeping.name.set_state({"value": "mine/too"})
+    explorer.keeping.label.click()
     assert files_below(tmp_path / "explored") == ["mine/too/img_0-CAM-label.png"]
 
 
 def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
     explorer = Explorer(session, folder=tmp_path / "explored")
-    assert explorer.save_name.disabled
+    assert explorer.keeping.name.disabled
     with pytest.raises(Exception, match="Invalid selection"):
-        explorer.save_to.value = "folder"  # as a message of a visitor's browser may do
+        explorer.keeping.to.value = "folder"  # as a message of a visitor's browser may do
     with pytest.raises(ToCoError, match="nothing is saved where the notebook is served"):
-        explorer._place("label.png")
+        explorer.keeping.place("label.png")
     assert not (tmp_path / "explored").exists()
-    Explorer(session, folder=tmp_path / "explored", may_save=True).save_label.click()
+    Explorer(session, folder=tmp_path / "explored", may_save=True).keeping.label.click()
     assert len(files_below(tmp_path / "explored")) == 1
 
 
+@pytest.mark.slow
 def test_still_picture_and_words_are_the_same_every_time(session):
     bundles = [Explorer(session)._repr_mimebundle_()[0] for _ in range(2)]
     assert bundles[0]["image/png"] == bundles[1]["image/png"]
@@ -574,8 +577,8 @@ def test_still_picture_and_words_are_the_same_every_time(session):
 
 def test_papermill_line_is_copied(explorer):
     explorer.others = {"dataset": "photos"}
-    explorer.copy.click()
-    assert explorer.line.value == explorer.film.clipboard[0] == explorer.parameters_line()
+    explorer.keeping.copy.click()
+    assert explorer.keeping.line.value == explorer.door.clipboard[0] == explorer.parameters_line()
 
 
 # ---- wrong use
@@ -592,10 +595,10 @@ def test_image_without_labels(folder, tmp_path, subject):
     assert explorer.session.pictures.names == ("a", "b")
     assert "no labels: the predicted classes are shown" in explorer.notes.value
     assert "no ground truth" in explorer.numbers.value
-    explorer.controls["show"].value = "ground truth"
+    explorer.controls.of["show"].value = "ground truth"
     assert "a has no ground truth" in explorer.notes.value
-    explorer.controls["show"].value = "seed label"
-    explorer.class_choice.value = "all"
+    explorer.controls.of["show"].value = "seed label"
+    explorer.controls.class_choice.value = "all"
     assert explorer.notes.value == ""
 
 
@@ -604,7 +607,7 @@ def test_class_that_the_model_lacks(folder):
     subjects.add(make_subject(class_names=("background", "dog", "cow")))
     explorer = Explorer(Session(open_pictures(folder), subjects))
     assert "model does not know cat: left out" in explorer.notes.value
-    explorer.film.wanted = [1, 1]
+    explorer.finder.film.wanted = [1, 1]
     assert explorer.notes.value == "" and "dog" in explorer.numbers.value
     explorer.session.set(classes="dog, unicorn")
     explorer.redraw()
@@ -618,16 +621,16 @@ def test_corrupt_files_in_the_folder(folder, subject):
     subjects = Subjects()
     subjects.add(subject)
     explorer = Explorer(Session(open_pictures(folder), subjects))
-    assert explorer.film.items[1]["source"] == "" and explorer.film.items[0]["source"]
-    explorer.film.wanted = [1, 1]
+    assert explorer.finder.film.items[1]["source"] == "" and explorer.finder.film.items[0]["source"]
+    explorer.finder.film.wanted = [1, 1]
     assert "truncated" in explorer.notes.value and explorer.session.picture.name == "img_0"
-    explorer.canvases[0].turn = [1, 2]
+    explorer.tiles.canvases[0].turn = [1, 2]
     assert explorer.session.picture.name == "img_2"
-    explorer.film.wanted = [3, 2]
+    explorer.finder.film.wanted = [3, 2]
     assert "no ground truth" in explorer.notes.value and "truncated" not in explorer.notes.value
     explorer.score.click()
     explorer.settle()
-    assert "2 skipped" in explorer.split_numbers.value and len(explorer.split.iou) == 4
+    assert "2 skipped" in explorer.split_numbers.value and len(explorer.finder.iou) == 4
 
 
 def test_first_image_may_be_corrupt_but_not_all(folder, subject):
@@ -645,11 +648,11 @@ def test_model_without_auxiliary_head(folder):
     subjects = Subjects()
     subjects.add(make_subject(has=EVERY - {AUXILIARY, DECODER}))
     explorer = Explorer(Session(open_pictures(folder), subjects))
-    explorer.controls["cam"].value = "auxiliary"
+    explorer.controls.of["cam"].value = "auxiliary"
     assert "model has no trained auxiliary classifier: no auxiliary CAM" in explorer.notes.value
-    explorer.controls["cam"].value = "final"
+    explorer.controls.of["cam"].value = "final"
     assert explorer.notes.value == ""
-    explorer.controls["show"].value = "segmentation"
+    explorer.controls.of["show"].value = "segmentation"
     assert "no trained decoder" in explorer.notes.value
 
 
@@ -660,7 +663,7 @@ def test_plain_backbone(folder):
     explorer = Explorer(Session(open_pictures(folder), subjects))
     assert "no trained classifier" in explorer.notes.value
     assert len(explorer.session.tokens(0).by_block) == 12
-    explorer.sample.click()
+    explorer.controls.sample.click()
     assert "no trained classifier" in explorer.notes.value
 
 
@@ -714,7 +717,7 @@ def test_broken_model_is_told_and_the_old_one_stays(explorer, tmp_path):
     explorer.model.options = explorer.session.subjects.names
     explorer.model.value = "broken"
     assert "the checkpoint is gone" in explorer.notes.value and explorer.model.value == "model"
-    explorer.controls["strength"].value = 0.2
+    explorer.controls.of["strength"].value = 0.2
     assert explorer.notes.value == ""
 
 
@@ -781,6 +784,7 @@ def hostile_explorer(tmp_path):
     return Explorer(Session(open_pictures(root, f"split{EVIL}"), subjects), folder=tmp_path / f"out{EVIL}")
 
 
+@pytest.mark.slow
 def test_no_name_becomes_html(tmp_path):
     explorer = hostile_explorer(tmp_path)
     seen = {}
@@ -794,26 +798,32 @@ def test_no_name_becomes_html(tmp_path):
     explorer.go(0)
     for show in ("image", "CAM", "seed label", "segmentation", "ground truth"):
         explorer.set(show=show, cam="final")
-        explorer._sample()
+        explorer.controls._sample()
         check()
-    for button in (explorer.save_png, explorer.save_svg, explorer.save_label):
+    for button in (explorer.keeping.png, explorer.keeping.svg, explorer.keeping.label):
         button.click()
         check()
     explorer.compare.value = True
     explorer.score.click()
     explorer.settle()
     check()
-    explorer.search.value = f"nothing{EVIL}"
+    explorer.finder.search.value = f"nothing{EVIL}"
     check()
     explorer._do(lambda: explorer.go(f"nothing{EVIL}"))
     check()
     explorer._do(lambda: explorer.go(2))  # a file that is no image, told by name
     check()
-    for part in ("position", "saved", "notes", "numbers", "split_numbers"):
-        assert EVIL in seen[id(getattr(explorer, part))], part
+    told = [
+        explorer.finder.position,
+        explorer.keeping.saved,
+        explorer.notes,
+        explorer.numbers,
+        explorer.split_numbers,
+    ]
+    assert [EVIL in seen[id(panel)] for panel in told] == 5 * [True]
     named = [i for i, tile in enumerate(explorer.session.tiles()) if tile.show == "CAM"]
-    assert len(named) == 2 and all(EVIL in seen[id(explorer.legends[i])] for i in named)
-    assert any(EVIL in item["name"] for item in explorer.classes.items)
+    assert len(named) == 2 and all(EVIL in seen[id(explorer.tiles.legends[i])] for i in named)
+    assert any(EVIL in item["name"] for item in explorer.controls.classes.items)
 
 
 def test_markup_is_made_of_elements():
@@ -888,12 +898,12 @@ def test_the_image_that_is_asked_for_is_chosen_on_its_page(tmp_path, subject):
     subjects.add(subject)
     session = Session(open_pictures(write_voc_folder(tmp_path / "many", n=24)), subjects)
     session.restore({"image": "17"})
-    film = Explorer(session).film
+    film = Explorer(session).finder.film
     assert film.chosen == 17 and 17 in [item["index"] for item in film.items]
 
 
 def test_controls_without_effect_are_disabled_and_each_has_a_tip(explorer):
-    c = explorer.controls
+    c = explorer.controls.of
     assert all(control.tooltip for control in c.values())
     par, maps = {"par_iterations", "par_dilations"}, {"cam", "cam_scales", "flip"}
     one = {"class_colours"}  # there is only one class
@@ -924,22 +934,22 @@ def test_controls_without_effect_are_disabled_and_each_has_a_tip(explorer):
     assert not c["class_colours"].disabled
     explorer.set(classes="labelled")
     c["show"].value = "segmentation"
-    explorer.sample.click()
+    explorer.controls.sample.click()
     assert not c["cam"].disabled and not c["beta_h"].disabled  # crops are drawn from the CAM
 
 
 def test_contours_have_a_key_and_a_saved_line_does_not_stay(session, tmp_path):
     session.arrange_views("one")
     explorer = Explorer(session, folder=tmp_path / "out", may_save=True)
-    explorer.controls["contours"].value = False
-    assert "beta_h" not in explorer.legends[0].value
-    explorer.controls["contours"].value = True
+    explorer.controls.of["contours"].value = False
+    assert "beta_h" not in explorer.tiles.legends[0].value
+    explorer.controls.of["contours"].value = True
     explorer.set(beta_l=0.23, beta_h=0.61)
-    assert "beta_l 0.23" in explorer.legends[0].value and "beta_h 0.61" in explorer.legends[0].value
-    explorer.save_label.click()
-    assert "saved out/" in explorer.saved.value
-    explorer.controls["strength"].value = 0.3
-    assert "saved" not in explorer.saved.value
+    assert "beta_l 0.23" in explorer.tiles.legends[0].value and "beta_h 0.61" in explorer.tiles.legends[0].value
+    explorer.keeping.label.click()
+    assert "saved out/" in explorer.keeping.saved.value
+    explorer.controls.of["strength"].value = 0.3
+    assert "saved" not in explorer.keeping.saved.value
 
 
 def test_a_table_of_nine_classes_is_not_cut(explorer):

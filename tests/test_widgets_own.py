@@ -16,7 +16,9 @@ from toco_core.predict.class_maps import cams, open_classifier
 from toco_core.predict.head import short_names
 from toco_core.widgets import Explorer, Session, Subjects, open_pictures, open_subject
 from toco_core.widgets.address import address_parameters
+from toco_core.widgets.gallery import Gallery
 from toco_core.widgets.pictures import MOST_OWN
+from toco_core.widgets.survey import unpacked
 
 VIT = "vit_tiny_patch16_224"
 
@@ -39,7 +41,11 @@ def brought(explorer, name, data):
 def test_a_photograph_is_seen_at_once(session):  # noqa: F811
     explorer, data = Explorer(session), photograph()
     brought(explorer, "C:\\photos\\my cat.jpg", data)
-    assert session.picture.name == "my cat" and explorer.film.chosen == 6 and explorer.film.items[-1]["source"]
+    assert (
+        session.picture.name == "my cat"
+        and explorer.finder.film.chosen == 6
+        and explorer.finder.film.items[-1]["source"]
+    )
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(session.picture.image, np.asarray(image))
     assert [tile.show for tile in session.tiles()] == ["image", "CAM", "pseudo label"]
@@ -47,10 +53,10 @@ def test_a_photograph_is_seen_at_once(session):  # noqa: F811
     assert "no ground truth" in explorer.numbers.value
     brought(explorer, "my cat.png", photograph(seed=6, kind="PNG"))
     assert session.picture.name == "my cat (2)" and len(session.pictures) == 8
-    explorer.canvases[0].turn = [-1, 1]
+    explorer.tiles.canvases[0].turn = [-1, 1]
     assert session.picture.name == "my cat"
-    explorer.copy.click()
-    assert "put it in one, and open that with -p dataset" in explorer.notes.value and explorer.line.value == ""
+    explorer.keeping.copy.click()
+    assert "put it in one, and open that with -p dataset" in explorer.notes.value and explorer.keeping.line.value == ""
     explorer.score.click()  # the data set alone is scored
     explorer.settle()
     assert "6 of 6 images" in explorer.split_numbers.value and "skipped" not in explorer.split_numbers.value
@@ -102,12 +108,12 @@ def test_another_data_set_is_chosen_and_own_photographs_stay(session, tmp_path):
     Image.open(io.BytesIO(photograph(seed=8))).save(loose / "a.png")
     explorer = Explorer(session, datasets={"loose": lambda: open_pictures(loose)})
     brought(explorer, "mine.jpg", photograph())
-    before = explorer.canvases[0].picture
+    before = explorer.tiles.canvases[0].picture
     explorer.data.value = "loose"
     assert session.pictures.names == ("a", "mine") and session.picture.name == "a" and session.place is None
-    assert explorer.canvases[0].picture != before and len(explorer.film.items) == 2
-    explorer.film.wanted = [1, 1]
-    assert explorer.canvases[0].picture == before
+    assert explorer.tiles.canvases[0].picture != before and len(explorer.finder.film.items) == 2
+    explorer.finder.film.wanted = [1, 1]
+    assert explorer.tiles.canvases[0].picture == before
     explorer.data.value = "photos [val]"
     assert len(session.pictures) == 7 and session.picture.mask is not None
     explorer.open_data.value = str(tmp_path / "nothing")
@@ -153,18 +159,41 @@ def test_a_bare_vit_names_what_it_sees(folder, vit):  # noqa: F811
     np.testing.assert_allclose(
         found, np.stack([wanted.maps[name] for name in list(wanted.maps)[: len(found)]]), atol=1e-5
     )
-    items = explorer.classes.items
+    items = explorer.controls.classes.items
     assert len(items) == 12 and items[0]["name"] == top[0] and items[0]["on"] and items[0]["number"]
-    explorer.classes.toggled = [items[4]["name"], 1]
+    explorer.controls.classes.toggled = [items[4]["name"], 1]
     assert len(session.classes(0)[0]) == len(chosen) + 1 and "no class" not in explorer.notes.value
-    assert {"cam", "cam_scales", "flip"} <= {name for name, c in explorer.controls.items() if c.disabled}
-    explorer.canvases[0].click = [0.4, 0.6, 1]
-    assert "why this pixel" in explorer.why.value
+    assert {"cam", "cam_scales", "flip"} <= {name for name, c in explorer.controls.of.items() if c.disabled}
+    explorer.tiles.canvases[0].click = [0.4, 0.6, 1]
+    assert "why this pixel" in explorer.why.words.value
     explorer.set(classes="labelled")
-    explorer.film.wanted = [0, 1]  # an image of the data set: its classes are not the head's
+    explorer.finder.film.wanted = [0, 1]  # an image of the data set: its classes are not the head's
     assert session.classes(0)[0] == session.analysis(0).predicted
     explorer.score.click()
     assert "a split cannot be scored" in explorer.notes.value
+
+
+def test_gallery_of_a_head_names_classes(folder, vit):  # noqa: F811
+    """The head ranks its classes for each image: a number of a label map means another class in another image."""
+    _, opened = vit
+    subjects = Subjects()
+    subjects.add(opened)
+    session = Session(open_pictures(folder), subjects)  # noqa: F811
+    session.set(beta_h=0.3, beta_l=0.1, classes="predicted")
+    session.bring("mine.jpg", photograph())
+    gallery = Gallery(session, per_page=7)
+    gallery.settle()
+    for index in (0, 6):
+        session.go(index)
+        found, names = gallery.survey.found[index], session.joint(0).names
+        label = session.label(0, "pseudo label")
+        np.testing.assert_array_equal(unpacked(found.label), label)
+        assert found.classes == tuple(names[k] for k in np.unique(label) if 0 < k < 255) and found.classes
+        assert not any(name.startswith("rank ") for name in found.names)
+    assert gallery.survey.found[0].names != gallery.survey.found[6].names
+    assert gallery.of_class.options == ("any class", *session.pictures.class_names[1:])
+    item = gallery.grid.items[6]
+    assert item["mark"] == ", ".join(gallery.survey.found[6].classes[:3]) and f"seen: {item['mark']}" in item["title"]
 
 
 def test_synonyms_are_shortened_where_that_is_clear():
@@ -185,7 +214,7 @@ def test_an_address_leads_to_a_state(session, monkeypatch):  # noqa: F811
     settings = session.sides[0].settings
     assert (settings.show, settings.beta_h, settings.contours) == ("seed label", 0.55, False)
     assert settings.cam_scales == (0.5, 1.0) and session.views == ("image", "CAM") and session.place == (0.2, 0.3)
-    assert explorer.controls["beta_h"].value == 0.55 and explorer.film.chosen == 2
+    assert explorer.controls.of["beta_h"].value == 0.55 and explorer.finder.film.chosen == 2
 
 
 @pytest.mark.parametrize(
@@ -205,7 +234,7 @@ def test_wrong_addresses_are_told(session, monkeypatch, query, words):  # noqa: 
     monkeypatch.setenv("QUERY_STRING", query)
     explorer = Explorer(session)
     assert html.escape(words) in explorer.notes.value and "<script" not in explorer.notes.value
-    assert session.picture.name == "img_0" and explorer.canvases[0].picture
+    assert session.picture.name == "img_0" and explorer.tiles.canvases[0].picture
 
 
 def test_data_set_of_an_address(session, tmp_path):  # noqa: F811
@@ -227,21 +256,21 @@ def test_types_of_an_address():
 def test_files_are_downloads_where_voila_serves(session, tmp_path, monkeypatch):  # noqa: F811
     """Nothing is written on the server; the same bytes go to the browser."""
     here = Explorer(session, folder=tmp_path / "here")
-    here.save_label.click()
-    here.save_svg.click()
+    here.keeping.label.click()
+    here.keeping.svg.click()
     monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.13")
     served, sent = Explorer(session, folder=tmp_path / "served"), []
     monkeypatch.setattr(served.door, "send", lambda content, buffers: sent.append((content, bytes(buffers[0]))))
-    for button in (served.save_label, served.save_png, served.save_svg):
+    for button in (served.keeping.label, served.keeping.png, served.keeping.svg):
         assert not button.disabled
         button.click()
     assert [content["name"] for content, _ in sent] == ["img_0-CAM-label.png", "img_0-CAM.png", "img_0-CAM.svg"]
     assert sent[0][1] == (tmp_path / "here" / "img_0-CAM-label.png").read_bytes()
     assert sent[2][1] == (tmp_path / "here" / "img_0-CAM.svg").read_bytes()
-    assert not (tmp_path / "served").exists() and "downloaded img_0-CAM.svg" in served.saved.value
-    assert served.save_to.options == ("browser",) and served.open.disabled
+    assert not (tmp_path / "served").exists() and "downloaded img_0-CAM.svg" in served.keeping.saved.value
+    assert served.keeping.to.options == ("browser",) and served.open.disabled
     served.open_data.value = str(tmp_path)
     served.open.click()  # as a message of a visitor's browser may do
     assert "nothing is opened where the notebook is served" in served.notes.value
-    here.save_to.value = "browser"
-    assert here.save_name.disabled and files_below(tmp_path / "here") == ["img_0-CAM-label.png", "img_0-CAM.svg"]
+    here.keeping.to.value = "browser"
+    assert here.keeping.name.disabled and files_below(tmp_path / "here") == ["img_0-CAM-label.png", "img_0-CAM.svg"]

@@ -21,7 +21,10 @@ CHANGES = {
 
 
 def pictures_of(explorer):
-    return [np.asarray(Image.open(io.BytesIO(explorer.canvases[i].picture))) for i in range(len(explorer.row.children))]
+    return [
+        np.asarray(Image.open(io.BytesIO(explorer.tiles.canvases[i].picture)))
+        for i in range(len(explorer.tiles.row.children))
+    ]
 
 
 # ---- what changes a picture
@@ -59,16 +62,16 @@ def test_a_row_shows_the_views_in_order(session):  # noqa: F811
     for tile, picture in zip(session.tiles(), pictures_of(explorer), strict=True):
         wanted = session.view(0, tile.show).picture
         assert picture.shape == wanted.shape and np.abs(picture.astype(int) - wanted).mean() < 4
-    titles = [explorer.canvases[i].title for i in range(4)]
+    titles = [explorer.tiles.canvases[i].title for i in range(4)]
     miou = 100 * session.numbers(0, "pseudo label").scores.miou
     assert titles == ["image", "CAM", f"pseudo label · {miou:.0f} % mIoU", "ground truth"]
-    assert [explorer.canvases[i].chosen for i in range(4)] == [False, True, False, False]
-    assert len({canvas.group for canvas in explorer.canvases}) == 1 and explorer.canvases[0].group
-    explorer.views.toggled = ["seed label", 1]
-    explorer.views.toggled = ["ground truth", 2]
+    assert [explorer.tiles.canvases[i].chosen for i in range(4)] == [False, True, False, False]
+    assert len({canvas.group for canvas in explorer.tiles.canvases}) == 1 and explorer.tiles.canvases[0].group
+    explorer.tiles.views.toggled = ["seed label", 1]
+    explorer.tiles.views.toggled = ["ground truth", 2]
     assert [tile.show for tile in session.tiles()] == ["image", "CAM", "seed label", "pseudo label"]
-    assert [item["name"] for item in explorer.views.items if item["on"]] == [t.show for t in session.tiles()]
-    explorer.controls["show"].value = "segmentation"  # what is scored is always seen
+    assert [item["name"] for item in explorer.tiles.views.items if item["on"]] == [t.show for t in session.tiles()]
+    explorer.controls.of["show"].value = "segmentation"  # what is scored is always seen
     assert session.tiles()[-1].show == "segmentation"
 
 
@@ -76,14 +79,14 @@ def test_only_what_changes_is_drawn_again(session):  # noqa: F811
     explorer = Explorer(session)
     sent = {i: [] for i in range(4)}
     for i in range(4):
-        explorer.canvases[i].observe(lambda change, i=i: sent[i].append(change["new"]), "picture")
-    explorer.controls["beta_h"].value = 0.52
+        explorer.tiles.canvases[i].observe(lambda change, i=i: sent[i].append(change["new"]), "picture")
+    explorer.controls.of["beta_h"].value = 0.52
     assert [len(sent[i]) for i in range(4)] == [0, 1, 1, 0]  # contours of the CAM, and the label
-    explorer.controls["strength"].value = 0.2
+    explorer.controls.of["strength"].value = 0.2
     assert [len(sent[i]) for i in range(4)] == [0, 2, 2, 1]
-    explorer.controls["outline"].value = True
+    explorer.controls.of["outline"].value = True
     assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
-    explorer.controls["head"].value = 1
+    explorer.controls.of["head"].value = 1
     assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
 
 
@@ -95,10 +98,10 @@ def test_two_models_side_by_side(session):  # noqa: F811
     names = [session.tile_name(tile) for tile in session.tiles()]
     assert names == ["image", "A: CAM", "B: CAM", "A: pseudo label", "B: pseudo label", "ground truth"]
     pictures = pictures_of(explorer)
-    assert (pictures[1] != pictures[2]).any() and "A: model" in explorer.legends[1].value
-    explorer.canvases[2].pointer = [0.5, 0.5]
+    assert (pictures[1] != pictures[2]).any() and "A: model" in explorer.tiles.legends[1].value
+    explorer.tiles.canvases[2].pointer = [0.5, 0.5]
     assert session.read_out(1, 0.5, 0.5) != session.read_out(0, 0.5, 0.5)
-    assert session.read_out(1, 0.5, 0.5).split(" · ")[1] in explorer.reading.value
+    assert session.read_out(1, 0.5, 0.5).split(" · ")[1] in explorer.tiles.reading.value
 
 
 def test_no_tile_for_a_truth_that_is_not_there(session):  # noqa: F811
@@ -108,19 +111,22 @@ def test_no_tile_for_a_truth_that_is_not_there(session):  # noqa: F811
 
 def test_a_tile_is_enlarged_and_all_come_back(session):  # noqa: F811
     explorer = Explorer(session)
-    explorer.canvases[2].enlarge = 1
-    assert session.arrange == explorer.arrange.value == "one" and explorer.controls["show"].value == "pseudo label"
-    assert len(explorer.row.children) == 1 and explorer.canvases[0].title.startswith("pseudo label")
-    explorer.canvases[0].enlarge = 1
-    assert session.arrange == "side by side" and len(explorer.row.children) == 4
-    explorer.arrange.value = "one"
-    assert explorer.views.disabled and len(explorer.row.children) == 1
+    explorer.tiles.canvases[2].enlarge = 1
+    assert (
+        session.arrange == explorer.tiles.arrange.value == "one"
+        and explorer.controls.of["show"].value == "pseudo label"
+    )
+    assert len(explorer.tiles.row.children) == 1 and explorer.tiles.canvases[0].title.startswith("pseudo label")
+    explorer.tiles.canvases[0].enlarge = 1
+    assert session.arrange == "side by side" and len(explorer.tiles.row.children) == 4
+    explorer.tiles.arrange.value = "one"
+    assert explorer.tiles.views.disabled and len(explorer.tiles.row.children) == 1
 
 
 def test_a_pin_marks_the_place_in_all_views(session):  # noqa: F811
     explorer = Explorer(session)
-    explorer.canvases[3].click = [0.25, 0.75, 1]
-    assert [explorer.canvases[i].pin for i in range(4)] == [[0.25, 0.75]] * 4
+    explorer.tiles.canvases[3].click = [0.25, 0.75, 1]
+    assert [explorer.tiles.canvases[i].pin for i in range(4)] == [[0.25, 0.75]] * 4
 
 
 # ---- curtain
@@ -128,23 +134,23 @@ def test_a_pin_marks_the_place_in_all_views(session):  # noqa: F811
 
 def test_a_curtain_divides_any_two_views(session):  # noqa: F811
     explorer = Explorer(session)
-    explorer.arrange.value = "curtain"
-    canvas = explorer.canvases[0]
-    assert len(explorer.row.children) == 1 and [d.value for d in explorer.curtain] == ["image", "CAM"]
-    explorer.curtain[0].value = "ground truth"
-    explorer.curtain[1].value = "seed label"
+    explorer.tiles.arrange.value = "curtain"
+    canvas = explorer.tiles.canvases[0]
+    assert len(explorer.tiles.row.children) == 1 and [d.value for d in explorer.tiles.curtain] == ["image", "CAM"]
+    explorer.tiles.curtain[0].value = "ground truth"
+    explorer.tiles.curtain[1].value = "seed label"
     for data, show in ((canvas.picture, "ground truth"), (canvas.under, "seed label")):
         assert data == draw.encoded(session.view(0, show).picture)
     assert canvas.title.startswith("ground truth | seed label")
     before = canvas.under
-    explorer.controls["beta_h"].value = 0.33  # what is under it follows, too
-    assert canvas.under != before and not explorer.controls["beta_h"].disabled
+    explorer.controls.of["beta_h"].value = 0.33  # what is under it follows, too
+    assert canvas.under != before and not explorer.controls.of["beta_h"].disabled
     explorer.compare.value = True
     explorer.side.value = 1
     explorer.model.value = "other"
-    explorer.curtain[0].value, explorer.curtain[1].value = "A: CAM", "B: CAM"
+    explorer.tiles.curtain[0].value, explorer.tiles.curtain[1].value = "A: CAM", "B: CAM"
     assert session.curtain_tiles() == (Tile(0, "CAM"), Tile(1, "CAM"))
-    explorer.arrange.value = "side by side"
+    explorer.tiles.arrange.value = "side by side"
     assert canvas.under == b""
 
 
@@ -181,7 +187,7 @@ def test_wrong_arrangements_are_refused(session, values, words):  # noqa: F811
 def test_the_last_view_stays(session):  # noqa: F811
     explorer = Explorer(session)
     for i, view in enumerate(session.views):
-        explorer.views.toggled = [view, i]
+        explorer.tiles.views.toggled = [view, i]
     assert "one view at least stays" in explorer.notes.value and session.views == ("ground truth",)
 
 
@@ -190,31 +196,31 @@ def test_the_last_view_stays(session):  # noqa: F811
 
 def test_chips_have_colour_and_score_and_are_toggled(session):  # noqa: F811
     explorer = Explorer(session)
-    items = {item["name"]: item for item in explorer.classes.items}
+    items = {item["name"]: item for item in explorer.controls.classes.items}
     assert list(items) == ["cat", "dog", "sheep"]
     scores = session.analysis(0).class_scores
     for k, (name, item) in enumerate(items.items(), 1):
         assert item["number"] == f"{scores[k - 1]:.2f}" and item["on"] == (name == "cat")
         assert item["colour"] == "rgb({},{},{})".format(*voc_palette()[k])
-    explorer.classes.toggled = ["sheep", 1]
-    assert session.classes(0)[0] == (1, 3) and explorer.class_names.value == ("cat", "sheep")
-    assert [item["on"] for item in explorer.classes.items] == [True, False, True]
-    explorer.classes.toggled = ["cat", 2]
-    explorer.classes.toggled = ["sheep", 3]  # the last one goes out, too
-    assert session.classes(0) == ((), ()) and explorer.class_choice.value == "none"
-    assert not any(item["on"] for item in explorer.classes.items)
-    explorer.classes.toggled = ["dog", 4]
+    explorer.controls.classes.toggled = ["sheep", 1]
+    assert session.classes(0)[0] == (1, 3) and explorer.controls.class_names.value == ("cat", "sheep")
+    assert [item["on"] for item in explorer.controls.classes.items] == [True, False, True]
+    explorer.controls.classes.toggled = ["cat", 2]
+    explorer.controls.classes.toggled = ["sheep", 3]  # the last one goes out, too
+    assert session.classes(0) == ((), ()) and explorer.controls.class_choice.value == "none"
+    assert not any(item["on"] for item in explorer.controls.classes.items)
+    explorer.controls.classes.toggled = ["dog", 4]
     assert session.classes(0)[0] == (2,) and session.sides[0].settings.classes == "dog"
 
 
 def test_chips_follow_image_and_model(session):  # noqa: F811
     session.subjects.add(make_subject("few", class_names=("background", "dog"), seed=3))
     explorer = Explorer(session)
-    explorer.film.wanted = [1, 1]
-    assert [item["on"] for item in explorer.classes.items] == [False, True, False]
+    explorer.finder.film.wanted = [1, 1]
+    assert [item["on"] for item in explorer.controls.classes.items] == [False, True, False]
     explorer.model.value = "few"
-    assert [bool(item["number"]) for item in explorer.classes.items] == [False, True, False]
-    assert "does not know it" in explorer.classes.items[0]["tip"]
+    assert [bool(item["number"]) for item in explorer.controls.classes.items] == [False, True, False]
+    assert "does not know it" in explorer.controls.classes.items[0]["tip"]
 
 
 def test_classes_in_their_own_colours(session):  # noqa: F811

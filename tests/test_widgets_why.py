@@ -67,34 +67,34 @@ def test_token_contrast_is_that_of_the_loss(session):  # noqa: F811
 
 def test_the_panel_is_pinned_by_a_click_and_follows(session):  # noqa: F811
     explorer = Explorer(session)
-    assert explorer.pinned.layout.display == "none" and explorer.why.value == ""
-    explorer.canvases[0].click = [0.5, 0.5, 1]
-    first = explorer.why.value
-    assert explorer.pinned.layout.display is None and "row 10, column 15" in first and first.count("<svg") == 2
-    assert "decoder" in first and "PTC" in first and explorer.votes.value.count("<tr>") == 7
-    pictures = [canvas.picture for canvas in explorer.why_maps]
+    assert explorer.why.layout.display == "none" and explorer.why.words.value == ""
+    explorer.tiles.canvases[0].click = [0.5, 0.5, 1]
+    first = explorer.why.words.value
+    assert explorer.why.layout.display is None and "row 10, column 15" in first and first.count("<svg") == 2
+    assert "decoder" in first and "PTC" in first and explorer.why.votes.value.count("<tr>") == 7
+    pictures = [canvas.picture for canvas in explorer.why.maps]
     assert all(np.asarray(Image.open(io.BytesIO(p))).shape[1] == why.SIDE for p in pictures)
-    explorer.canvases[0].step = [2, 0, 2]
-    assert explorer.why.value != first and explorer.why_maps[0].picture != pictures[0]
-    second = explorer.why.value
-    explorer.controls["beta_h"].value = 0.9
-    assert explorer.why.value != second and "beta_h" in explorer.why.value
-    explorer.controls["par_iterations"].value = 2
-    assert explorer.why_maps[1].title == "counts after 2 steps"
+    explorer.tiles.canvases[0].step = [2, 0, 2]
+    assert explorer.why.words.value != first and explorer.why.maps[0].picture != pictures[0]
+    second = explorer.why.words.value
+    explorer.controls.of["beta_h"].value = 0.9
+    assert explorer.why.words.value != second and "beta_h" in explorer.why.words.value
+    explorer.controls.of["par_iterations"].value = 2
+    assert explorer.why.maps[1].title == "after 2 steps"
 
 
 def test_what_the_model_lacks_is_left_out(folder):  # noqa: F811
     subjects = Subjects()
     subjects.add(make_subject(has=EVERY - {AUXILIARY, DECODER}))
     explorer = Explorer(Session(open_pictures(folder), subjects))
-    explorer.canvases[0].click = [0.5, 0.5, 1]
-    assert "decoder" not in explorer.why.value and "PTC" not in explorer.why.value
-    assert explorer.why_maps[2].layout.display == "none" and explorer.why_maps[0].picture
+    explorer.tiles.canvases[0].click = [0.5, 0.5, 1]
+    assert "decoder" not in explorer.why.words.value and "PTC" not in explorer.why.words.value
+    assert explorer.why.maps[2].layout.display == "none" and explorer.why.maps[0].picture
     explorer.set(classes="none")
-    assert "no class is chosen" in explorer.why.value and explorer.votes.value == ""
-    explorer.controls["cam"].value = "auxiliary"
-    explorer.class_choice.value = "all"
-    assert explorer.pinned.layout.display == "none" and "no auxiliary CAM" in explorer.notes.value
+    assert "no class is chosen" in explorer.why.words.value and explorer.why.votes.value == ""
+    explorer.controls.of["cam"].value = "auxiliary"
+    explorer.controls.class_choice.value = "all"
+    assert explorer.why.layout.display == "none" and "no auxiliary CAM" in explorer.notes.value
 
 
 def test_votes_picture_shows_the_heaviest_largest():
@@ -113,8 +113,14 @@ def test_votes_picture_shows_the_heaviest_largest():
 
 def test_no_name_becomes_html_in_the_panel(tmp_path):
     explorer = hostile_explorer(tmp_path)
-    explorer.canvases[0].click = [0.5, 0.5, 1]
-    for panel in (explorer.why, explorer.votes):
+    explorer.tiles.canvases[0].click = [0.5, 0.5, 1]
+    for panel in (explorer.why.words, explorer.why.votes):
         found = Elements(panel.value)
         assert not found.tags & {"img", "script"} and not {a for a in found.attributes if a.startswith("on")}
-    assert "class<img" in Elements(explorer.why.value).text
+    assert "class<img" in Elements(explorer.why.words.value).text
+
+
+def test_names_of_a_chart_do_not_cover_each_other_or_what_is_below():
+    assert why._apart([10, 12, 60], 11, most=100) == [10, 21, 60]
+    assert why._apart([90, 95, 96, 97], 11, most=100) == [67, 78, 89, 100]
+    assert why._apart([], 11, most=100) == []

@@ -257,6 +257,7 @@ def test_a_lock_follows_no_link(tmp_path, monkeypatch):
 # ---- full disks and rights
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_full_disk_is_told_in_one_line(trained, root, tmp_path):
     found, config = trained

@@ -1,5 +1,7 @@
 """The one error type that tells a user what to change."""
 
+from collections.abc import Iterable
+
 MOST = 2000  # characters of a message; values that are longer are cut in the middle
 
 
@@ -18,6 +20,13 @@ def _one_line(text: str) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= MOST else f"{text[: MOST - 500]} [...] {text[-490:]}"
+
+
+def refuse_other(allowed: Iterable[str], **given: str) -> None:
+    """Raise ToCoError for the first value that is none of the allowed ones."""
+    for name, value in given.items():
+        if value not in allowed:
+            raise ToCoError(f"{name} = {value!r} is not allowed: one of {', '.join(allowed)}")
 
 
 def in_a_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from toco_core.lattice import Lattice, at_least_float32, energy_lattices, neares
 
 from .conventions import IGNORE
 from .errors import ToCoError
+from .labels import inside_box
 
 ENERGY_WEIGHT = 1e-7  # of the dense energy, as published
 COSINE_EPSILON = 1e-8  # a token shorter than this is divided by it: a zero token has cosine 0 with everything
@@ -282,11 +283,9 @@ def dense_energy_loss(
         probs = F.interpolate(probs, size=size, mode="bilinear", align_corners=False)
         rows, columns = nearest_pixels(logits, size)
         ignored = (label == IGNORE)[:, None, rows[:, None], columns]
-        inside = (
-            torch.ones_like(probs[:, :1])
-            if valid_box is None
-            else _inside_box(valid_box, rows, columns).to(probs.dtype)
-        )
+        inside = torch.ones_like(probs[:, :1])
+        if valid_box is not None:
+            inside *= inside_box(valid_box.to(rows.device), (H, W))[:, None, rows[:, None], columns]
 
         segments = probs * inside
         with torch.no_grad():
@@ -296,11 +295,3 @@ def dense_energy_loss(
             filtered = filtered.unflatten(0, (B, *size)).movedim(-1, 1).contiguous().to(probs.dtype)
         twice = -2 * weight / B * (segments * (gate * filtered)).sum()
         return twice - 0.5 * twice.detach()  # the energy, with the gradient of twice the energy
-
-
-def _inside_box(valid_box: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """B 4 -> B 1 h w: whether each of these pixels lies in its image's box."""
-    top, bottom, left, right = valid_box.to(rows.device)[:, :, None].unbind(1)
-    in_rows = (rows >= top) & (rows < bottom)
-    in_columns = (columns >= left) & (columns < right)
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]

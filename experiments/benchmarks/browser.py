@@ -1,4 +1,5 @@
-"""A notebook in a real JupyterLab, driven by headless Chromium: for the explorer's benchmark and its browser test.
+"""A notebook in a JupyterLab, or as an app of voila, driven by headless Chromium: for the explorer's benchmark, its
+walk and its browser tests.
 
     with in_jupyterlab(folder, "some.ipynb") as page:
         run_all_cells(page)
@@ -9,6 +10,7 @@
 Needs playwright and a Chromium or Chrome; `NoBrowser` says what is missing.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +18,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,28 @@ class NoBrowser(Exception):
 @contextmanager
 def in_jupyterlab(folder: Path, notebook: str, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
     """A server in `folder` and its notebook in a window of this size; errors of the console are in `page.errors`."""
+    for name, settings in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+    words = ["jupyterlab", "--allow-root", "--ServerApp.port_retries=0", "--IdentityProvider.token="]
+    with _a_page(width, height) as page, _server(folder, [*words, f"--ServerApp.root_dir={folder}"]) as address:
+        page.goto(f"{address}/lab/tree/{notebook}")
+        yield page
+
+
+@contextmanager
+def in_voila(folder: Path, notebook: str, *, width: int = 1280, height: int = 1000) -> Iterator[Any]:
+    """An empty page; each `page.goto(page.address + "/?image=3")` is a visit of the app, with a kernel of its own."""
+    if importlib.util.find_spec("voila") is None:
+        raise NoBrowser("voila is not installed")
+    with _a_page(width, height) as page, _server(folder, ["voila", notebook]) as address:
+        page.address = address
+        yield page
+
+
+@contextmanager
+def _a_page(width: int, height: int) -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -68,27 +91,19 @@ def in_jupyterlab(folder: Path, notebook: str, *, width: int = 1280, height: int
         found = next(filter(None, map(shutil.which, BROWSERS)), None) or playwright.chromium.executable_path
         if not Path(found).is_file():
             raise NoBrowser(f"no browser: none of {', '.join(BROWSERS)} is on the PATH, and playwright has none")
-        for name, settings in SETTINGS.items():
-            path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings))
-        server, address = _start_server(folder)
-        try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.errors = []
-            page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
-            page.on("pageerror", lambda error: page.errors.append(str(error)))
-            page.set_default_timeout(PATIENCE)
-            page.goto(f"{address}/lab/tree/{notebook}")
-            yield page
-            browser.close()
-        finally:
-            server.terminate()
-            server.wait(30)
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.errors = []
+        page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.set_default_timeout(PATIENCE)
+        yield page
+        browser.close()
 
 
-def _start_server(folder: Path) -> tuple[subprocess.Popen, str]:
+@contextmanager
+def _server(folder: Path, words: list[str]) -> Iterator[str]:
+    """A server, a module and its options, in a folder; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,20 +116,27 @@ def _start_server(folder: Path) -> tuple[subprocess.Popen, str]:
         "JUPYTER_DATA_DIR": str(folder / "data"),
         "IPYTHONDIR": str(folder / "ipython"),
     }
-    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    words += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    with open(folder / "lab.log", "w") as log:
-        command = [sys.executable, "-m", "jupyterlab", *words]
+    with open(folder / "server.log", "w") as log:
+        command = [sys.executable, "-m", *words, "--no-browser", f"--port={port}"]
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/api/status", timeout=5)
-            return server, address
-        except OSError:
+    try:
+        while not _answers(port):
+            if time.monotonic() > until or server.poll() is not None:
+                raise RuntimeError(f"{words[0]} did not start: {(folder / 'server.log').read_text()[-2000:]}")
             time.sleep(0.3)
-    server.kill()
-    raise RuntimeError(f"JupyterLab did not start: {(folder / 'lab.log').read_text()[-2000:]}")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def run_all_cells(page) -> None:

@@ -107,9 +107,9 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
 
     def move(name, values):
         def action(i):
-            before = [canvas.picture for canvas in explorer.canvases]
-            explorer.controls[name].value = values[i % len(values)]
-            assert [canvas.picture for canvas in explorer.canvases] != before, f"{name} changed nothing"
+            before = [canvas.picture for canvas in explorer.tiles.canvases]
+            explorer.controls.of[name].value = values[i % len(values)]
+            assert [canvas.picture for canvas in explorer.tiles.canvases] != before, f"{name} changed nothing"
 
         return action
 
@@ -122,8 +122,8 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
     found["PAR"] = median_ms(move("beta_h", np.linspace(0.4, 0.8, 41).round(2).tolist()), max(repeats // 4, 3))
     explorer.set(show="CAM")
     found["image"] = median_ms(lambda i: explorer.go(i % 2), repeats)
-    found["class"] = median_ms(lambda i: setattr(explorer.classes, "toggled", ["dog", i]), repeats)
-    middle = explorer.canvases[0]
+    found["class"] = median_ms(lambda i: setattr(explorer.controls.classes, "toggled", ["dog", i]), repeats)
+    middle = explorer.tiles.canvases[0]
     found["pixel"] = median_ms(lambda i: setattr(middle, "click", [0.3 + 0.4 * (i % 2), 0.5, i]), max(repeats // 4, 3))
     return found
 

@@ -26,7 +26,7 @@ from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
 from toco_core.machine.precision import attention_of, autocast_of
-from toco_core.objective import Step, objective
+from toco_core.objective import Step, objective, term_weights
 from toco_core.train.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def whole_step(width: str, repeats: int, size: int = SIZE) -> dict:
     }
     config = configs["fp32"]
     model = model_of(config, K)
-    batch, weights = batch_of(model, size, BATCH), config.loss.at(LATE)
+    batch, weights = batch_of(model, size, BATCH), term_weights(config, LATE)
     region = labels.region_mask(torch.rand(BATCH, K, size, size), batch.image_labels, beta_l=0.4, beta_h=0.6)
     boxes = crops.sample_crops(region, n_crops=VIEWS, crop_size=config.crops.local_size, valid_box=batch.valid_box)
 

@@ -36,8 +36,9 @@ def foreground_share(
     Void pixels do not count; NaN where a crop holds nothing else.
     """
     known = mask != IGNORE
-    objects = foreground_ratio((known & (mask > 0)).to(torch.int8), top, left, crop_size)
-    return objects / foreground_ratio(known.to(torch.int8), top, left, crop_size)
+    of_both = torch.stack([known & (mask > 0), known, known], dim=1).float()
+    objects, seen, _ = cut_crops(of_both, top, left, crop_size).sum((-2, -1)).unbind(-1)
+    return objects / seen
 
 
 class DrawnCrops(NamedTuple):
@@ -58,16 +59,23 @@ def draw_crops(
     generator, found = torch.Generator().manual_seed(seed), []
     size = config.crops.local_size
     for item in items:
-        region = region_mask(item.aux_cam, item.present, **config.labels.thresholds()).expand(draws, -1, -1)
+        region, boxes, ratio = _drawn(item, config, generator, draws)
         mask = mask_at(item).to(region.device).expand(draws, -1, -1)
-        boxes = sample_crops(region, n_crops=config.crops.n_local, crop_size=size, generator=generator)
-        double = config.release.foreground_counts_double
-        ratio = foreground_ratio(region, *boxes, size, foreground_counts_double=double)
         left = mask.shape[2] - size - boxes.left if mirrored else boxes.left
         found.append((ratio, foreground_share(mask, boxes.top, left, size)))
     if not found:
         raise ToCoError("no image to draw crops from: at least one is needed")
     return DrawnCrops(*(torch.stack(part).cpu() for part in zip(*found, strict=True)))
+
+
+def _drawn(
+    item: ImageCAMs, config: TrainConfig, generator: torch.Generator, draws: int
+) -> tuple[Integer[Tensor, "R H W"], CropBoxes, Float[Tensor, "R V"]]:
+    """Region mask, places and mean region values of crops, as training draws them."""
+    size, double = config.crops.local_size, config.release.foreground_counts_double
+    region = region_mask(item.aux_cam, item.present, **config.labels.thresholds()).expand(draws, -1, -1)
+    boxes = sample_crops(region, n_crops=config.crops.n_local, crop_size=size, generator=generator)
+    return region, boxes, foreground_ratio(region, *boxes, size, foreground_counts_double=double)
 
 
 def mask_at(item: ImageCAMs) -> UInt8[Tensor, "1 H W"]:
@@ -107,7 +115,7 @@ def crop_scores(drawn: DrawnCrops, *, threshold: float, least: float) -> CropSco
     )
 
 
-class CropLook(NamedTuple):
+class ImageCrops(NamedTuple):
     """The local views of one image and what CTC contrasts."""
 
     name: str
@@ -125,17 +133,13 @@ class CropLook(NamedTuple):
 
 
 @torch.no_grad()
-def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: int = 0) -> CropLook:
+def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: int = 0) -> ImageCrops:
     """Draw the local views of one image and compare their class tokens with those of the global views.
 
     As in a training step of `config`, but the image and its local views are neither varied nor padded.
     """
     size, (height, width) = config.crops.local_size, item.unit.shape[2:]
-    region = region_mask(item.aux_cam, item.present, **config.labels.thresholds())
-    generator = torch.Generator().manual_seed(seed)
-    boxes = sample_crops(region, n_crops=config.crops.n_local, crop_size=size, generator=generator)
-    double = config.release.foreground_counts_double
-    ratio = foreground_ratio(region, *boxes, size, foreground_counts_double=double)
+    region, boxes, ratio = _drawn(item, config, torch.Generator().manual_seed(seed), 1)
     mask = mask_at(item)
 
     rng = np.random.default_rng(seed)
@@ -146,7 +150,7 @@ def look_at_crops(model: ToCo, item: ImageCAMs, config: TrainConfig, *, seed: in
     options = {"temperature": config.loss.temperature, "cosine": config.loss.ctc_cosine}
     logits = contrast_logits(model, torch.cat([item.unit, second]), encoded, **options)
     strongest = item.aux_cam[0].amax(0) if len(item.classes) else torch.zeros(height, width)
-    return CropLook(
+    return ImageCrops(
         name=item.name,
         image=_picture(item.unit)[0],
         global_view=_picture(second)[0],

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from toco_core.analysis.crop_audit import separation
+from toco_core.analysis.crop_audit import foreground_share, separation
 from toco_core.config import TrainConfig
-from toco_core.conventions import IGNORE
-from toco_core.crops import CropBoxes, cut_crops, local_views, sample_crops
+from toco_core.crops import CropBoxes, local_views, sample_crops
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
@@ -93,7 +92,7 @@ def crop_contrast(
         product = cosine if config.loss.ctc_cosine else (student @ teacher.T)[:, 0]
         rows.append(
             (
-                object_share(mask[0, 0].to(device), boxes, config.crops.local_size),
+                foreground_share(mask[0].to(device), *boxes, config.crops.local_size)[0],
                 F.cosine_similarity(parts, whole),
                 cosine,
                 product / config.loss.temperature,
@@ -101,10 +100,3 @@ def crop_contrast(
             )
         )
     return CropContrast(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
-
-
-def object_share(mask: Tensor, boxes: CropBoxes, crop_size: int) -> Tensor:
-    """Per crop of one H W mask the share of 1..K among the pixels that are not 255; NaN where all are."""
-    seen, truth = (mask != IGNORE).float(), ((mask != IGNORE) & (mask != 0)).float()
-    both = cut_crops(torch.stack([truth, seen, seen])[None], *boxes, crop_size)[0].sum((2, 3))
-    return both[:, 0] / both[:, 1]

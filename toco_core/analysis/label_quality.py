@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from toco_core.cam import multi_scale_cam
+from toco_core.cam import labelled_cams
 from toco_core.config import LabelConfig, TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
-from toco_core.evaluation.metrics import OpenCounts
+from toco_core.evaluation.metrics import OpenCounts, in_groups
 from toco_core.labels import eval_label, pseudo_label, refined_labels, seed_label
 from toco_core.model import ToCo
 from toco_core.predict.image import eval_size
@@ -66,11 +66,8 @@ def cams_of_split(model: ToCo, source, config: TrainConfig) -> list[ImageCAMs]:
         if item.mask is None:
             raise ToCoError(f"image {item.name} has no mask: labels are judged by masks")
         unit = to_unit(item.image).to(model.classifier.weight)
-        image_labels = item.image_labels.to(unit.device)
-        cams = multi_scale_cam(model, model.normalise(unit), **config.labels.cam_options(), image_labels=image_labels)
-        slots = torch.nonzero(image_labels[0])[:, 0]
-        kept = (cams.cam[:, slots], cams.aux_cam[:, slots])
-        found.append(ImageCAMs(item.name, source.image(index), item.mask, unit, slots.cpu().numpy() + 1, *kept))
+        cams, classes, _ = labelled_cams(model, model.normalise(unit), item.image_labels, **config.labels.cam_options())
+        found.append(ImageCAMs(item.name, source.image(index), item.mask, unit, classes[0].cpu().numpy() + 1, *cams))
     return found
 
 
@@ -158,9 +155,7 @@ def quality_by_group(
 ) -> list[LabelQuality]:
     """The quality of a label on disjoint groups of images, image i in group i mod `groups`: how much a score moves from
     one handful of images to the next. Raises ToCoError where a group would be empty."""
-    if not 1 <= groups <= len(items):
-        raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(items)}, the number of images")
-    return [count_labels(items[g::groups], label_of, n_classes).quality() for g in range(groups)]
+    return [count_labels(group, label_of, n_classes).quality() for group in in_groups(items, groups)]
 
 
 # ---- pairs of thresholds

@@ -1,6 +1,5 @@
 """The total loss and its stages."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from toco_core.config.fields import Config, option
@@ -71,10 +70,3 @@ class LossConfig(Config):
         added_later=True,
     )
     prototypes_start: int = option(0, "First step with it.", at_least=0, added_later=True)
-
-    def at(self, step: int) -> dict[str, float]:
-        """Term -> weight on this step; 0 before the term's start, so that the loop can skip it."""
-        fields = dataclasses.fields(self)
-        names = [f.name for f in fields if not f.metadata["added_later"] or getattr(self, f.name) != f.default]
-        terms = [name for name in names if name in ("cls", "aux_cls") or f"{name}_start" in names]
-        return {term: getattr(self, term) if step >= getattr(self, f"{term}_start", 0) else 0.0 for term in terms}

@@ -33,8 +33,8 @@ class Parameters:
         self.before = set(namespace)
 
     def _known(self) -> list[str]:
-        fields = [name for name, section in field_sections().items() if section or not _is_section(name)]
-        return [*fields, *self.own]
+        sections = field_sections()
+        return [*(name for name in sections if name not in sections.values()), *self.own]
 
     def values(self) -> dict[str, Any]:
         """Name -> value. Raises ToCoError for a name that is no parameter, with the nearest one that is."""
@@ -125,7 +125,3 @@ def questions(folder: Path | str) -> dict[str, str]:
         if asked:
             found[path.stem] = asked[1].strip()
     return found
-
-
-def _is_section(name: str) -> bool:
-    return name in ("model", "labels", "loss", "crops", "data", "schedule", "release")

@@ -84,7 +84,7 @@ def decode_mask(path: Path | str, data: bytes) -> UInt8[np.ndarray, "H W"]:
     return np.array(values, dtype=np.uint8)
 
 
-def encoded(pixels: np.ndarray, suffix: str = ".png", *options: int) -> bytes:
+def picture_bytes(pixels: np.ndarray, suffix: str = ".png", *options: int) -> bytes:
     """Pixels (uint8, RGB or one channel) as the bytes of a PNG or JPEG file; `options` of OpenCV."""
     bgr = np.ascontiguousarray(pixels[..., ::-1] if pixels.ndim == 3 else pixels)
     return cv2.imencode(suffix, bgr, options)[1].tobytes()

@@ -227,10 +227,21 @@ class _EvaluationSamples(Dataset):
             image, mask = self.source.image(index), self.source.mask(index)
         except Exception as error:  # noqa: BLE001
             return _failure(name, error)
-        native = _channels_first(image) if self.native else None
-        if self.size is not None:
-            image = resize(image, *self.size)
-        return EvalItem(name, _channels_first(image), mask, self.labels[index][None], native)
+        return eval_item(name, image, mask, self.labels[index][None], size=self.size, native=self.native)
+
+
+def eval_item(
+    name: str,
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: UInt8[np.ndarray, "mh mw"] | None,
+    image_labels: Float[Tensor, "1 K"],
+    *,
+    size: tuple[int, int] | None,
+    native: bool,
+) -> EvalItem:
+    """One image to evaluate; arguments as in `evaluation_items`."""
+    seen = image if size is None else resize(image, *size)
+    return EvalItem(name, _channels_first(seen), mask, image_labels, _channels_first(image) if native else None)
 
 
 def _channels_first(image: np.ndarray) -> Tensor:

@@ -279,9 +279,7 @@ def joined(parts: Sequence[Split], split: str) -> Split:
         raise ToCoError(f"{first.root}: the splits {', '.join(p.split for p in parts)} have other classes or layouts")
     whole = copy.copy(first)
     whole.split, whole.names = split, tuple(name for part in parts for name in part.names)
-    twice = first_twice(whole.names)
-    if twice is not None:
-        raise ToCoError(f"{first.root} has the image {twice!r} in more than one of {', '.join(p.split for p in parts)}")
+    refuse_twice(whole.names, f"{first.root}: the splits {', '.join(p.split for p in parts)} have the image")
     whole.left_out = tuple(reason for part in parts for reason in part.left_out)
     whole._images = [path for part in parts for path in part._images]
     whole._masks = [mask for part in parts for mask in part._masks]
@@ -334,14 +332,13 @@ def without_suffix(name: str) -> str:
     return name if bare.name.strip(".") == "" else bare.as_posix()
 
 
-def first_twice(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
+def refuse_twice(names: Iterable[str], what: str) -> None:
+    """Raise ToCoError for the first name that comes a second time; `what` has it."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            return name
+            raise ToCoError(f"{what} {name!r} more than once")
         seen.add(name)
-    return None
 
 
 def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
@@ -352,9 +349,7 @@ def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
     names[0] = "background"
     if not 2 <= len(names) <= IGNORE:
         raise ToCoError(f"{source} names {len(names) - 1} classes besides background: 1..{IGNORE - 1} are allowed")
-    twice = first_twice(names)
-    if twice is not None:
-        raise ToCoError(f"{source} names the class {twice!r} more than once")
+    refuse_twice(names, f"{source} names the class")
     return tuple(utf8(name, f"{source} names a class") for name in names)
 
 

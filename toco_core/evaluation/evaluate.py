@@ -173,7 +173,7 @@ def evaluate(
         seg_size: the same as `size` for the segmentation; the published numbers have a CAM at 448 square and a
             segmentation at native size (None).
         crf: refine the segmentation by a dense CRF on the image at native size before it is scored. True: with the
-            settings that are usual for VOC; or a mapping with keywords of `crf.dense_crf`.
+            settings that are usual for VOC; or a mapping with fields of `refiners.crf.CRFSettings`.
         workers: processes that read images.
         crf_workers: processes that compute the CRF while the network is at the next batch; 0 computes it here. On a CPU
             their number moves no bit.
@@ -290,7 +290,7 @@ class _Views(NamedTuple):
         )
 
 
-class _Seen(NamedTuple):
+class _BatchPrediction(NamedTuple):
     """What the network says of a batch."""
 
     unit: Tensor  # the images in [0, 1]
@@ -301,7 +301,7 @@ class _Seen(NamedTuple):
     seg_maps: list[list[Tensor]]  # per image, per scale
 
 
-def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _Seen:
+def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Callable | None) -> _BatchPrediction:
     device = model.classifier.weight.device
     unit = to_unit(torch.cat([i.image for i in items]).to(device))
     image_labels = torch.cat([i.image_labels for i in items]).to(device)
@@ -315,10 +315,10 @@ def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Calla
         else:
             maps = [output.seg_logits] if views.once else segmentation_maps(model, images, views.seg_scales)
             seg_maps = [[m[b : b + 1] for m in maps] for b in range(len(items))]
-    return _Seen(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
+    return _BatchPrediction(unit, image_labels, cams, output.class_logits, output.aux_class_logits, seg_maps)
 
 
-def _counts_of(seen: _Seen, b: int, item: EvalItem) -> ImageCounts:
+def _counts_of(seen: _BatchPrediction, b: int, item: EvalItem) -> ImageCounts:
     """What image `b` of a batch adds, but for its segmentation."""
     one, found = slice(b, b + 1), _nothing(seen.image_labels.shape[1])
     rows = (seen.class_logits[b].float(), seen.aux_class_logits[b].float(), seen.image_labels[b])

@@ -4,6 +4,7 @@ Label maps are counted into a confusion matrix (rows: ground truth, columns: pre
 follows. Pixels whose ground truth is 255 are ignored whatever is predicted there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -143,6 +144,13 @@ def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor
     f1 = np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
     precision = np.array([average_precision(logits[:, k], wanted[:, k]) for k in range(logits.shape[1])])
     return MultiLabelScores(_mean(precision[wanted.any(0)]), precision, _mean(f1))
+
+
+def in_groups(items: Sequence, n: int) -> list:
+    """Disjoint groups, item i in group i mod `n`. Raises ToCoError where a group would be empty."""
+    if not 1 <= n <= len(items):
+        raise ToCoError(f"groups = {n} is not allowed: 1 to {len(items)}, the number of images")
+    return [items[g::n] for g in range(n)]
 
 
 def average_precision(score: np.ndarray, wanted: np.ndarray) -> float:

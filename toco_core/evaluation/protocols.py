@@ -25,7 +25,7 @@ from toco_core.config import TrainConfig, override
 from toco_core.data import Split, TrainVal, evaluation_items, open_data, open_source
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import cam_named, listed
-from toco_core.evaluation.metrics import OpenCounts, Scores
+from toco_core.evaluation.metrics import OpenCounts, Scores, in_groups
 from toco_core.evaluation.scores import reported_part
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import passes_of
@@ -49,7 +49,7 @@ class AssessedModel(NamedTuple):
     origin: str
 
 
-def open_subject(
+def open_assessed(
     config: TrainConfig, *, run: str = "", checkpoint: str = "", heads: int | None = None, changes: dict | None = None
 ) -> AssessedModel:
     """A model from a finished run's folder, from a checkpoint of the published release, or else from the run of
@@ -125,7 +125,7 @@ def labels_of(
     """Every kind of label of image `index` of a split, at its native size; without "seg_crf" unless `crf`.
 
     The model sees the image as `config` says. `scales` are those of "seg_ms" and "seg_crf"; `crf` is True, for the
-    settings that are usual for VOC, or a mapping with keywords of `crf.dense_crf`.
+    settings that are usual for VOC, or a mapping with fields of `refiners.crf.CRFSettings`.
     """
     options = checked_crf(crf)
     predictor = ImagePredictor(model, config, passes=passes_of(model, config))
@@ -165,10 +165,8 @@ class Assessment:
     def group_miou(self, kind: str, groups: int = 4) -> np.ndarray:
         """mIoU in [0, 1] on disjoint groups of images, image i in group i mod `groups`: how much a score moves from one
         handful of images to the next. Raises ToCoError where a group would be empty."""
-        counts = self.counts[kind]
-        if not 1 <= groups <= len(counts):
-            raise ToCoError(f"groups = {groups} is not allowed: 1 to {len(counts)}, the number of images")
-        return np.array([self._counted(counts[g::groups].sum(0)).scores().miou for g in range(groups)])
+        parts = in_groups(self.counts[kind], groups)
+        return np.array([self._counted(part.sum(0)).scores().miou for part in parts])
 
     def worst(self, kind: str, n: int) -> list[int]:
         """Places of the `n` images with the lowest `image_iou`, worst first."""

@@ -5,12 +5,12 @@ uncertain are taught by the prediction on a weakly varied view. Here one network
 the crop with its own colours that class token contrast cuts its local views from.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from toco_core.conventions import IGNORE
+from toco_core.labels import inside_box
 
 SURE = 0.5
 
@@ -37,11 +37,8 @@ def consistency_loss(
 
 def consistency(step) -> Float[Tensor, ""]:
     """Between the main images and the same crops in other colours; padding is left out."""
-    label, box = step.pseudo_label, step.batch.valid_box
-    rows, columns = (torch.arange(n, device=label.device) for n in label.shape[-2:])
-    top, bottom, left, right = (side[:, None] for side in box.unbind(1))
-    inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
-    label = label.masked_fill(~inside, 0)
+    label = step.pseudo_label
+    label = label.masked_fill(~inside_box(step.batch.valid_box, label.shape[-2:]), 0)
     with step.autocast():
         decoded = step.model.decoder(step.model.encode(step.batch.local_image).patch_map).contiguous()
     strong = F.interpolate(decoded.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)

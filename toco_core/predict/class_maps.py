@@ -16,7 +16,7 @@ through all blocks (Chefer et al., ICCV 2021, equations 5 and 6 there); its squa
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,16 +30,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from toco_core.backbone import SHIPPED, build_timm, load_weights
-from toco_core.cam import multi_scale_cam
 from toco_core.config import LabelConfig, did_you_mean
 from toco_core.data import read_image, to_unit
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import eval_size
 from toco_core.labels import pseudo_label
 from toco_core.machine.device import resolve_device
-from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.machine.precision import passes_of
 from toco_core.machine.torchvision_shim import make_importable
+from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, is_model, open_model
 from toco_core.runs.packed import MODEL
 from toco_core.viz import label_over_image, overlay, titled_row
@@ -129,8 +128,7 @@ def cams(
     opened = model if isinstance(model, (NamedModel, Classifier)) else _opened(model, weights, device)
     image = _pixels(photograph)
     multi = isinstance(opened, NamedModel)
-    with torch.no_grad():
-        seen, scores = (_seen_by_run if multi else _seen_by_head)(opened, image)
+    unit, scores, maps_of, labels = (_seen_by_run if multi else _seen_by_head)(opened, image)
     limit = (0.5 if multi else 0.1) if threshold is None else threshold
     if not 0 <= limit <= 1:
         raise ToCoError(f"threshold = {limit} is not allowed: 0 to 1")
@@ -140,13 +138,11 @@ def cams(
     else:
         certain = [_number(name, names) for name in ([classes] if isinstance(classes, str) else classes)]
     shown = certain or [int(order[0])]
-    maps, unit, labels = (_run_maps if multi else _head_maps)(opened, seen, shown)
-    label = np.zeros(image.shape[:2], np.uint8)
+    maps, label = maps_of(shown).float(), np.zeros(image.shape[:2], np.uint8)
     if certain:
-        options = labels.pseudo_label_options() | ({} if multi else RELEVANCE_THRESHOLDS)
-        slots = pseudo_label(unit, maps, torch.ones(1, len(shown)), **options)
+        slots = pseudo_label(unit, maps, torch.ones(1, len(shown)), **labels)
         label = F.interpolate(slots[None].float(), size=label.shape, mode="nearest")[0, 0].to(torch.uint8).cpu().numpy()
-    native = F.interpolate(maps.float(), size=label.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
+    native = F.interpolate(maps, size=label.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
     return ClassMaps(
         opened.name,
         image,
@@ -208,43 +204,43 @@ def _number(name: str, names: Sequence[str]) -> int:
     return found[0]
 
 
-# ---- a run
+class _ImageView(NamedTuple):
+    """An image in a model; classes count from 0."""
+
+    unit: Float[Tensor, "1 3 H W"]
+    """As the model saw it, in [0, 1]."""
+    scores: Float[np.ndarray, " K"]
+    maps_of: Callable[[list[int]], Tensor]
+    """Classes -> their maps, 1 k H W."""
+    labels: dict
+    """Keywords of `labels.pseudo_label`."""
 
 
-def _seen_by_run(opened: NamedModel, image: np.ndarray):
-    model, config = opened.model, opened.config
-    unit = _unit(image, eval_size(config), model.classifier.weight.device)
-    with attention_of(model, config, unit.device), autocast_of(config, unit.device)():
-        tokens = model.encode(model.normalise(unit), attend=config.labels.attended())
-        logits = model.heads(tokens, segmentation=False).class_logits
-    return (unit, tokens), logits[0].float().sigmoid().cpu().numpy()
+def _seen_by_run(opened: NamedModel, image: np.ndarray) -> _ImageView:
+    predictor = ImagePredictor(opened.model, opened.config, passes=passes_of(opened.model, opened.config))
+    predictor.set_image(image)
+    labels = opened.config.labels.pseudo_label_options()
+    return _ImageView(
+        predictor.unit, predictor.class_scores(), lambda shown: predictor.cam(classes=[k + 1 for k in shown]), labels
+    )
 
 
 @torch.no_grad()
-def _run_maps(opened: NamedModel, seen, classes: list[int]) -> tuple[Tensor, Tensor, LabelConfig]:
-    """CAMs 1 k h w of the classes, the image, and the settings of labels."""
-    (unit, tokens), (_, model, config, *_) = seen, opened
-    wanted = torch.zeros(1, model.n_classes)
-    wanted[0, classes] = 1
-    options = config.labels.cam_options() | {"tokens": tokens, "image_labels": wanted}
-    with attention_of(model, config, unit.device), autocast_of(config, unit.device)():
-        cam = multi_scale_cam(model, model.normalise(unit), **options).cam
-    return cam[:, classes].float(), unit, config.labels
+def _seen_by_head(opened: Classifier, image: np.ndarray) -> _ImageView:
+    model, side = opened.model, opened.model.pretrained_cfg["input_size"][-1]
+    pixels = torch.from_numpy(resize(image, side, side)).permute(2, 0, 1)[None]
+    unit = to_unit(pixels.to(next(model.parameters()).device))
+    mean, std = (torch.tensor(model.pretrained_cfg[key], device=unit.device).view(3, 1, 1) for key in ("mean", "std"))
+    images = (unit - mean) / std
+    scores = model(images)[0].float().softmax(0).cpu().numpy()
+    labels = LabelConfig().pseudo_label_options() | RELEVANCE_THRESHOLDS
+    return _ImageView(unit, scores, lambda shown: relevance_maps(model, images, shown), labels)
 
 
-# ---- an ImageNet head
-
-
-def _seen_by_head(opened: Classifier, image: np.ndarray):
-    size = opened.model.pretrained_cfg["input_size"][-1]
-    unit = _unit(image, size, next(opened.model.parameters()).device)
-    return unit, opened.model(_normalised(opened.model, unit))[0].float().softmax(0).cpu().numpy()
-
-
-def _head_maps(opened: Classifier, unit: Tensor, classes: list[int]) -> tuple[Tensor, Tensor, LabelConfig]:
-    maps = relevance(opened.model, _normalised(opened.model, unit), classes).clamp(min=0).sqrt()
-    maps = F.interpolate(maps[None], size=unit.shape[-2:], mode="bilinear", align_corners=False)
-    return maps, unit, LabelConfig()
+def relevance_maps(vit: nn.Module, images: Float[Tensor, "1 3 H W"], classes: Sequence[int]) -> Tensor:
+    """1 k H W: the square root of `relevance` at the images' size."""
+    maps = relevance(vit, images, classes).clamp(min=0).sqrt()[None]
+    return F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def relevance(vit: nn.Module, images: Float[Tensor, "1 3 H W"], classes: Sequence[int]) -> Float[Tensor, "k h w"]:
@@ -277,16 +273,6 @@ def relevance(vit: nn.Module, images: Float[Tensor, "1 3 H W"], classes: Sequenc
         row = total[0, n_prefix:] if vit.global_pool == "token" else total[n_prefix:, n_prefix:].mean(0)
         maps.append((row / row.max().clamp(min=1e-12)).unflatten(0, grid))
     return torch.stack(maps)
-
-
-def _normalised(model: nn.Module, unit: Tensor) -> Tensor:
-    mean, std = (torch.tensor(model.pretrained_cfg[key], device=unit.device).view(3, 1, 1) for key in ("mean", "std"))
-    return (unit - mean) / std
-
-
-def _unit(image: np.ndarray, size: int | None, device: torch.device) -> Float[Tensor, "1 3 H W"]:
-    image = image if size is None else resize(image, size, size)
-    return to_unit(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
 
 
 def _head_names(model: nn.Module) -> list[str]:

@@ -18,8 +18,8 @@ from toco_core.data import VOCFolder
 from toco_core.data.files import image_size
 from toco_core.data.layouts import cvat, label_studio
 from toco_core.data.layouts.voc import split_names
-from toco_core.errors import ToCoError
-from toco_core.machine.intake import open_file, read_bytes, read_json
+from toco_core.errors import ToCoError, refuse_other
+from toco_core.machine.intake import open_file, read_json
 from toco_core.machine.locks import alone
 from toco_core.machine.writing import place_file, remove_parts, whole_file, write_whole, writing
 from toco_core.predict.export import IMAGES, label_path, place_image, write_label, write_lists
@@ -46,8 +46,7 @@ def write_for_annotation(folder: Path | str, kind: str, *, split: str | None = N
     Label Studio finds the images where its local file storage has the folder that holds `folder` as its root
     (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT). Raises ToCoError for an unknown tool, and for a folder without labels.
     """
-    if kind not in FORMATS:
-        raise ToCoError(f"format = {kind!r} is not allowed: one of {', '.join(FORMATS)}")
+    refuse_other(FORMATS, format=kind)
     source = _exported(folder, split)
     path = Path(folder) / FILES[kind]
     labels = ((name, source.mask(i)) for i, name in enumerate(source.names))
@@ -77,8 +76,7 @@ def write_corrected(
     Raises ToCoError as the readers of `label_studio` and `cvat` do, where nothing was corrected, and for a folder that
     holds something else.
     """
-    if images not in IMAGES:
-        raise ToCoError(f"images = {images!r} is not allowed: one of {', '.join(IMAGES)}")
+    refuse_other(IMAGES, images=images)
     source, exported, folder = _exported(labels, split), Path(exported), Path(folder)
     sizes = {name: image_size(label_path(Path(labels), name)) for name in source.names}
     read = label_studio.read_tasks if exported.suffix.lower() == ".json" else cvat.read_archive
@@ -120,8 +118,6 @@ def _digest(path: Path) -> str:
     if path.is_dir():
         facts = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*.*")]
         return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
-    if path.name == "manifest.json":
-        return hashlib.sha256(read_bytes(path, "json_bytes")).hexdigest()
     digest = hashlib.sha256()
     with open_file(path, "archive_bytes") as file:
         while block := file.read(2**20):

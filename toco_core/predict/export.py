@@ -13,14 +13,13 @@ stopped. From a shell:
     toco export <folder of a run> <new folder> --split train --method par
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,19 +31,18 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE
-from toco_core.data import VOC_CLASSES, EvalItem, Split, evaluation_items, open_source, read_mask
+from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
-from toco_core.errors import ToCoError
-from toco_core.machine.locks import alone
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
-from toco_core.machine.writing import PART, place_file, remove_parts, whole_file, write_whole, writing
-from toco_core.model import ToCo, Tokens
+from toco_core.machine.writing import PART, place_file, whole_file, write_whole, writing
+from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.segmentation import checked_crf
-from toco_core.runs.folder import claim_folder, weights_hash
+from toco_core.runs.folder import claimed, weights_hash
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -75,51 +73,37 @@ def export(
     config: TrainConfig,
     *,
     method: str = "par",
-    beta: float | None = None,
-    beta_l: float | None = None,
-    beta_h: float | None = None,
     crf: Mapping | bool = True,
     split: str | None = None,
     parts: Mapping[str, Sequence[str]] | None = None,
     images: str = "copy",
     progress: bool = True,
+    **thresholds: float | None,
 ) -> Exported:
     """Write label maps of every image of a split in VOC layout.
 
     Args:
         method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
             them.
-        beta: the threshold of "cam"; None: `config.labels.beta`.
-        beta_l, beta_h: the thresholds of "par" and "crf"; None: those of `config.labels`.
-        crf: True, or keywords of `crf.dense_crf`, for the two methods with a CRF.
+        crf: True, or fields of `refiners.crf.CRFSettings`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
         parts: name -> images, of further lists.
         images: "copy", "link" (hard links where the disk allows it, else copies: who edits such a file edits the data
             set's), or "none", which leaves a folder of masks alone. A picture that its camera wants turned is stored
             upright, as PNG.
+        thresholds: `beta` of "cam", `beta_l` and `beta_h` of "par" and "crf"; None: those of `config.labels`.
 
     Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
     """
-    if method not in METHODS:
-        raise ToCoError(f"method = {method!r} is not allowed: one of {', '.join(METHODS)}")
-    if images not in IMAGES:
-        raise ToCoError(f"images = {images!r} is not allowed: one of {', '.join(IMAGES)}")
-    beta = config.labels.beta if beta is None else float(beta)
-    if not 0 <= beta <= 1:
-        raise ToCoError(f"beta = {beta} is not allowed: 0 to 1")
-    config = with_thresholds(config, beta_l=beta_l, beta_h=beta_h)
+    refuse_other(IMAGES, images=images)
+    how, config = LabelMethod.of(method, crf), with_thresholds(config, **thresholds)
     folder, split = Path(folder), split or source.split
-    options = checked_crf(crf) if method.endswith("crf") else None
-    if method.endswith("crf") and options is None:
-        raise ToCoError(f"method = {method!r} needs a CRF: crf = False is not allowed")
-    settings = _settings(model, source, config, method, beta, options)
-    with alone(folder, "exports to"), writing(folder):
-        claim_folder(folder, settings, "export")
-        remove_parts(folder, "**/*")
+    settings = _settings(model, source, config, how)
+    with claimed(folder, settings, "export", "exports to"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         missing = [i for i, name in enumerate(source.names) if not label_path(folder, name).is_file()]
         if missing:
-            made = label_maps(model, source.subset(missing), config, method=method, beta=beta, crf=options or {})
+            made = label_maps(model, source.subset(missing), config, how)
             with ThreadPoolExecutor(2) as pool:
                 bar = tqdm(made, total=len(missing), desc="exporting", unit="image", disable=not progress, leave=False)
                 for done in pool.map(lambda item: write_label(label_path(folder, item[0]), item[1]), bar):
@@ -148,50 +132,53 @@ def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainCon
     return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
+class LabelMethod(NamedTuple):
+    """How the label map of an image is made, with the sizes, scales and thresholds of a config."""
+
+    name: str
+    """One of `METHODS`."""
+    crf: dict | None
+    """`CRFSettings`, where the method has a CRF."""
+
+    @classmethod
+    def of(cls, name: str, crf: Mapping | bool = True) -> "LabelMethod":
+        """Raises ToCoError for an unknown name, and for one with a CRF without it."""
+        refuse_other(METHODS, method=name)
+        options = checked_crf(crf) if name.endswith("crf") else None
+        if name.endswith("crf") and options is None:
+            raise ToCoError(f"method = {name!r} needs a CRF: crf = False is not allowed")
+        return cls(name, options)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether image-level labels choose the classes."""
+        return not self.name.startswith("seg")
+
+    def label(self, predictor: ImagePredictor, classes: Sequence[int] | None = None) -> UInt8[np.ndarray, "H W"]:
+        """The label map at native size of the image that was set, of `classes` (None: the labelled ones)."""
+        if self.name == "cam":
+            return predictor.cam_label(predictor.config.labels.beta, classes=classes)
+        if self.needs_labels:
+            return predictor.pseudo_label(self.name, settings=self.crf, classes=classes)
+        return predictor.segmentation(scales=predictor.config.seg_scales, crf=self.crf)
+
+    def settings(self, config: TrainConfig) -> dict:
+        """What of a config a label map depends on besides its scales."""
+        thresholds = ("beta",) if self.name == "cam" else ("beta_l", "beta_h") if self.needs_labels else ()
+        used = {name: getattr(config.labels, name) for name in thresholds}
+        return {"method": self.name, "size": eval_size(config), "crf": self.crf, **used}
+
+
 def label_maps(
-    model: ToCo, source: Split, config: TrainConfig, *, method: str, beta: float, crf: Mapping
+    model: ToCo, source: Split, config: TrainConfig, how: LabelMethod
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W"]]]:
     """(name, label map at native size) of every image, in order; one image in memory at a time."""
-    items = evaluation_items(
-        source if needs_labels(method) else _Unlabelled(source),
-        size=eval_size(config),
-        workers=config.data.workers,
-        native=True,
-    )
-    passes = passes_of(model, config)
+    known = source if how.needs_labels else _Unlabelled(source)
+    predictor = ImagePredictor(model, config, passes=passes_of(model, config))
     with model.evaluating():
-        for item in items:
-            yield item.name, image_label(model, item, config, method=method, beta=beta, crf=crf, passes=passes)
-
-
-def needs_labels(method: str) -> bool:
-    """Whether image-level labels choose the classes of a method's label maps."""
-    return not method.startswith("seg")
-
-
-def image_label(
-    model: ToCo,
-    item: EvalItem,
-    config: TrainConfig,
-    *,
-    method: str,
-    beta: float,
-    crf: Mapping,
-    tokens: Tokens | None = None,
-    passes: Callable = contextlib.nullcontext,
-) -> UInt8[np.ndarray, "H W"]:
-    """The label map at native size of one image, which has its `native` pixels; no gradient.
-
-    `tokens`: those of the image at scale 1, where they are at hand, with the attention that `config.labels` asks for.
-    `passes`: as for `ImagePredictor`.
-    """
-    predictor = ImagePredictor(model, config, passes=passes)
-    predictor.set_item(item, tokens=tokens)
-    if method == "cam":
-        return predictor.cam_label(beta)
-    if needs_labels(method):
-        return predictor.pseudo_label(method, settings=crf if method == "crf" else None)
-    return predictor.segmentation(scales=config.seg_scales, crf=crf if method == "seg_crf" else None)
+        for item in evaluation_items(known, size=eval_size(config), workers=config.data.workers, native=True):
+            predictor.set_item(item)
+            yield item.name, how.label(predictor)
 
 
 class _Unlabelled:
@@ -211,25 +198,18 @@ class _Unlabelled:
 # ---- the folder
 
 
-def _settings(model: ToCo, source: Split, config: TrainConfig, method: str, beta: float, crf: dict | None) -> dict:
+def _settings(model: ToCo, source: Split, config: TrainConfig, how: LabelMethod) -> dict:
     """All that the label maps depend on, as JSON holds it."""
-    o = config.labels
-    settings = {"method": method, "size": eval_size(config), "classes": list(source.class_names)}
-    if method == "cam":
-        settings["beta"] = beta
-    if method == "crf":
-        settings |= o.thresholds()
-    if method == "par":
-        settings |= {
-            name: getattr(o, name) for name in ("beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale")
-        }
-    if not method.startswith("seg"):
+    o, settings = config.labels, how.settings(config) | {"classes": list(source.class_names)}
+    if how.name == "par":
+        settings |= {name: getattr(o, name) for name in ("par_iterations", "par_dilations", "par_scale")}
+    if how.needs_labels:
         names = {"scales": "cam_scales"}
         settings |= {names.get(name, name): value for name, value in o.cam_options().items()}
         settings |= {"image_labels": _sha256(source.image_labels.tobytes())}
     else:
         settings |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
-    settings |= {"crf": crf, "images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}
+    settings |= {"images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}
     settings |= file_digests(source, masks=False)
     return json.loads(json.dumps(settings))
 

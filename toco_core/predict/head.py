@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from toco_core.config import ModelConfig, TrainConfig, override, photographs
 from toco_core.data import EvalItem
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
-from toco_core.predict.class_maps import RELEVANCE_THRESHOLDS, Classifier, relevance
+from toco_core.predict.class_maps import RELEVANCE_THRESHOLDS, Classifier, relevance_maps
 from toco_core.predict.image import ImagePredictor
 
 RANKED = 100  # classes per image
@@ -30,8 +29,8 @@ class HeadPredictor(ImagePredictor):
         super().__init__(model, config, **options)
         self.classifier = classifier
 
-    def set_item(self, item: EvalItem, **options) -> None:
-        super().set_item(item, **options)
+    def set_item(self, item: EvalItem) -> None:
+        super().set_item(item)
         with torch.no_grad(), self.passes():
             scores = self.classifier.model(self.images)[0].float().softmax(0).cpu().numpy()
         self.order: list[int] = np.argsort(-scores, kind="stable")[: self.model.n_classes].tolist()
@@ -50,10 +49,8 @@ class HeadPredictor(ImagePredictor):
             raise ToCoError(f"the head of {self.classifier.name} reads the last block's class token: no map of another")
         if ("relevance", k) not in self._kept:
             with self.passes():
-                maps = relevance(self.classifier.model, self.images, [self.order[k - 1]])
-            maps = maps.detach().clamp(min=0).sqrt()[None]
-            maps = F.interpolate(maps, size=self.images.shape[-2:], mode="bilinear", align_corners=False)
-            self._kept["relevance", k] = maps[0, 0]
+                maps = relevance_maps(self.classifier.model, self.images, [self.order[k - 1]])
+            self._kept["relevance", k] = maps[0, 0].detach()
         return self._kept["relevance", k]
 
 

@@ -25,9 +25,10 @@ from toco_core.cam import class_activation, normalise_cam, scaled
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
 from toco_core.data import EvalItem, evaluation_items, to_unit
+from toco_core.data.loader import eval_item
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
-from toco_core.model import BlockTokens, ToCo, Tokens
+from toco_core.model import BlockTokens, ToCo
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.attention import carried, token_affinity
@@ -48,15 +49,13 @@ class ImagePredictor:
 
     def set_image(self, image: UInt8[np.ndarray, "H W 3"], image_labels: Sequence[int] | None = None) -> None:
         """Set an image of any size. `image_labels`: K values 0 or 1; None: no class, name them when asking."""
-        values = np.zeros(self.model.n_classes, np.uint8) if image_labels is None else np.asarray(image_labels)
-        source = _OneImage(image, values)
-        self.set_item(next(evaluation_items(source, size=eval_size(self.config), native=True)))
+        labels = torch.zeros(self.model.n_classes) if image_labels is None else torch.tensor(image_labels).float()
+        side = eval_size(self.config)
+        size = None if side is None else (side, side)
+        self.set_item(eval_item("image", image, None, labels[None], size=size, native=True))
 
-    def set_item(self, item: EvalItem, *, tokens: Tokens | None = None) -> None:
-        """Set an image as `data.evaluation_items` gives it, with `native=True`.
-
-        `tokens`: of this image at scale 1, where they are at hand, with the attention that the config asks for.
-        """
+    def set_item(self, item: EvalItem) -> None:
+        """Set an image as `data.evaluation_items` gives it, with `native=True`."""
         weight = self.model.classifier.weight
         self.native: UInt8[Tensor, "1 3 nh nw"] = item.native
         self.size: tuple[int, int] = tuple(item.native.shape[-2:])
@@ -65,21 +64,25 @@ class ImagePredictor:
         present = torch.nonzero(item.image_labels[0])[:, 0]
         self.labelled: tuple[int, ...] = tuple(int(k) + 1 for k in present)
         self._passes: dict[tuple[float, bool], BlockTokens] = {}
-        if tokens is not None:
-            self._passes[1.0, False] = BlockTokens([], [], tokens)
         self._kept: dict = {}
+
+    def class_scores(self) -> Float[np.ndarray, " K"]:
+        """The classifier's probability of each class."""
+        with torch.no_grad(), self.passes():
+            logits = self.model.heads(self.inside.tokens, segmentation=False).class_logits
+        return logits[0].float().sigmoid().cpu().numpy()
 
     # ---- maps
 
     @property
     def inside(self) -> BlockTokens:
         """The pass over the image as it is: tokens after every block."""
-        return self._pass(1.0, False, False, every_block=True)
+        return self._pass(1.0, False, False)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patch tokens."""
-        return self._pass(1.0, False, False).tokens.grid
+        return self.inside.tokens.grid
 
     def class_cam(
         self, k: int, *, block: int | None = None, scales: Sequence[float] | None = None, flip: bool = True
@@ -197,7 +200,7 @@ class ImagePredictor:
     def seg_logits(self) -> Float[Tensor, "1 C h w"]:
         """Of the decoder, at the patch grid."""
         if "seg_logits" not in self._kept:
-            tokens = self._pass(1.0, False, False).tokens
+            tokens = self.inside.tokens
             with torch.no_grad(), self.passes():
                 self._kept["seg_logits"] = self.model.decoder(tokens.patch_map).contiguous()
         return self._kept["seg_logits"]
@@ -212,10 +215,9 @@ class ImagePredictor:
             raise ToCoError(f"block = {block} is not allowed: {self.model.config.backbone} has 1..{self.model.depth}")
         return block
 
-    def _pass(self, scale: float, mirrored: bool, flip: bool, *, every_block: bool = False) -> BlockTokens:
+    def _pass(self, scale: float, mirrored: bool, flip: bool) -> BlockTokens:
         """One view; scaled views and their mirrors go together, as in `multi_scale_cam`."""
-        known = self._passes.get((scale, mirrored))
-        if known is None or (every_block and not known.blocks):
+        if (scale, mirrored) not in self._passes:
             attend = self.config.labels.attended()
             with torch.no_grad(), self.passes():
                 views = scaled(self.model, self.images, scale)
@@ -232,7 +234,7 @@ class ImagePredictor:
         key = ("raw", scale, mirrored, row)
         if key not in self._kept:
             model, labels, inner = self.model, self.config.labels, row not in (AUXILIARY, self.model.depth)
-            inside = self._pass(scale, mirrored, flip, every_block=inner)
+            inside = self._pass(scale, mirrored, flip)
             head = model.classifier if row != AUXILIARY else model.aux_classifier
             if row == AUXILIARY:
                 patch_map = inside.tokens.aux_patch_map
@@ -308,21 +310,3 @@ def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[n
     maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
     value, slot = maps.max(0)
     return value.cpu().numpy(), (present[slot] + 1).cpu().numpy()
-
-
-class _OneImage:
-    """An image alone as a source of the loader, which brings it to size."""
-
-    names = ("image",)
-
-    def __init__(self, image: np.ndarray, image_labels: np.ndarray):
-        self._image, self.image_labels = image, image_labels[None].astype(np.uint8)
-
-    def __len__(self) -> int:
-        return 1
-
-    def image(self, index: int) -> np.ndarray:
-        return self._image
-
-    def mask(self, index: int) -> None:
-        return None

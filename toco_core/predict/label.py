@@ -27,37 +27,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.data import EvalItem, Split, read_image, to_unit
-from toco_core.data.augment import resize
+from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
 from toco_core.data.split import BACKGROUND_NAMES, utf8
-from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import checked_crf, eval_size
-from toco_core.machine.locks import alone
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
-from toco_core.machine.precision import attention_of, autocast_of
-from toco_core.machine.writing import remove_parts, write_whole, writing
-from toco_core.model import ToCo
+from toco_core.machine.precision import passes_of
+from toco_core.machine.writing import write_whole
 from toco_core.predict.export import (
     IMAGES,
-    METHODS,
-    image_label,
+    LabelMethod,
     label_path,
     place_image,
     with_thresholds,
     write_label,
     write_lists,
 )
+from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, open_model
-from toco_core.runs.folder import claim_folder, weights_hash
+from toco_core.runs.folder import claimed, weights_hash
 from toco_core.viz import label_over_image
 
 TAGS = {
@@ -106,14 +101,12 @@ def label_photographs(
     method: str = "par",
     threshold: float = 0.5,
     tags: str = "auto",
-    beta: float | None = None,
-    beta_l: float | None = None,
-    beta_h: float | None = None,
     crf: Mapping | bool = True,
     images: str = "copy",
     overlays: bool = True,
     split: str = "train",
     progress: bool = True,
+    **thresholds: float | None,
 ) -> Labelled:
     """Write label maps of all photographs in a folder, into `folder`.
 
@@ -123,34 +116,32 @@ def label_photographs(
         method: one of `export.METHODS`.
         threshold: of the classifier's probability, above which a photograph without tags has a class.
         tags: "auto" or "none", see `TAGS`.
-        beta, beta_l, beta_h: thresholds of the methods "cam" (beta) and "par" and "crf"; None: the config's.
-        images: "copy", "link" or "none", see `export`.
+        images, thresholds: as for `export`.
         split: name of the list that is written.
 
     Raises ToCoError for a tag that is no class of the model, where no photograph can be used, for a folder that holds
     something else or labels of other settings, and as `export` does.
     """
-    _check(method=(method, METHODS), tags=(tags, TAGS), images=(images, IMAGES))
+    refuse_other(TAGS, tags=tags)
+    refuse_other(IMAGES, images=images)
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
-    config = with_thresholds(opened.config, beta=beta, beta_l=beta_l, beta_h=beta_h)
-    options = checked_crf(crf) if method.endswith("crf") else None
+    config, how = with_thresholds(opened.config, **thresholds), LabelMethod.of(method, crf)
     folder = Path(folder)
     found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
     if not found.photographs:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
-    settings = _settings(opened, config, method, threshold, options)
-    with alone(folder, "labels into"), writing(folder):
-        claim_folder(folder, settings, "set of labels")
-        remove_parts(folder, "**/*")
+    settings = how.settings(config) | {"threshold": threshold, "classes": list(opened.class_names)}
+    settings |= {"weights": weights_hash(opened.model)}
+    with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         log = _Log(folder / LOG)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
         skipped = dict(found.skipped)
         bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
-        labels = _labels(opened, config, todo, method=method, threshold=threshold, crf=options or {})
+        labels = _labels(opened, config, todo, how, threshold)
         try:
             with bar, log:
                 for photograph, image, outcome in labels:
@@ -279,54 +270,23 @@ def _is_below(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _labels(
-    opened: NamedModel,
-    config: TrainConfig,
-    photographs: Sequence[Photograph],
-    *,
-    method: str,
-    threshold: float,
-    crf: Mapping,
+    opened: NamedModel, config: TrainConfig, photographs: Sequence[Photograph], how: LabelMethod, threshold: float
 ) -> Iterator[tuple]:
-    """(photograph, image, ToCoError) or (photograph, image, (label map, classes, probabilities)), in order."""
-    model, device = opened.model, opened.model.classifier.weight.device
-    autocast = autocast_of(config, device)
-    with torch.no_grad(), attention_of(model, config, device):
-        for photograph, image in _read_ahead(photographs):
-            if isinstance(image, ToCoError):
-                yield photograph, None, image
-                continue
-            try:
-                with autocast():
-                    outcome = _label(model, image, photograph, config, method, threshold, crf)
-            except ToCoError as error:
-                outcome = error
-            yield photograph, image, outcome
-
-
-def _label(
-    model: ToCo,
-    image: UInt8[np.ndarray, "H W 3"],
-    photograph: Photograph,
-    config: TrainConfig,
-    method: str,
-    threshold: float,
-    crf: Mapping,
-) -> tuple[UInt8[np.ndarray, "H W"], tuple[int, ...], Float[np.ndarray, " K"]]:
-    """Label map, the classes that it may have, and the classifier's probability of each of the K."""
-    size = eval_size(config)
-    native = torch.from_numpy(image).permute(2, 0, 1)[None]
-    seen = native if size is None else torch.from_numpy(resize(image, size, size)).permute(2, 0, 1)[None]
-    unit = to_unit(seen.to(model.classifier.weight.device))
-    tokens = model.encode(model.normalise(unit), attend=config.labels.attended())
-    scores = model.heads(tokens, segmentation=False).class_logits[0].float().sigmoid().cpu().numpy()
-    classes = photograph.classes
-    if classes is None:
-        classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
-    labels = torch.zeros(1, model.n_classes)
-    labels[0, [k - 1 for k in classes]] = 1
-    item = EvalItem(photograph.name, seen, None, labels, native)
-    label = image_label(model, item, config, method=method, beta=config.labels.beta, crf=crf, tokens=tokens)
-    return label, classes, scores
+    """(photograph, image, ToCoError) or (photograph, image, (label map, the classes that it may have, the classifier's
+    probability of each of the K)), in order."""
+    predictor = ImagePredictor(opened.model, config, passes=passes_of(opened.model, config))
+    for photograph, image in _read_ahead(photographs):
+        if isinstance(image, ToCoError):
+            yield photograph, None, image
+            continue
+        try:
+            predictor.set_image(image)
+            scores, classes = predictor.class_scores(), photograph.classes
+            if classes is None:
+                classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
+            yield photograph, image, (how.label(predictor, classes), classes, scores)
+        except ToCoError as error:
+            yield photograph, image, error
 
 
 def _read_ahead(photographs: Sequence[Photograph]) -> Iterator[tuple]:
@@ -421,15 +381,6 @@ class _Labelled(Split):
         return None
 
 
-def _settings(opened: NamedModel, config: TrainConfig, method: str, threshold: float, crf: dict | None) -> dict:
-    """All that a label map depends on besides its photograph."""
-    thresholds = {"cam": ("beta",), "crf": ("beta_l", "beta_h"), "par": ("beta_l", "beta_h")}.get(method, ())
-    settings = {"method": method, "threshold": threshold, "size": eval_size(config), "crf": crf}
-    settings |= {name: getattr(config.labels, name) for name in thresholds}
-    settings |= {"classes": list(opened.class_names), "weights": weights_hash(opened.model)}
-    return settings
-
-
 def _write_overlay(path: Path, image: np.ndarray, label: np.ndarray, names: dict[int, str], opened: NamedModel) -> None:
     """The label map over its photograph; `names` are those of its classes with their probabilities."""
     shown = [k for k in np.unique(label).tolist() if k not in (0, IGNORE)]
@@ -454,9 +405,3 @@ def _write_tables(
             rows.writerow([file, names, chosen, *log.scores(photograph)])
         write_whole(folder / "photographs.csv", text.getvalue())
     write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))
-
-
-def _check(**chosen: tuple[str, Mapping | Sequence[str]]) -> None:
-    for name, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise ToCoError(f"{name} = {value!r} is not allowed: one of {', '.join(allowed)}")

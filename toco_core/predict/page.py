@@ -28,7 +28,7 @@ from torch import Tensor
 
 from toco_core import par
 from toco_core.conventions import voc_palette
-from toco_core.data.files import encoded
+from toco_core.data.files import picture_bytes
 from toco_core.errors import ToCoError
 from toco_core.machine.writing import write_whole, writing
 from toco_core.predict.image import AUXILIARY, ImagePredictor
@@ -102,7 +102,7 @@ def _content(predictor, side, title, class_names, model, mask, mask_names, class
     scale = min(1.0, side / max(H, W))
     size = max(1, round(H * scale)), max(1, round(W * scale))
     small = tuple(max(1, int(n * labels.par_scale)) for n in size)
-    scores = _class_scores(predictor)
+    scores = predictor.class_scores()
     begun = tuple(predictor.labelled if classes is None else classes)
     begun = begun or tuple(int(k) + 1 for k in np.flatnonzero(scores > 0.5)) or (int(scores.argmax()) + 1,)
     probable = [int(k) + 1 for k in np.argsort(-scores, kind="stable")]
@@ -164,13 +164,6 @@ def _content(predictor, side, title, class_names, model, mask, mask_names, class
     }
 
 
-def _class_scores(predictor: ImagePredictor) -> Float[np.ndarray, " K"]:
-    """Probability of each class."""
-    with torch.no_grad(), predictor.passes():
-        logits = predictor.model.heads(predictor.inside.tokens, segmentation=False).class_logits
-    return logits[0].float().sigmoid().cpu().numpy()
-
-
 def _map(predictor: ImagePredictor, k: int, which: dict, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
     """A CAM in 256 steps."""
     cam = F.interpolate(predictor.class_cam(k, **which)[None, None].float(), size, mode="bilinear", align_corners=False)
@@ -186,11 +179,11 @@ def _jpeg(image: UInt8[np.ndarray, "H W 3"]) -> str:
     scale = PICTURE_SIDE / max(image.shape[:2])
     size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    return _address("jpeg", encoded(small, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 90))
+    return _address("jpeg", picture_bytes(small, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 90))
 
 
 def _png(values: np.ndarray) -> str:
-    return _address("png", encoded(values, ".png", cv2.IMWRITE_PNG_COMPRESSION, 9))
+    return _address("png", picture_bytes(values, ".png", cv2.IMWRITE_PNG_COMPRESSION, 9))
 
 
 def _address(kind: str, data: bytes) -> str:

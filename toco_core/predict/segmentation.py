@@ -1,6 +1,6 @@
 """The decoder's maps over scales, merged to one label map, and the settings of the CRF behind them."""
 
-import inspect
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +13,7 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, upsampled_argmax
 from toco_core.model import ToCo
-from toco_core.refiners.crf import dense_crf
+from toco_core.refiners.crf import CRFSettings
 
 
 def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -55,14 +55,10 @@ def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales
 
 
 def checked_crf(crf: bool | Mapping) -> dict | None:
-    """Keywords of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
+    """Settings of `dense_crf`, defaults included; None without CRF. Raises ToCoError for an unknown one."""
     if crf is False:
         return None
-    known = {
-        name: p.default
-        for name, p in inspect.signature(dense_crf).parameters.items()
-        if name not in ("probs", "image", "lattices")
-    }
+    known = dataclasses.asdict(CRFSettings())
     given = {} if crf is True else dict(crf)
     for name, value in given.items():
         if name not in known:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from toco_core.errors import ToCoError
+from toco_core.errors import refuse_other
 from toco_core.refiners.crf import DenseCRF
 from toco_core.refiners.masks import MaskVote
 from toco_core.refiners.none import NoRefinement
@@ -49,6 +49,5 @@ REFINERS: dict[str, Callable[..., Refiner]] = {"par": PAR, "crf": DenseCRF, "mas
 
 def build_refiner(name: str, **settings: Any) -> Refiner:
     """Build the refiner of that name in `REFINERS`. Raises ToCoError for an unknown name."""
-    if name not in REFINERS:
-        raise ToCoError(f"refiner = {name!r} is not allowed: one of {', '.join(REFINERS)}")
+    refuse_other(REFINERS, refiner=name)
     return REFINERS[name](**settings)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from toco_core.errors import ToCoError
+from toco_core.errors import refuse_other
+from toco_core.par import full_precision
 
 KINDS = ("attention", "pattern")
 EPSILON = 1e-5  # added to a map's maximum: a map without any activation stays 0
@@ -35,10 +36,9 @@ def token_affinity(attention: Float[Tensor, "B N N"], kind: str = "attention") -
 
     Raises ToCoError for another kind.
     """
-    if kind not in KINDS:
-        raise ToCoError(f"attention_kind = {kind!r} is not allowed: one of {', '.join(KINDS)}")
+    refuse_other(KINDS, attention_kind=kind)
     with torch.autocast(attention.device.type, enabled=False):
-        a = _at_least_float32(attention)
+        a = full_precision(attention.detach())
         if kind == "pattern":
             rows = F.normalize(a, dim=-1)
             s = rows @ rows.transpose(1, 2)
@@ -52,7 +52,7 @@ def carried(
 ) -> Float[Tensor, "B K h w"]:
     """Carry class activations at the tokens along the affinity, `steps` times; maps in [0, 1], N = h * w."""
     with torch.autocast(activation.device.type, enabled=False):
-        maps = _at_least_float32(activation).relu()
+        maps = full_precision(activation.detach()).relu()
         maps = (maps / (maps.amax((-2, -1), keepdim=True) + EPSILON)).flatten(2)
         for _ in range(steps):
             maps = maps @ affinity.transpose(1, 2)
@@ -61,9 +61,5 @@ def carried(
 
 def mean_attention(maps: Sequence[Float[Tensor, "B heads T T"]], n_prefix: int) -> Float[Tensor, "B N N"]:
     """Average attention probabilities over heads and blocks; patch tokens only (rows then sum to at most 1)."""
-    mean: Any = sum(_at_least_float32(attention).mean(1) for attention in maps) / len(maps)
+    mean: Any = sum(full_precision(attention.detach()).mean(1) for attention in maps) / len(maps)
     return mean[:, n_prefix:, n_prefix:]
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.detach() if values.dtype == torch.float64 else values.detach().float()

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,8 +17,10 @@ NORM_EPSILON = 1e-20  # added to the total weight of a pixel before the square r
 
 
 @dataclass(frozen=True)
-class DenseCRF:
-    """The dense CRF as a refiner; settings as in `dense_crf`, `appearance_sigma_xy` in pixels of the whole image."""
+class CRFSettings:
+    """Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in pixels, and
+    `appearance_weight` times a Gaussian of their distance and of their difference in grey levels (Potts model). The
+    defaults are those usual for VOC."""
 
     iterations: int = 10
     position_sigma: float = 1.0
@@ -25,6 +28,12 @@ class DenseCRF:
     appearance_sigma_xy: float = 121.0
     appearance_sigma_rgb: float = 5.0
     appearance_weight: float = 4.0
+
+
+@dataclass(frozen=True)
+class DenseCRF(CRFSettings):
+    """The dense CRF as a refiner; `appearance_sigma_xy` in pixels of the whole image."""
+
     scale: float = 1.0
 
     def __call__(
@@ -32,29 +41,24 @@ class DenseCRF:
     ) -> list[Float[Tensor, "B k1 h w"]]:
         """Mean field from each set of probabilities; the lattices of an image serve all of them."""
         settings = dataclasses.asdict(self)
-        sigma_xy = settings.pop("scale") * settings.pop("appearance_sigma_xy")
-        sigmas = {"appearance_sigma_xy": sigma_xy} | {k: v for k, v in settings.items() if k.endswith(("sigma", "rgb"))}
+        settings["appearance_sigma_xy"] *= settings.pop("scale")
         refined: list[list[Tensor]] = [[] for _ in classes]
         for b, image in enumerate(images):
-            lattices = crf_lattices(image, **sigmas)
+            lattices = crf_lattices(image, **settings)
             for found, part in zip(refined, classes, strict=True):
                 probs = torch.cat([1 - part[b].sum(0, keepdim=True), part[b]])
-                found.append(dense_crf(probs, image, lattices=lattices, **settings | sigmas))
+                found.append(dense_crf(probs, image, lattices=lattices, **settings))
         return [torch.stack(found) for found in refined]
 
 
-def crf_lattices(
-    image: Float[Tensor, "3 H W"],
-    *,
-    position_sigma: float = 1.0,
-    appearance_sigma_xy: float = 121.0,
-    appearance_sigma_rgb: float = 5.0,
-) -> list[Lattice]:
-    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions."""
+def crf_lattices(image: Float[Tensor, "3 H W"], **settings: Any) -> list[Lattice]:
+    """The two lattices of an image in [0, 1] that `dense_crf` needs, position first, reusable for many predictions with
+    the same `settings`, fields of `CRFSettings`."""
+    crf = CRFSettings(**settings)
     positions = _positions(*image.shape[1:], like=at_least_float32(image))
     return [
-        Lattice.build(positions / position_sigma),
-        image_lattice(image, sigma_xy=appearance_sigma_xy, sigma_rgb=appearance_sigma_rgb),
+        Lattice.build(positions / crf.position_sigma),
+        image_lattice(image, sigma_xy=crf.appearance_sigma_xy, sigma_rgb=crf.appearance_sigma_rgb),
     ]
 
 
@@ -62,20 +66,13 @@ def dense_crf(
     probs: Float[Tensor, "C H W"],
     image: Float[Tensor, "3 H W"],
     *,
-    iterations: int = 10,
-    position_sigma: float = 1.0,
-    position_weight: float = 1.0,
-    appearance_sigma_xy: float = 121.0,
-    appearance_sigma_rgb: float = 5.0,
-    appearance_weight: float = 4.0,
     lattices: Sequence[Lattice] | None = None,
+    **settings: Any,
 ) -> Float[Tensor, "C H W"]:
     """Inference in a fully connected CRF (Krahenbuhl and Koltun, 2011), as applied to segmentations before scoring.
 
     `probs` are class probabilities (the softmax of logits), the image is in [0, 1]; returns class probabilities that
-    follow its edges. Two pixels of different classes pay `position_weight` times a Gaussian of their distance, in
-    pixels, and `appearance_weight` times a Gaussian of their distance and of their difference in grey levels (Potts
-    model). The defaults are those usual for VOC.
+    follow its edges. `settings` are fields of `CRFSettings`.
 
     `lattices` as made by `crf_lattices` with the same standard deviations saves a quarter of the time where an image is
     used again.
@@ -83,19 +80,14 @@ def dense_crf(
     _, H, W = probs.shape
     if image.shape[-2:] != (H, W):
         raise ToCoError(f"image has the size {tuple(image.shape[-2:])}: allowed is that of probs, {(H, W)}")
-    if iterations < 0:
-        raise ToCoError(f"iterations = {iterations}: allowed are whole numbers from 0")
-    if lattices is None:
-        lattices = crf_lattices(
-            image,
-            position_sigma=position_sigma,
-            appearance_sigma_xy=appearance_sigma_xy,
-            appearance_sigma_rgb=appearance_sigma_rgb,
-        )
-    weights = (position_weight, appearance_weight)
+    crf = CRFSettings(**settings)
+    if crf.iterations < 0:
+        raise ToCoError(f"iterations = {crf.iterations}: allowed are whole numbers from 0")
+    lattices = crf_lattices(image, **settings) if lattices is None else lattices
+    weights = (crf.position_weight, crf.appearance_weight)
     kernels = [(weight, lattice.filter) for weight, lattice in zip(weights, lattices, strict=True) if weight]
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
-        belief = mean_field(at_least_float32(probs).flatten(1).T.contiguous(), kernels, iterations)
+        belief = mean_field(at_least_float32(probs).flatten(1).T.contiguous(), kernels, crf.iterations)
     return belief.T.unflatten(1, (H, W))
 
 

@@ -354,6 +354,15 @@ def claim_folder(folder: Path, settings: dict, what: str) -> None:
         write_whole(path, json.dumps({"finished": False, "settings": settings}, indent=1) + "\n")
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, settings: dict, what: str, does: str) -> Iterator[None]:
+    """Hold a folder alone (see `machine.locks`), claim it, and remove what a killed process left half-written."""
+    with alone(folder, does), writing(folder):
+        claim_folder(folder, settings, what)
+        remove_parts(folder, "**/*")
+        yield
+
+
 def _save(state: dict, file) -> None:
     """`torch.save`, with the system's own error where writing fails: torch replaces it by one of its own."""
     failed: list[OSError] = []

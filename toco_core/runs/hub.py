@@ -108,7 +108,7 @@ def push_to_hub(run: Run | str | Path, repository: str, *, private: bool = False
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
         except Exception as error:  # the Hub's, of the connection, of a token: of many types
-            raise ToCoError(f"repository = {repository!r} could not be written ({_first_line(error)})") from error
+            raise ToCoError(f"repository = {repository!r} could not be written ({hub_reason(error)})") from error
 
 
 def model_card(config: TrainConfig, manifest: dict, metrics: dict, scores: dict | None) -> str:
@@ -183,7 +183,3 @@ def _fetched(repository: str, revision: str | None) -> Path:
             f"source = {repository!r} is no folder, and no repository of the Hub ({hub_reason(error)})"
         ) from error
     return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

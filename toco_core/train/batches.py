@@ -1,10 +1,12 @@
 """From a loaded batch to the input of a step, as a config wants both."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from toco_core.config import TrainConfig
-from toco_core.data import Batch, to_unit
+from toco_core.data import Batch, TrainVal, to_unit, training_batches
 from toco_core.data.augment import IMAGE_COLOUR
 from toco_core.model import ToCo
 from toco_core.objective import StepInput
@@ -22,6 +24,12 @@ def view_options(config: TrainConfig, model: ToCo) -> dict:
         "independent_local_image": config.release.independent_local_image,
         "mirrored_valid_box": config.release.mirrored_valid_box,
     }
+
+
+def config_batches(data: TrainVal, config: TrainConfig, model: ToCo, **options) -> Iterator[Batch]:
+    """`data.training_batches` as a config trains on them, from the first step on; `options` are its other keywords."""
+    own = {"crop_size": config.data.crop_size, "batch_size": config.schedule.batch_size, "seed": config.seed}
+    return training_batches(data.train, **own, **view_options(config, model), **options)
 
 
 def to_device(batch: Batch, model: ToCo, device: torch.device) -> StepInput:

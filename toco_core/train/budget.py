@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toco_core.config import TrainConfig, override
-from toco_core.data import TrainVal, training_batches
+from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.machine.device import keep_freed_memory, resolve_device
@@ -31,7 +31,7 @@ from toco_core.machine.precision import attention_of, autocast_of, resolve_preci
 from toco_core.model import ToCo, build_model
 from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
 from toco_core.train.backward import backward
-from toco_core.train.batches import to_device, view_options
+from toco_core.train.batches import config_batches, to_device
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.teacher import build_teacher, teacher_of
 from toco_core.train.warm_start import pooled_tokens
@@ -144,8 +144,7 @@ def _allocated_by_a_step(
     """The most that one forward and backward pass holds at any time, without what was there before."""
     last = config.schedule.steps - 1
     config = override(config, batch_size=images, accumulate=1)
-    options = {"seed": config.seed, "stop_step": 1, **view_options(config, model)}
-    (loaded,) = training_batches(data.train, crop_size=config.data.crop_size, batch_size=images, **options)
+    (loaded,) = config_batches(data, config, model, stop_step=1)
     batch = to_device(loaded, model, device)
     options = {"generator": torch.Generator().manual_seed(0), "autocast": autocast_of(config, device)}
     with attention_of(model, config, device), Allocations() as counted:
@@ -235,14 +234,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
         return _when_done(device) - began
 
     with attention_of(model, config, device), KeptTokens().of(model, blocks=kept):
-        batches = training_batches(
-            data.train,
-            crop_size=config.data.crop_size,
-            batch_size=schedule.batch_size,
-            seed=config.seed,
-            stop_step=3 * len(starts),
-            **view_options(config, model),
-        )
+        batches = config_batches(data, config, model, stop_step=3 * len(starts))
         for first, last in zip(starts, starts[1:], strict=False):
             ready = [to_device(next(batches), model, device) for _ in range(3)]
             new = min(seconds_of(batch, first) for batch in ready)

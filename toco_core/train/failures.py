@@ -140,9 +140,3 @@ def replay(
         teacher = None if failure.teacher is None else failure.teacher.to(device)
         step = Step(model, batch, config, failure.step, teacher=teacher, **options)
         return Replay(step, objective(step))
-
-
-def is_finite(found: Replay) -> dict[str, bool]:
-    """Whether the total and each term of a step is finite."""
-    values = {"total": found.objective.total, **found.objective.terms}
-    return {name: bool(torch.isfinite(value)) for name, value in values.items()}

@@ -24,8 +24,8 @@ from jaxtyping import UInt8
 
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, Split, evaluation_items
-from toco_core.data.files import encoded
-from toco_core.errors import ToCoError
+from toco_core.data.files import picture_bytes
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.intake import read_json
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole, writing
@@ -63,7 +63,7 @@ class Film:
         with model.evaluating():
             frames = [_frame(model, item, self.config) for item in self._opened()]
         with writing(self.folder):
-            write_whole(self._path(step), encoded(_side_by_side(frames)))
+            write_whole(self._path(step), picture_bytes(_side_by_side(frames)))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.png"
@@ -80,7 +80,7 @@ class Film:
             known["classes"] = list(source.class_names)
             with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                write_whole(self.folder / "images.png", encoded(_side_by_side(images)))
+                write_whole(self.folder / "images.png", picture_bytes(_side_by_side(images)))
                 write_whole(self.folder / "film.json", json.dumps(known, indent=1) + "\n")
         return self._items
 
@@ -99,8 +99,7 @@ class FilmFrames(NamedTuple):
 
     def picture(self, frame: int, *, show: str = "CAM", strength: float = 0.65) -> UInt8[np.ndarray, "H W 3"]:
         """The images of a frame side by side under their CAM or segmentation, twice as large as they are kept."""
-        if show not in SHOWN:
-            raise ToCoError(f"show = {show!r} is not allowed: one of {', '.join(SHOWN)}")
+        refuse_other(SHOWN, show=show)
         parts = []
         for image, cam, label in zip(self.images, self.cam[frame], self.segmentation[frame], strict=True):
             size = 2 * image.shape[1], 2 * image.shape[0]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
-from toco_core.data import TrainVal, open_data, training_batches
+from toco_core.data import TrainVal, open_data
 from toco_core.data.fingerprint import data_fingerprint
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.machine import distributed
@@ -23,7 +23,7 @@ from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
 from toco_core.runs.shipped import shipped_run
 from toco_core.train.backward import backward, crop_generator
-from toco_core.train.batches import to_device, view_options
+from toco_core.train.batches import config_batches, to_device
 from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.film import Film
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
@@ -200,19 +200,17 @@ def train(
         if unvalidated:  # it was stopped in the validation that belongs to its last step
             is_best, unvalidated = validate_after(start - 1), False
             save(start, best=is_best, keep=keeps(start))
-        batches = training_batches(
-            data.train,
-            crop_size=config.data.crop_size,
-            batch_size=schedule.batch_size,
+        batches = config_batches(
+            data,
+            config,
+            model,
             part=part,
-            seed=config.seed,
             start_step=start,
             stop_step=schedule.steps,
             workers=config.data.workers,
             cache=config.data.cache,
             views_per_image=config.data.views_per_image,
             pin_memory=device.type == "cuda",
-            **view_options(config, model),
         )
         bar = tqdm(
             batches,
@@ -287,22 +285,17 @@ def train(
 
 
 def trained_run(
-    config: TrainConfig,
-    *,
-    data: TrainVal | None = None,
-    progress: bool = True,
-    terms: Mapping[str, Term] = TERMS,
-    kept: KeptTokens | None = None,
+    config: TrainConfig, *, data: TrainVal | None = None, terms: Mapping[str, Term] = TERMS, **options
 ) -> Opened:
     """The run of a config: what notebooks that look into a model begin with. One that comes with the package is opened
-    there, the same on every machine; another is trained first where it is not finished, `kept` as for `train`.
+    there, the same on every machine; another is trained first where it is not finished, `options` as for `train`.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data = data or open_data(config.data)
     run = (shipped_run(config) if not variant(terms) else None) or Run.of(config, variant(terms))
     if not run.finished:
-        train(config, data=data, progress=progress, terms=terms, kept=kept)
+        train(config, data=data, terms=terms, **options)
     run.refuse_other_data(data, config.model.weights_file)
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 

@@ -59,16 +59,13 @@ class TensorBoard(NoTracker):
         return self.make_writer(str(self.folder), purge_step=self.start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers by tag."""
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Log an RGB picture."""
         self.writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left and end."""
         if "writer" in self.__dict__:
             self.writer.close()
 
@@ -103,15 +100,12 @@ class Trackio(NoTracker):
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers by tag."""
         self._send(step, dict(values))
 
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Log an RGB picture."""
         self._send(step, {tag: self.trackio.Image(picture)})
 
     def close(self) -> None:
-        """Write what is left and end."""
         if "opened" in self.__dict__:
             self.opened.finish()
             write_whole(self.file, str(self.step))

@@ -38,8 +38,6 @@ from toco_core.viz.scores import (
     iou_bars,
     label_histogram,
     method_bars,
-    protocol_table,
-    score_table,
     threshold_heatmap,
 )
 from toco_core.viz.similarity import (

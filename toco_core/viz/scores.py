@@ -26,17 +26,6 @@ def label_histogram(ax: plt.Axes, counts: dict[str, Sequence[int]], class_names:
     return ax
 
 
-def score_table(evaluation, beta: float, aux_beta: float, class_names: Sequence[str]) -> str:
-    """IoU per class, in percent: final CAM and auxiliary CAM at their thresholds, segmentation."""
-    columns = [evaluation.cam.scores(beta), evaluation.aux_cam.scores(aux_beta), evaluation.seg]
-    lines = [f"{'IoU (%)':16}{'final CAM':>12}{'aux. CAM':>12}{'segmentation':>14}"]
-    for i, name in enumerate(class_names):
-        cells = ["-" if np.isnan(c.iou[i]) else f"{100 * c.iou[i]:.1f}" for c in columns]
-        lines.append(f"{name:16}{cells[0]:>12}{cells[1]:>12}{cells[2]:>14}")
-    means = [f"{100 * c.miou:.1f}" for c in columns]
-    return "\n".join([*lines, f"{'mean':16}{means[0]:>12}{means[1]:>12}{means[2]:>14}"])
-
-
 @with_plain_text
 def class_bars(ax: plt.Axes, class_names: Sequence[str], differences: dict[str, Sequence[float]], *, title: str):
     """Differences per class in points, one bar per run and class; the first class is on top."""
@@ -131,18 +120,6 @@ def composition_bars(ax: plt.Axes, compositions: dict[str, np.ndarray]) -> plt.A
     patches = [Patch(color=colour, label=name) for name, colour in TRUTH_COLOURS.items()]
     ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
     return ax
-
-
-def protocol_table(summary: dict[str, dict], class_names: Sequence[str]) -> str:
-    """IoU per class and the means of every kind in `Assessment.summary`, in percent, one column per kind."""
-
-    def line(name: str, values) -> str:
-        return f"{name:16}" + "".join(f"{'-' if v is None else f'{v:.1f}':>14}" for v in values)
-
-    rows = [line(name, [s["classes"][name]["iou"] for s in summary.values()]) for name in class_names]
-    means = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy", "decided pixels": "decided"}
-    rows += [line(name, [s[score] for s in summary.values()]) for name, score in means.items()]
-    return "\n".join([f"{'IoU (%)':16}" + "".join(f"{kind:>14}" for kind in summary), *rows])
 
 
 @with_plain_text

@@ -5,17 +5,22 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from toco_core.viz.theme import FLAG_COLOURS, name_colours, with_plain_text
+from toco_core.viz.theme import FLAG_COLOURS, bare, name_colours, with_plain_text
 
 
-@with_plain_text
-def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
-    """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+def _lines_by_block(ax: plt.Axes, curves: dict[str, Sequence[float]], layer: int | None) -> None:
     colours = name_colours(curves)
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
     if layer is not None:
         ax.axvline(layer, color="#999999", ls="--", lw=1)
+
+
+@with_plain_text
+def token_similarity(ax: plt.Axes, curves: dict[str, Sequence[float]], *, layer: int | None = None) -> plt.Axes:
+    """Mean pairwise cosine similarity of the patch tokens after each block, one line per name."""
+    _lines_by_block(ax, curves, layer)
+    if layer is not None:
         place = {"transform": ax.get_xaxis_transform(), "color": "#666666", "fontsize": 8}
         ax.text(layer, 0.02, f" auxiliary block {layer}", **place)
     ax.set(title="Over-smoothing", xlabel="block", ylabel="mean cosine similarity\nof patch tokens", ylim=(None, 1.0))
@@ -31,11 +36,7 @@ def by_block(
     ax: plt.Axes, curves: dict[str, Sequence[float]], *, title: str, ylabel: str, layer: int | None = None
 ) -> plt.Axes:
     """A number for each block, from 1, one line per name; `layer` marks the auxiliary classifier's block."""
-    colours = name_colours(curves)
-    for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "o-", ms=4, color=colours[name], label=name)
-    if layer is not None:
-        ax.axvline(layer, color="#999999", ls="--", lw=1)
+    _lines_by_block(ax, curves, layer)
     ax.set(title=title, xlabel="block", ylabel=ylabel)
     ax.set_xticks(range(1, len(next(iter(curves.values()))) + 1))
     ax.legend()
@@ -49,9 +50,7 @@ def similarity_matrix(ax: plt.Axes, matrix: np.ndarray, title: str = "", *, bord
     for border in borders:
         ax.axhline(border - 0.5, color="#222222", lw=0.7)
         ax.axvline(border - 0.5, color="#222222", lw=0.7)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text
@@ -61,18 +60,14 @@ def similarity_map(ax: plt.Axes, similarity: np.ndarray, title: str = "", *, pat
     if patch is not None:
         y, x = divmod(patch, similarity.shape[1])
         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#222222", lw=1.5))
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text
 def attention_map(ax: plt.Axes, attention: np.ndarray, title: str = "", *, most: float = 4.0) -> plt.Axes:
     """Attention of the class token to the patches (h w) in units of an even spread: black 0, white `most` and more."""
     ax.imshow(attention * attention.size, interpolation="nearest", cmap="magma", vmin=0, vmax=most)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text

@@ -6,6 +6,7 @@ from typing import Any
 
 import ipywidgets as w
 
+from toco_core.errors import in_a_line
 from toco_core.widgets.markup import Panel, element
 
 
@@ -51,7 +52,7 @@ class Background(w.VBox):
         try:
             self._run()
         except Exception as error:  # noqa: BLE001  a thread's error is told where its result would be
-            self.text = f"{type(error).__name__}: {error}"
+            self.text = in_a_line(error)
             self._show()
 
     def _show(self) -> None:

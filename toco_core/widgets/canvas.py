@@ -32,21 +32,24 @@ class Canvas(anywidget.AnyWidget):
     enlarge = traitlets.Int(0).tag(sync=True)  # number of the wish
 
 
-class Filmstrip(anywidget.AnyWidget):
-    """Thumbnails: `items` have index, title, source (an address, or "" where the file cannot be read) and mark."""
+class Thumbnails(anywidget.AnyWidget):
+    """Small pictures to choose from: `items` have index, title (a tip), source (an address, or "" where there is no
+    picture), words (in its place) and mark. With `captions` a grid, whose items have a name too; else a strip."""
 
-    _esm, _css = HERE / "filmstrip.js", HERE / "look.css"
+    _esm, _css = HERE / "thumbnails.js", HERE / "look.css"
     items = traitlets.List([]).tag(sync=True)
+    captions = traitlets.Bool(False).tag(sync=True)
+    label = traitlets.Unicode("images").tag(sync=True)  # for readers of the screen
     chosen = traitlets.Int(-1).tag(sync=True)
     wanted = traitlets.List([]).tag(sync=True)  # [index, number of the click]
-    clipboard = traitlets.List(["", 0]).tag(sync=True)  # a text for the browser's clipboard, and its number
 
 
 class Door(anywidget.AnyWidget):
     """Photographs from the browser, chosen, dropped or pasted, come as messages {name} with one buffer; `offer` sends a
-    download to it."""
+    download to it, `clipboard` a text."""
 
     _esm, _css = HERE / "door.js", HERE / "look.css"
+    clipboard = traitlets.List(["", 0]).tag(sync=True)  # a text, and its number
 
     def offer(self, name: str, data: bytes, kind: str) -> None:
         """Download bytes under a name; `kind` is their MIME type."""

@@ -1,4 +1,5 @@
-// Files into and out of the browser: a photograph is chosen, dropped on the explorer or pasted; a download is offered.
+// Into and out of the browser: a photograph is chosen, dropped on the explorer or pasted; a download is offered, a text
+// goes to the clipboard.
 // What is large, or of a kind that Python does not read, is redrawn here as a JPEG.
 
 const KINDS = ["image/jpeg", "image/png", "image/bmp"];
@@ -64,9 +65,12 @@ function render({ model, el }) {
     Object.assign(document.createElement("a"), { href: address, download: content.name }).click();
     setTimeout(() => URL.revokeObjectURL(address), 60_000);
   };
+  const copy = () => navigator.clipboard?.writeText(model.get("clipboard")[0]).catch(() => {});
   model.on("msg:custom", receive);
+  model.on("change:clipboard", copy);
   return () => {
     model.off("msg:custom", receive);
+    model.off("change:clipboard", copy);
     for (const [name, listener] of Object.entries(listeners)) document.removeEventListener(name, listener, true);
   };
 }

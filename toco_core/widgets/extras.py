@@ -19,7 +19,8 @@ class Extras(w.VBox):
     """Buttons that open a gallery and a player of a session, and one that makes a page of its image.
 
     `on_open(index)` shows an image of the gallery, `give_way` is what threads call before each piece of work. Files are
-    saved in `folder` where `may_save`; the page is offered as a download in any case.
+    saved in `folder` where `may_save`, elsewhere `offer(name, data, kind)` makes a download of them; the page is a
+    download in any case.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Extras(w.VBox):
         *,
         folder: Path,
         may_save: bool,
+        offer: Callable[[str, bytes, str], None] | None = None,
         on_open: Callable[[int], Any] | None = None,
         give_way: Callable[[], None] = lambda: None,
     ):
@@ -35,7 +37,7 @@ class Extras(w.VBox):
         self.session, self.folder, self.may_save = session, folder, may_save
         self.gallery: Gallery | None = None
         self.player: Player | None = None
-        self._on_open, self._give_way = on_open, give_way
+        self._offer, self._on_open, self._give_way = offer, on_open, give_way
         self.show_gallery = _toggle("gallery of the split", "all images, sorted and filtered by what is wrong")
         self.show_player = _toggle("play", "over the blocks, over PAR's iterations, over a training")
         self.make_page = w.Button(
@@ -67,8 +69,8 @@ class Extras(w.VBox):
             self.gallery.surveying.stop()
         if self.show_player.value:
             if self.player is None:
-                options = {"folder": self.folder, "may_save": self.may_save, "give_way": self._give_way}
-                self.player = Player(self.session, **options)
+                options = {"folder": self.folder, "may_save": self.may_save, "offer": self._offer}
+                self.player = Player(self.session, **options, give_way=self._give_way)
             else:
                 self.player.renew.click()
             shown.append(self.player)

@@ -9,23 +9,20 @@ with a bar, and can be stopped. Kinds of errors are those of `analysis.errors`.
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import anywidget
 import cv2
 import ipywidgets as w
 import numpy as np
-import traitlets
 
 from toco_core.analysis.errors import KINDS, PixelErrors, total_errors
 from toco_core.errors import ToCoError, in_a_line
 from toco_core.widgets import draw
+from toco_core.widgets.canvas import Thumbnails
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.session import Session
 from toco_core.widgets.survey import LabelSurvey, Surveyed, Surveying, disagreement, unpacked
 
-HERE = Path(__file__).parent
 PER_PAGE = 18
 LABELS = ("CAM label", "seed label", "pseudo label", "segmentation")
 ORDERS = ("list order", "lowest IoU first", "highest IoU first", "by class", "most disagreement first")
@@ -33,15 +30,6 @@ ANY_KIND, ANY_CLASS, NO_MODEL = "any errors", "any class", "no second model"
 OVERLAYS = ("label", "errors", "ground truth", "second model's label", "image only")
 KIND_COLOURS = ((0, 114, 178), (230, 159, 0), (200, 30, 30), (204, 121, 167))  # in the order of KINDS
 SMALLEST = 10  # images that are worked out without a bar
-
-
-class Grid(anywidget.AnyWidget):
-    """Pictures with captions: `items` have index, name, title, source (an address, or ""), words and mark."""
-
-    _esm, _css = HERE / "gallery.js", HERE / "gallery.css"
-    items = traitlets.List([]).tag(sync=True)
-    chosen = traitlets.Int(-1).tag(sync=True)
-    wanted = traitlets.List([]).tag(sync=True)  # [index, number of the click]
 
 
 class Gallery(w.VBox):
@@ -91,7 +79,8 @@ class Gallery(w.VBox):
             layout=w.Layout(width="auto"),
         )
         self.progress = w.IntProgress(layout=w.Layout(width="160px"))
-        self.grid, self.position, self.notes, self.summary = Grid(), Panel(), Panel(), Panel()
+        self.grid = Thumbnails(captions=True, label="gallery of the split")
+        self.position, self.notes, self.summary = Panel(), Panel(), Panel()
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         self.children = [
             w.HBox([self.label, self.overlay, self.other], layout=wrap),
@@ -104,7 +93,6 @@ class Gallery(w.VBox):
             self.summary,
         ]
         self.add_class("toco-explorer")
-        self.add_class("toco-gallery-box")
         for widget, action in (
             (self.label, self._judge_anew),
             (self.other, self._judge_anew),
@@ -179,7 +167,7 @@ class Gallery(w.VBox):
             self.other.options = [NO_MODEL, *self.session.subjects.names]
         self.subject, self.settings = side.subject, replace(side.settings, show="pseudo label")
         self.grid.chosen = self.session.index
-        names = self._survey_of(self.subject).joint.names[1:]
+        names = self._survey_of(self.subject).class_names[1:]
         self.of_class.options = [ANY_CLASS, *names]
         self._judge_anew()
 
@@ -244,7 +232,7 @@ class Gallery(w.VBox):
 
     def _class_names(self, index: int) -> tuple[str, ...]:
         """Names of the classes that an image is known to show."""
-        names = self.survey.joint.names
+        names = self.survey.class_names
         return tuple(names[k] for k in self.pictures.labels(index) or ())
 
     def _key(self, subject: str) -> tuple:
@@ -269,7 +257,7 @@ class Gallery(w.VBox):
     def _told(self) -> None:
         """The thread has found something."""
         if self.surveying.error:
-            self.problem = f"{type(self.surveying.error).__name__}: {self.surveying.error}"
+            self.problem = in_a_line(self.surveying.error)
         if self.sort.value != ORDERS[0] or self.kind.value != ANY_KIND:
             self._arrange()
         self._show(ask=self.surveying.running)
@@ -303,6 +291,9 @@ class Gallery(w.VBox):
             ]
             if self.kind.value != ANY_KIND:
                 marks = [f"{100 * found.errors.shares[KINDS.index(self.kind.value)]:.0f} % of errors"]
+        elif found:
+            marks.append(", ".join(found.classes[:3]) or "background")
+            title.append(f"seen: {', '.join(found.classes) or 'background alone'}")
         differs = self._differs(index)
         if not np.isnan(differs):
             marks = [*marks, f"≠ {100 * differs:.0f} %"]

@@ -19,7 +19,7 @@ import numpy as np
 
 from toco_core.analysis.trials import Frame, Trial, Trials
 from toco_core.config import TrainConfig, field_sections
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, in_a_line
 from toco_core.viz import RUN_COLOURS, titled_row
 from toco_core.widgets import draw
 from toco_core.widgets.canvas import RowTable
@@ -179,7 +179,7 @@ class Laboratory(w.VBox):
         try:
             self._do(lambda: self._run(values))
         except Exception as error:  # noqa: BLE001  a thread's error is told where its result would be
-            self._tell(f"{type(error).__name__}: {error}")
+            self._tell(in_a_line(error))
         finally:
             atexit.unregister(self._end)
             self.train.disabled, self.halt.disabled = False, True

@@ -1,4 +1,4 @@
-"""HTML of the explorer, built in one place: text is escaped here or nowhere.
+"""HTML and buttons of the explorer, built in one place: text is escaped here or nowhere.
 
     element("tr", element("td", name), element("td", "0.31"))
 
@@ -44,6 +44,11 @@ class Panel(w.HTML):
         value = str(joined(parts))
         if self.value != value:
             self.value = value
+
+
+def button(word: str, tip: str) -> w.Button:
+    """A button as wide as its word."""
+    return w.Button(description=word, tooltip=tip, layout=w.Layout(width="auto"))
 
 
 def _escaped(part: str) -> str:

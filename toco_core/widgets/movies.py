@@ -3,8 +3,6 @@
 A `Movie` works out a frame when it is asked for it, and keeps it.
 """
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +14,8 @@ from toco_core.errors import ToCoError
 from toco_core.train.film import SHOWN as FILMED
 from toco_core.train.film import has_film, read_film
 from toco_core.viz.movie import captioned, write_movie
-from toco_core.widgets.session import Session, SideChoice
-from toco_core.widgets.settings import LABELS, changed
+from toco_core.widgets.session import Session
+from toco_core.widgets.settings import LABELS
 
 PAR_ITERATIONS = (*range(11), 12, 15, 20)
 
@@ -96,12 +94,10 @@ def movies_of(session: Session, side: int = 0) -> dict[str, Callable[[], Movie]]
 
 def _frames(session: Session, side: int, options: list[dict]) -> Callable[[int], np.ndarray]:
     """Draw what a session would show under other settings; the session stays, and may move on, meanwhile."""
-    still, chosen = copy.copy(session), session.sides[side]
-    still.place, still.centres, still.active = None, [], 0
-    still._labels, still._colourings = OrderedDict(), {}  # what is kept of a side belongs to one thread
+    still = session.snapshot(side)
 
     def draw(i: int) -> np.ndarray:
-        still.sides = [SideChoice(chosen.subject, changed(chosen.settings, **options[i]))]
+        still.set(**options[i])
         view = still.view(0)
         if view.label is None and options[i]["show"] in (*LABELS, "CAM"):
             raise ToCoError("; ".join(view.notes) or "there is nothing to show")

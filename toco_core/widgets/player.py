@@ -5,6 +5,7 @@
 Frames are worked out ahead in a thread, so that playing never waits long; GIF and MP4 hold all of them.
 """
 
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,14 @@ from toco_core.widgets.movies import Movie, movies_of
 from toco_core.widgets.session import Session
 
 MS = 400  # between two frames
-SUFFIXES = ("gif", "mp4")
+KINDS = {"gif": "image/gif", "mp4": "video/mp4"}
 
 
 class Player(w.VBox):
     """The session's image and first side, as they are when the player is made or `renew` is pressed.
 
-    Files are saved in `folder`; `on_saved(path)` is called with each. `settle` waits for what runs in the background.
+    Files are saved in `folder` where `may_save`; elsewhere `offer(name, data, kind)` is called with each, a download.
+    `on_saved(path)` is called with each that was saved. `settle` waits for what runs in the background.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class Player(w.VBox):
         *,
         folder: Path | str = "explored",
         may_save: bool = True,
+        offer: Callable[[str, bytes, str], None] | None = None,
         on_saved: Callable[[Path], None] = lambda path: None,
         give_way: Callable[[], None] = lambda: None,
     ):
         super().__init__()
         self.session, self.folder, self.may_save = session, Path(folder), may_save
-        self.on_saved, self._give_way = on_saved, give_way
+        self.on_saved, self._offer, self._give_way = on_saved, offer, give_way
         self.movie: Movie | None = None
         self.problem, self._threads, self._filling = "", [], False
         self.what = w.Dropdown(description="play", layout=w.Layout(width="290px"), style={"description_width": "36px"})
@@ -48,10 +51,11 @@ class Player(w.VBox):
         self.image = w.Image(format="jpeg", layout=w.Layout(max_width="100%"))
         self.image.add_class("toco-played")
         self.caption, self.notes = Panel(), Panel()
+        self.caption.add_class("toco-played-caption")
         self.renew = _button("use the image above", "with the settings that it has now")
-        self.saves = [_button(kind.upper(), f"all frames as {kind.upper()}") for kind in SUFFIXES]
+        self.saves = [_button(kind.upper(), f"all frames as {kind.upper()}") for kind in KINDS]
         for button in self.saves:
-            button.disabled = not may_save
+            button.disabled = not may_save and offer is None
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         self.children = [
             w.HBox([self.what, self.renew, *self.saves], layout=wrap),
@@ -64,7 +68,7 @@ class Player(w.VBox):
         self.at.observe(lambda _: self._do(self._show), "value")
         self.what.observe(lambda _: self._do(self._open_movie), "value")
         self.renew.on_click(lambda _: self._do(self.follow))
-        for kind, button in zip(SUFFIXES, self.saves, strict=True):
+        for kind, button in zip(KINDS, self.saves, strict=True):
             button.on_click(lambda _, kind=kind: self._do(lambda: self._save(kind)))
         self._do(self.follow)
 
@@ -125,17 +129,23 @@ class Player(w.VBox):
             movie.frame(i)
 
     def _save(self, kind: str) -> None:
-        if not self.may_save:
+        if not self.may_save and self._offer is None:
             raise ToCoError("nothing is saved where the notebook is served")
         movie = self.movie
         name = inside_name(movie.title.replace("/", "_").replace(", ", "-").replace(" ", "_"), "name", "title")
-        path = self.folder / f"{name}-{self.what.value.split()[-1].strip(',')}.{kind}"
+        name = f"{name}-{self.what.value.split()[-1].strip(',')}.{kind}"
 
         def write() -> None:
-            saved = movie.save(path, seconds=MS / 1000)
-            self.problem = f"saved {self.folder.name}/{saved.name}"
+            if self.may_save:
+                saved = movie.save(self.folder / name, seconds=MS / 1000)
+                self.problem = f"saved {self.folder.name}/{saved.name}"
+                self.on_saved(saved)
+            else:
+                with tempfile.TemporaryDirectory(prefix="toco-") as folder:
+                    data = movie.save(Path(folder) / name, seconds=MS / 1000).read_bytes()
+                self._offer(name, data, KINDS[kind])
+                self.problem = f"downloaded {name}"
             self._show_notes()
-            self.on_saved(saved)
 
         self.problem = "the frames are being written ..."
         self._in_background(write, "movie")
@@ -145,8 +155,7 @@ class Player(w.VBox):
             try:
                 work()
             except Exception as error:  # noqa: BLE001  a thread's error is told where its result would be
-                told = str(error) if isinstance(error, ToCoError) else f"{type(error).__name__}: {error}"
-                self.problem = told
+                self.problem = in_a_line(error)
                 self._show_notes()
 
         self._threads = [thread for thread in self._threads if thread.is_alive()]

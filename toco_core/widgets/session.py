@@ -8,19 +8,18 @@
 A wrong value raises ToCoError and leaves everything as it was.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from toco_core.conventions import voc_palette
+from toco_core.data.files import palette_png
 from toco_core.errors import ToCoError
-from toco_core.widgets import draw
+from toco_core.widgets import draw, recall
 from toco_core.widgets.analysis import Analysis, Crop
 from toco_core.widgets.pictures import Picture, Pictures
 from toco_core.widgets.scoring import Joint, Numbers, chosen_classes, count, joint_classes, numbers
@@ -33,10 +32,10 @@ from toco_core.widgets.settings import (
     VIEWS,
     Settings,
     changed,
-    differences,
     fields_seen,
     papermill_line,
     settings_of,
+    within,
 )
 from toco_core.widgets.subjects import CLASSIFIER, Subject, Subjects
 from toco_core.widgets.why import Reasons, reasons
@@ -152,7 +151,7 @@ class Session:
         """Another model on a side (the active one). Settings stay, except that blocks beyond its depth come down."""
         side = self.active if side is None else side
         subject = self.subjects.get(name)
-        settings = _within(self.sides[side].settings, subject.model.depth)
+        settings = within(self.sides[side].settings, subject.model.depth)
         self.sides[side] = SideChoice(name, replace(settings, cam="final") if subject.head else settings)
 
     def compare(self, on: bool) -> None:
@@ -205,10 +204,29 @@ class Session:
     def clear_crops(self) -> None:
         self.centres = []
 
+    def snapshot(self, side: int) -> "Session":
+        """One side with the image at hand, for a thread of its own: neither session moves the other. Of what was worked
+        out it shares the passes of this image; nothing is marked in it."""
+        still, key = copy(self), (self.sides[side].subject, self.index)
+        still.sides, still.active, still.place, still.centres = [self.sides[side]], 0, None, []
+        still._analyses = OrderedDict((k, found) for k, found in self._analyses.items() if k == key)
+        still._decoded = OrderedDict({self.index: self.picture})
+        still._labels, still._colourings = OrderedDict(), {}
+        return still
+
     # ---- what is seen
 
     def subject(self, side: int) -> Subject:
         return self.subjects.get(self.sides[side].subject)
+
+    def start(self, side: int) -> Settings:
+        """The settings with which a session of this side's model begins."""
+        subject = self.subject(side)
+        return settings_of(subject.config, subject.model.depth)
+
+    def spec(self, side: int) -> str:
+        """The parameter that opens the model of a side."""
+        return self.subject(side).spec or self.sides[side].subject
 
     def joint(self, side: int) -> Joint:
         """The classes of data set and model together."""
@@ -385,54 +403,11 @@ class Session:
     def parameters(self) -> dict[str, Any]:
         """The notebook's parameters that lead here: `restore` of a new session takes them. Settings that a session of
         this model begins with are left out."""
-        side, found = self.sides[0], {}
-        if side.subject != self.first:
-            found["model"] = self._spec(0)
-        found["image"] = self.picture.name
-        found |= differences(side.settings, self._start(0))
-        found["patch"] = _places_text([self.place] if self.place else [])
-        if self.centres:
-            found["crop_places"] = _places_text(self.centres)
-        if len(self.sides) == 2:
-            found["compare"] = self._spec(1)
-            other = differences(self.sides[1].settings, _within(side.settings, self.subject(1).model.depth))
-            if other:
-                found["other"] = json.dumps(other)
-            if not self.linked:
-                found["linked"] = False
-        if self.views != VIEWS:
-            found["views"] = ",".join(self.views)
-        if self.arrange != ARRANGEMENTS[0]:
-            found["arrange"] = self.arrange
-        if any(self.curtain):
-            found["curtain"] = ",".join(self.curtain)
-        return found
+        return recall.parameters(self)
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Go where parameters lead: image, settings, patch, crop places, second model and its own settings.
-
-        What is None or empty, and names that are not a session's, are passed over; the model is that of side A already,
-        and the one named by `compare` is known by the last part of its path. Raises ToCoError for a wrong value.
-        """
-        given = {name: value for name, value in values.items() if value not in (None, "")}
-        if "image" in given:
-            self.go(str(given["image"]))
-        self.set(**{name: given[name] for name in Settings.help() if name in given})
-        for place in _read_places("patch", given.get("patch", "")):
-            self.click(*place)
-        for place in _read_places("crop_places", given.get("crop_places", "")):
-            self.place_crop(*place)
-        other = _read_settings("other", given.get("other", "{}"))
-        if "compare" in given or other:
-            self.compare(True)
-            if "compare" in given:
-                self.use(Path(str(given["compare"])).name, side=1)
-            self.active, self.linked = 1, False
-            try:
-                self.set(**other)
-            finally:
-                self.active, self.linked = 0, given.get("linked", True)
-        self.arrange_views(**{name: given[name] for name in ("arrange", "views", "curtain") if name in given})
+        """Go where parameters lead, see `recall.restore`. Raises ToCoError for a wrong value."""
+        recall.restore(self, values)
 
     def papermill_line(self, notebook: str = "notebooks/explore.ipynb", **others: Any) -> str:
         """The command that shows this again; `others` are parameters that the session does not know (dataset, ...)."""
@@ -440,22 +415,12 @@ class Session:
 
     def save_label(self, path: str | Path, *, side: int = 0) -> Path:
         """Write the label of a side as a PNG with VOC's palette. Raises ToCoError where there is none."""
-        image = Image.fromarray(self.label(side), mode="P")
-        image.putpalette(voc_palette().tobytes())
-        return written(path, image.save)
+        data = palette_png(self.label(side))
+        return written(path, lambda place: place.write_bytes(data))
 
     def describe(self) -> str:
         """The state and its numbers in lines that are the same on every machine."""
-        lines = [f"{self.picture.name} of {self.pictures.title}"]
-        for i, side in enumerate(self.sides):
-            s, joint = side.settings, self.joint(i)
-            classes, _ = self.classes(i)
-            shown = ", ".join(joint.names[joint.of_model[k]] for k in classes) or "no class"
-            lines.append(f"{side.subject}: {s.show} ({s.cam} CAM of {shown}), beta_l {s.beta_l:g}, beta_h {s.beta_h:g}")
-            found = self.view(i).numbers
-            if found is not None:
-                lines.append(f"  mIoU {100 * found.scores.miou:.0f} %, labelled pixels {100 * found.coverage:.0f} %")
-        return "\n".join(lines)
+        return recall.describe(self)
 
     # ---- within
 
@@ -505,14 +470,6 @@ class Session:
             self._colourings[side] = key, (value, colours)
         return self._colourings[side][1]
 
-    def _start(self, side: int) -> Settings:
-        """The settings with which a session of this side's model begins."""
-        subject = self.subject(side)
-        return settings_of(subject.config, subject.model.depth)
-
-    def _spec(self, side: int) -> str:
-        return self.subject(side).spec or self.sides[side].subject
-
     def _base(self) -> tuple[np.ndarray, np.ndarray]:
         """The image at the size at which it is shown, and the same with less colour; kept for the image at hand."""
         if self._shown is None or self._shown[0] is not self.picture:
@@ -536,38 +493,10 @@ def _names(given: Any) -> tuple:
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
-def _within(settings: Settings, depth: int) -> Settings:
-    """The same for a model with `depth` blocks: a block beyond them comes down."""
-    return replace(settings, block=min(settings.block, depth))
-
-
 def _checked_place(y: float, x: float) -> tuple[float, float]:
     if not (0 <= y <= 1 and 0 <= x <= 1):
         raise ToCoError(f"place ({y:g}, {x:g}) is outside the image: 0 to 1 is allowed")
     return round(float(y), PLACES), round(float(x), PLACES)
-
-
-def _places_text(places: list[tuple[float, float]]) -> str:
-    return " ".join(f"{y:g},{x:g}" for y, x in places)
-
-
-def _read_places(name: str, text: str) -> list[tuple[float, float]]:
-    """The inverse: pairs `down,across` in fractions of the image, separated by blanks."""
-    try:
-        return [(float(y), float(x)) for y, x in (pair.split(",") for pair in str(text).split())]
-    except ValueError:
-        raise ToCoError(f"{name} = {text!r} is not allowed: down,across for each place, like 0.25,0.7") from None
-
-
-def _read_settings(name: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Settings written as JSON; papermill may have read them already."""
-    try:
-        found = json.loads(given) if isinstance(given, str) else dict(given)
-    except (ValueError, TypeError):
-        found = None
-    if not isinstance(found, dict):
-        raise ToCoError(f'{name} = {given!r} is not allowed: settings like {{"beta_h": 0.5}}')
-    return found
 
 
 def written(path: str | Path, save) -> Path:

@@ -2,7 +2,7 @@
 
 import numbers
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from toco_core.config import Config, LabelConfig, TrainConfig, did_you_mean, option
@@ -86,6 +86,11 @@ def settings_of(config: TrainConfig, depth: int) -> Settings:
     shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig) if f.name in known}
     crops = {"crop_size": config.crops.local_size, "n_crops": config.crops.n_local or 4}
     return Settings(**shared, **crops, block=depth)
+
+
+def within(settings: Settings, depth: int) -> Settings:
+    """The same for a model with `depth` blocks: a block beyond them comes down."""
+    return replace(settings, block=min(settings.block, depth))
 
 
 def changed(settings: Settings, **values: Any) -> Settings:

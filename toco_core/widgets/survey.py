@@ -20,7 +20,7 @@ from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
 from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.pictures import Pictures
-from toco_core.widgets.scoring import Joint, chosen_classes, count, joint_classes
+from toco_core.widgets.scoring import chosen_classes, count, joint_classes
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import Subject
 
@@ -33,7 +33,7 @@ class Surveyed(NamedTuple):
     image: bytes
     """JPEG."""
     label: bytes
-    """PNG at native size, in the numbers of the survey's joint list of classes."""
+    """PNG at native size, numbers of `names`."""
     small_label: bytes
     small_mask: bytes | None
     small_kinds: bytes | None
@@ -41,6 +41,10 @@ class Surveyed(NamedTuple):
     iou: float
     """Mean IoU over the decided pixels, as the explorer scores; NaN without a mask."""
     errors: PixelErrors | None
+    names: tuple[str, ...] = ()
+    """The classes of data set and model in one list; an ImageNet head has others for each image."""
+    classes: tuple[str, ...] = ()
+    """Those that the label map holds, without background."""
     problem: str = ""
     """Why there is no label."""
 
@@ -50,7 +54,8 @@ class LabelSurvey:
 
     def __init__(self, pictures: Pictures, subject: Subject, settings: Settings):
         self.pictures, self.subject, self.settings = pictures, subject, settings
-        self.joint: Joint = joint_classes(pictures.class_names, subject.class_names)
+        own = ("background",) if subject.head else subject.class_names  # a head's are known per image
+        self.class_names = joint_classes(pictures.class_names, own).names
         self.found: dict[int, Surveyed] = {}
 
     def look(self, index: int) -> Surveyed:
@@ -59,7 +64,7 @@ class LabelSurvey:
             try:
                 self.found[index] = self._made(index)
             except ToCoError as error:
-                self.found[index] = Surveyed(b"", b"", b"", None, None, np.nan, None, str(error))
+                self.found[index] = Surveyed(b"", b"", b"", None, None, np.nan, None, problem=str(error))
         return self.found[index]
 
     def label(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
@@ -74,15 +79,18 @@ class LabelSurvey:
         size = tuple(max(1, round(n * scale)) for n in image.shape[1::-1])
         small = cv2.imencode(".jpg", cv2.resize(image, size, interpolation=cv2.INTER_AREA)[..., ::-1])[1].tobytes()
         analysis = Analysis(self.subject, image)
-        classes, _ = chosen_classes(analysis, self.settings, picture.labels, self.joint)
-        label = self.joint.of_model[analysis.label(self.settings, classes)]
-        found = Surveyed(small, packed(label), _small(label, size), None, None, np.nan, None)
+        joint = joint_classes(self.pictures.class_names, analysis.class_names)
+        classes, _ = chosen_classes(analysis, self.settings, picture.labels, joint)
+        label = joint.of_model[analysis.label(self.settings, classes)]
+        seen = tuple(joint.names[k] for k in np.unique(label) if 0 < k < len(joint.names))
+        parts = packed(label), _small(label, size), None, None
+        found = Surveyed(small, *parts, np.nan, None, joint.names, seen)
         if mask is None:
             return found
         return found._replace(
             small_mask=_small(mask, size),
             small_kinds=_small(error_kinds(label, mask), size),
-            iou=count(label, mask, self.joint.names).decided_scores().miou,
+            iou=count(label, mask, joint.names).decided_scores().miou,
             errors=pixel_errors(label, mask),
         )
 
@@ -96,9 +104,10 @@ def disagreement(one: LabelSurvey, other: LabelSurvey, index: int) -> float:
     if labels[0] is None or labels[1] is None:
         return np.nan
     table = np.full(256, IGNORE - 1, np.uint8)  # a class that only the other model knows: never equal
-    for k, name in enumerate(other.joint.names):
-        if name in one.joint.names:
-            table[k] = one.joint.names.index(name)
+    names = one.found[index].names
+    for k, name in enumerate(other.found[index].names):
+        if name in names:
+            table[k] = names.index(name)
     table[IGNORE] = IGNORE
     first, second = labels[0], table[labels[1]]
     decided = (first != IGNORE) & (second != IGNORE)

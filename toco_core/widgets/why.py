@@ -131,7 +131,7 @@ def _name(found: Reasons, slot: int) -> str:
 def _cam_chart(found: Reasons, settings: Settings, width: int = 300) -> Markup:
     """A bar per class, with lines at the two thresholds."""
     left, right, step = 84, 40, 18
-    span, height = width - left - right, step * len(found.cams) + 16
+    span, height = width - left - right, step * len(found.cams) + 18
     parts = []
     for i, value in enumerate(found.cams):
         top = i * step + 3
@@ -141,8 +141,8 @@ def _cam_chart(found: Reasons, settings: Settings, width: int = 300) -> Markup:
         parts.append(element("text", f"{value:.2f}", x=f"{left + value * span + 5:.1f}", y=top + 10))
     for beta, name, anchor in ((settings.beta_l, "beta_l", "end"), (settings.beta_h, "beta_h", "start")):
         at = f"{left + beta * span:.1f}"
-        parts.append(element("line", x1=at, x2=at, y1=0, y2=height - 13, stroke="currentColor", stroke_dasharray="3 2"))
-        parts.append(element("text", name, x=at, y=height - 2, text_anchor=anchor))
+        parts.append(element("line", x1=at, x2=at, y1=0, y2=height - 15, stroke="currentColor", stroke_dasharray="3 2"))
+        parts.append(element("text", name, x=at, y=height - 4, text_anchor=anchor))
     return _svg(parts, width, height, "CAM of each class against the thresholds")
 
 
@@ -169,13 +169,22 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
             parts.append(element("polyline", points=points, **line))
             if not dash:
                 ends.append((top + (1 - float(scores[-1, slot])) * (height - top - bottom), name))
-    last = -100.0
-    for y, name in sorted(ends):
-        last = max(y + 4, last + 11)
-        parts.append(element("text", _short(name), x=width - right + 5, y=f"{last:.1f}"))
-    words = f"step 0 to {steps} of PAR; solid: against beta_h, dashed: beta_l"
+    rows = _apart([y + 4 for y, _ in sorted(ends)], 11, most=height - bottom + 4)
+    for y, (_, name) in zip(rows, sorted(ends), strict=True):
+        parts.append(element("text", _short(name), x=width - right + 5, y=f"{y:.1f}"))
+    words = f"step 0 to {steps} of PAR; solid: beta_h, dashed: beta_l"
     parts.append(element("text", words, x=left - 26, y=height - 6))
     return _svg(parts, width, height, "scores at the pixel after each step of PAR")
+
+
+def _apart(heights: list[float], step: float, *, most: float) -> list[float]:
+    """Rising heights moved so that none is nearer than `step` to the next, and none above `most`."""
+    found = []
+    for y in heights:
+        found.append(max(y, found[-1] + step) if found else y)
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], most - step * (len(found) - 1 - i))
+    return found
 
 
 def _short(name: str) -> str:

@@ -22,11 +22,11 @@ from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, image_size
 from toco_core.data.split import (
     Split,
-    first_twice,
     holdout,
     inside_name,
     one_spelling,
     read_lines,
+    refuse_twice,
     with_background,
     without_suffix,
 )
@@ -201,9 +201,7 @@ def _classes(categories: list[dict], path: Path) -> tuple[tuple[str, ...], dict[
         (_field(c, "id", int, f"{path}: a category"), _field(c, "name", str, f"{path}: category {c.get('id')!r:.40}"))
         for c in categories
     )
-    twice = first_twice([str(number) for number, _ in named])
-    if twice is not None:
-        raise ToCoError(f"{path} has the category id {twice} more than once")
+    refuse_twice((str(number) for number, _ in named), f"{path} has the category id")
     if named and named[0][1].strip().lower() == "background":
         raise ToCoError(f"{path} has a category {named[0][1]!r}: background is what no annotation covers")
     names = with_background([name for _, name in named], str(path))
@@ -232,9 +230,7 @@ def _images(entries: list[dict], path: Path, wanted: set[str] | None, listed: Pa
             raise ToCoError(f"{path} has the image id {number} more than once")
         ignore = entry.get("ignore") if isinstance(entry.get("ignore"), dict) else None
         images[number] = {"name": name, "file_name": file_name, "size": (height, width), "ignore": ignore}
-    twice = first_twice(image["name"] for image in images.values())
-    if twice is not None:
-        raise ToCoError(f"{path} names the image {twice!r} more than once")
+    refuse_twice((image["name"] for image in images.values()), f"{path} names the image")
     if wanted is not None and len(images) != len(wanted):
         raise ToCoError(f"{listed} names {len(wanted)} images, {len(images)} of which are in {path.name}")
     return images

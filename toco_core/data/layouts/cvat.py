@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from toco_core.conventions import IGNORE, IGNORED, voc_palette
-from toco_core.data.files import MASK_SUFFIXES, decode_image, decode_mask, encoded, index_files, is_grey
+from toco_core.data.files import MASK_SUFFIXES, decode_image, decode_mask, index_files, is_grey, picture_bytes
 from toco_core.data.split import BACKGROUND_NAMES, inside_name
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import limit, open_archive, open_file, read_bytes, refuse_above
@@ -46,8 +46,8 @@ def write_archive(
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, label in labels:
             names.append(name)
-            archive.writestr(f"{CLASSES}/{name}.png", encoded(colours[label]))
-            archive.writestr(f"{OBJECTS}/{name}.png", encoded(colours[objects_of(label)]))
+            archive.writestr(f"{CLASSES}/{name}.png", picture_bytes(colours[label]))
+            archive.writestr(f"{OBJECTS}/{name}.png", picture_bytes(colours[objects_of(label)]))
         archive.writestr(MAP, "".join(lines))
         archive.writestr(f"{LISTS}/default.txt", "".join(f"{name}\n" for name in names))
 

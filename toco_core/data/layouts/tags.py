@@ -31,11 +31,11 @@ from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, rea
 from toco_core.data.split import (
     BACKGROUND_NAMES,
     Split,
-    first_twice,
     inside_name,
     one_hot,
     one_spelling,
     read_lines,
+    refuse_twice,
     split_name,
     utf8,
     with_background,
@@ -75,9 +75,7 @@ class _TaggedImages(Split):
         self.class_names, self.class_source = _classes(folder, entries, source)
         here = [entry for entry in entries if (entry.split or "train") == split]
         self.names = tuple(without_suffix(entry.file) for entry in here)
-        twice = first_twice(self.names)
-        if twice is not None:
-            raise ToCoError(f"{self.root} has the image {twice!r} more than once in {split}")
+        refuse_twice(self.names, f"{self.root} [{split}] has the image")
         self._images = [folder / entry.file for entry in here]
         self._masks = [None if entry.mask is None else folder / entry.mask for entry in here]
         tags = [[t for t in entry.tags if t.lower() not in BACKGROUND_NAMES] for entry in here]

@@ -30,11 +30,11 @@ from toco_core.data.layouts.sbd import read_sbd_mask, sbd_folder
 from toco_core.data.split import (
     Report,
     Split,
-    first_twice,
     inside_name,
     one_hot,
     one_spelling,
     read_lines,
+    refuse_twice,
     with_background,
     without_suffix,
 )
@@ -51,10 +51,6 @@ VOC_CLASSES = (
 
 class VOCFolder(Split):
     """One split of a VOC-layout folder. Opening it looks at names only; `check` decodes every file.
-
-    Attributes: `root`, `split`, `names` (in the order of the list), `class_names` (background first), `n_classes` (K,
-    foreground only), `class_source` and `label_source` (where names and labels come from, in words). Item i has
-    `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, and `image_labels[i]`, K numbers in {0, 1}.
 
     class_names: with or without a first "background". None: `classes.txt`; else VOC's 20, where the folder or its names
         look like VOC's; else "class 1" .. up to the largest value in any mask of the folder.
@@ -122,18 +118,10 @@ class VOCFolder(Split):
         return one_hot(objects, self.class_names, path)
 
 
-def check(
-    root: Path | str,
-    split: str,
-    *,
-    class_names: Sequence[str] | None = None,
-    labels: Mapping[str, Any] | Path | str | None = None,
-    require_masks: bool = True,
-    progress: bool = True,
-) -> Report:
-    """Open a split and decode all of it: `VOCFolder(...).check()`. Raises ToCoError, naming the first bad thing."""
-    folder = VOCFolder(root, split, class_names=class_names, labels=labels, require_masks=require_masks)
-    return folder.check(progress=progress)
+def check(root: Path | str, split: str, *, progress: bool = True, **options: Any) -> Report:
+    """Open a split and decode all of it: `VOCFolder(root, split, **options).check()`. Raises ToCoError, naming the
+    first bad thing."""
+    return VOCFolder(root, split, **options).check(progress=progress)
 
 
 def split_names(root: Path | str) -> tuple[str, ...]:
@@ -215,9 +203,7 @@ def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tupl
         raise ToCoError(f"split {split!r} is empty: {path} names no image")
     if len(mask_folders) > 1:
         raise ToCoError(f"{path} names masks in {' and '.join(sorted(mask_folders))}: one folder is allowed")
-    twice = first_twice(names)
-    if twice is not None:
-        raise ToCoError(f"{path} names {twice!r} more than once")
+    refuse_twice(names, f"{path} names")
     if mask_folders:
         return tuple(names), mask_folders.pop()
     augmented = split.endswith("aug") and _is_augmented(root)
