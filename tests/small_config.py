@@ -49,7 +49,7 @@ def labelling_config() -> TrainConfig:
 def stirred_named(class_names: tuple[str, ...]) -> NamedModel:
     """A stirred network of `labelling_config` as `open_model` gives one."""
     config = labelling_config()
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     model = ToCo(config.model, len(class_names) - 1)
     stir(model, 0.3)
     return NamedModel("mine", model.eval(), config, class_names)
@@ -63,14 +63,18 @@ def few_scenes(cache: Path, **numbers: int) -> TrainVal:
 
 
 def stir(model: torch.nn.Module, spread: float) -> None:
-    """Every parameter random, norms and biases around 1: far from its start, so that CAMs are not flat."""
+    """Every parameter random, norms and biases around 1: far from its start, so that CAMs are not flat.
+
+    The same numbers whatever timm drew before: they follow from the last seed.
+    """
+    torch.manual_seed(torch.initial_seed())
     for parameter in model.parameters():
         parameter.data = spread * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0)
 
 
 def stirred_model(n_classes: int) -> ToCo:
     """A stirred network of three blocks in float64, patches of 8 x 8."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
     backbone = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
     model = ToCo(ModelConfig(backbone=backbone, pretrained=False, layer=2, **sizes), n_classes).double()

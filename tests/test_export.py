@@ -254,6 +254,7 @@ def test_the_archive_for_the_evaluation_server(model, config, tmp_path):
         voc_archive(found.folder, tmp_path / "c.tgz")
 
 
+@pytest.mark.slow
 def test_the_command(model, source, config, tmp_path, capsys):
     from toco_core.commands.export import export_command
     from toco_core.train.loop import train

@@ -190,6 +190,7 @@ def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_data_set(photos, tmp_path, capsys):
     root = write_voc_folder(tmp_path / "voc", n=4)
     write_list(root, "val", ["img_3"])

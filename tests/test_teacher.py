@@ -104,9 +104,9 @@ def test_off_costs_nothing(data, tmp_path, monkeypatch):
 
 
 def networks(config, k=3):
-    torch.manual_seed(1)
     found = [ToCo(config.model, k), ToCo(config.model, k)]
-    for model in found:
+    for seed, model in enumerate(found, 1):
+        torch.manual_seed(seed)
         stir(model, 0.3)
     return found
 
