@@ -4,24 +4,125 @@
     python experiments/counts.py                  # the working tree
 
 A room is a folder of the package or a module of its root; an arrow leads from one room to another that it imports from.
-Files that name the last addition of a kind stand for those that the next one touches.
+What one more of a kind touches is found by adding one to a copy of the package, as CONTRIBUTING.md says, and using it.
 """
 
 import argparse
 import ast
 import io
-import re
+import os
+import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ADDED = {  # what one more of a kind touches: files whose code has the words of one that exists
-    "a term (energy)": r"\benergy\b|\benergy_start\b",
-    "a teacher (the averaged head)": r"\bproj_head_ema\b|\bproject_ema\b|\bupdate_ema\b",
-    "a refiner (PAR)": r"\bPAR\b(?!')|\bpar_iterations\b|\bpar\.refine\b",
-    "a layout (folder per class)": r"\bClassFolders\b|\bis_class_folders\b",
+TERM = """
+def entropy(step):
+    p = step.output.class_logits.float().sigmoid()
+    return -(p * p.clamp(min=1e-6).log()).mean()
+
+
+TERMS: dict[str, Term] = {
+    "entropy": Term(entropy),
+"""
+REFINER = """
+from dataclasses import dataclass
+
+from toco_core.refiners.none import NoRefinement
+
+
+@dataclass(frozen=True)
+class Blur(NoRefinement):
+    radius: int = 2
+"""
+LAYOUT = """
+from pathlib import Path
+
+from toco_core.data.files import read_mask
+from toco_core.data.split import Split
+
+
+class SideBySide(Split):
+    def __init__(self, root, split, class_names=("cat",)):
+        self.root, self.split, self.class_names = Path(root), split, ("background", *class_names)
+        self._images = sorted((self.root / split).glob("*.bmp"))
+        self._masks = [path.with_suffix(".png") for path in self._images]
+        self.names = tuple(path.stem for path in self._images)
+        self.class_source, self.label_source = "the caller", "masks"
+
+    def mask(self, index):
+        return read_mask(self._masks[index])
+"""
+FIELD = '    {0}: {1} = option({2}, "A new one.", added_later=True)\n'
+ADDITIONS = {  # kind -> file -> (text, what takes its place; no text: a new file), and a use of what was added
+    "term": (
+        {
+            "objective.py": [("TERMS: dict[str, Term] = {\n", TERM)],
+            "config/losses.py": [
+                (
+                    "    ptc_start:",
+                    FIELD.format("entropy", "float", 0.0) + FIELD.format("entropy_start", "int", 0) + "    ptc_start:",
+                )
+            ],
+        },
+        "from toco_core.config import override, tiny; from toco_core.objective import term_weights\n"
+        "assert term_weights(override(tiny(), entropy=0.5, entropy_start=3), 3)['entropy'] == 0.5",
+    ),
+    "teacher": (
+        {
+            "train/teacher.py": [
+                (
+                    "multi_avg_fn=get_ema_multi_avg_fn(momentum)",
+                    "multi_avg_fn=None if config.schedule.teacher_mean else 1",
+                )
+            ],
+            "config/schedule.py": [
+                ("    teacher_momentum:", FIELD.format("teacher_mean", "bool", False) + "    teacher_momentum:")
+            ],
+        },
+        "from toco_core.config import override, tiny; from toco_core.train.teacher import build_teacher\n"
+        "from torch import nn\n"
+        "config = override(tiny(), teacher_momentum=0.5, teacher_mean=True)\n"
+        "assert build_teacher(nn.Linear(1, 1), config).multi_avg_fn is None",
+    ),
+    "refiner": (
+        {
+            "refiners/blur.py": [("", REFINER)],
+            "refiners/__init__.py": [
+                (
+                    "from toco_core.refiners.crf",
+                    "from toco_core.refiners.blur import Blur\nfrom toco_core.refiners.crf",
+                ),
+                ('{"par": PAR,', '{"blur": Blur, "par": PAR,'),
+            ],
+            "config/labels.py": [("    refiner: str", FIELD.format("blur_radius", "int", 2) + "    refiner: str")],
+        },
+        "from toco_core.config import override, tiny; from toco_core.refiners import build_refiner\n"
+        "options = override(tiny(), refiner='blur', blur_radius=3).labels.refiner_options()\n"
+        "assert build_refiner(options.pop('refiner'), **options).radius == 3",
+    ),
+    "layout": (
+        {
+            "data/layouts/pairs.py": [("", LAYOUT)],
+            "data/source.py": [
+                ("from toco_core.data.layouts import coco,", "from toco_core.data.layouts import pairs, coco,"),
+                ('    "VOC": voc.VOCFolder,\n', '    "VOC": voc.VOCFolder,\n    "pairs": pairs.SideBySide,\n'),
+                (
+                    "    if tags.is_class_folders(root):",
+                    '    if any(root.glob("train/*.bmp")):\n        return "pairs", root\n'
+                    "    if tags.is_class_folders(root):",
+                ),
+            ],
+        },
+        "import tempfile, numpy as np; from pathlib import Path; from PIL import Image\n"
+        "from toco_core.data import open_source\n"
+        "root = Path(tempfile.mkdtemp()); (root / 'train').mkdir()\n"
+        "for name in ('a.bmp', 'a.png'): Image.fromarray(np.ones((5, 7), np.uint8)).save(root / 'train' / name)\n"
+        "assert open_source(root).image_labels.tolist() == [[1]]",
+    ),
 }
 
 
@@ -74,6 +175,23 @@ def code_of(path: Path) -> str:
     return ast.unparse(tree)
 
 
+def touched(package: Path, kind: str) -> str:
+    """How many files one more of a kind touches, tried on a copy; "-" where this revision has it elsewhere."""
+    edits, use = ADDITIONS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, package.name)
+        shutil.copytree(package, copy, ignore=lambda _, names: [n for n in names if n.endswith(("safetensors", "pyc"))])
+        for name, changes in edits.items():
+            text = (copy / name).read_text(encoding="utf-8") if (copy / name).is_file() else ""
+            if not (copy / name).parent.is_dir() or any(text.count(old) != 1 for old, _ in changes if old):
+                return "-"
+            for old, new in changes:
+                text = text.replace(old, new) if old else new
+            (copy / name).write_text(text, encoding="utf-8")
+        subprocess.run([sys.executable, "-c", use], cwd=folder, env=os.environ | {"PYTHONPATH": folder}, check=True)
+    return str(len(edits))
+
+
 def counts(package: Path) -> dict[str, str]:
     """What there is to count -> the count."""
     known = modules(package)
@@ -102,10 +220,7 @@ def counts(package: Path) -> dict[str, str]:
         "lines of code in all": str(sum(len(text.splitlines()) for text in code.values())),
         "longest function": f"{functions[longest]} ({longest})",
         "longest file": f"{lines[file]} ({file})",
-        **{
-            f"files that know {what}": str(sum(bool(re.search(words, text)) for text in code.values()))
-            for what, words in ADDED.items()
-        },
+        **{f"files that one more {kind} touches": touched(package, kind) for kind in ADDITIONS},
     }
 
 

@@ -26,7 +26,7 @@ from toco_core.data import open_source  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "explorer.gif"
 IMAGE = "val_00080"
-PHOTOGRAPH = 6  # of the training part: the reader's own
+PHOTOGRAPH = 4  # of the validation part, whose labels are left out: the reader's own
 WINDOW = 1240, 900
 TOP = 100  # of the notebook in the window, pixels: menu and tools are above
 WIDTH = 860  # of the moving picture, pixels
@@ -45,12 +45,7 @@ explorer
 """
 
 
-# every image was judged: the bar has gone, and every thumbnail is there
-JUDGED = """() => {
-    const bar = document.querySelector('.toco-explorer .toco-explorer .widget-hprogress')
-    const pictures = [...document.querySelectorAll('.toco-gallery button')]
-    return getComputedStyle(bar).visibility === 'hidden' && pictures.every(button => button.querySelector('img'))
-}"""
+JUDGED = "/ (\\d+) of \\1 judged/.test(document.querySelector('.toco-explorer').innerText)"
 
 
 class Recorder:
@@ -136,29 +131,35 @@ def walk(page, recorder: Recorder, photograph: Path) -> None:
     click_at(page, 1, 0.55, 0.45)
     shoot("Why this pixel? Its values against the thresholds, through PAR, and who voted.", 2.6)
     page.get_by_role("button", name="compare").click()
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 6")
     page.locator(".widget-toggle-button:text-is('B')").click()
     page.locator(choose.format("model")).select_option("classification")
     top_of(page, ".toco-row")
     shoot("The same network trained without token contrast, below.", 2.4)
     page.get_by_role("button", name="compare").click()
+    page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 4")
     page.get_by_role("button", name="curtain").first.click()
     page.wait_for_function("document.querySelector('.toco-row img.toco-under')?.naturalWidth > 0")
     top_of(page, ".toco-row")
-    curtain = page.locator(".toco-row .toco-curtain")
-    for _ in range(3):
-        press(page, curtain, "ArrowLeft", 2)
+    box = page.locator(".toco-row .toco-frame").bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.9 * box["height"])
+    page.mouse.down()
+    for share in (0.4, 0.3, 0.2):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.9 * box["height"], steps=4)
         shoot("A curtain between any two views.", 0.7)
+    page.mouse.up()
     page.get_by_role("button", name="side by side").click()
     top_of(page, ".toco-film")
     page.locator(".toco-film button").nth(2).click()
     shoot("Another image: each class in its colour, with the classifier's probability.", 1.8)
     page.locator(".toco-chips button[aria-pressed=true]:has(b)").first.click()
     shoot("A click switches a class off.", 1.4)
-    page.locator(".toco-chips button[aria-pressed=false]:has(b)").first.focus()
+    page.get_by_role("tab", name="look").click()
+    page.locator(choose.format("which")).select_option("labelled")
     page.locator("input[type=file]").set_input_files(photograph)
     page.wait_for_function(f"document.querySelector('.toco-film [aria-selected=true]')?.title === {photograph.stem!r}")
     top_of(page, ".toco-film")
-    shoot("A photograph of your own, chosen, dropped or pasted: nobody has labelled it.", 2.2)
+    shoot("A photograph of your own, chosen, dropped or pasted: the classes are those that the model sees.", 2.2)
     page.get_by_role("button", name="play", exact=True).click()
     page.wait_for_function("document.querySelector('.toco-played')?.naturalWidth > 0")
     top_of(page, ".toco-played-caption")
@@ -168,7 +169,9 @@ def walk(page, recorder: Recorder, photograph: Path) -> None:
         press(page, handle, "ArrowRight", 2 if step else 1)
         shoot("Play it over the blocks, over PAR's iterations, over a training.", 0.5)
     page.get_by_role("button", name="play", exact=True).click()
+    page.wait_for_function("!document.querySelector('.toco-played')")
     page.get_by_role("button", name="gallery of the split").click()
+    page.wait_for_selector(".toco-gallery img")
     page.locator(choose.format("order")).last.select_option("lowest IoU first")
     top_of(page, ".toco-gallery", TOP + 120)
     page.wait_for_function(JUDGED)
@@ -212,7 +215,7 @@ def main() -> None:
         notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
         nbformat.write(notebook, f"{folder}/walk.ipynb")
         photograph = Path(folder) / "mine.png"
-        Image.fromarray(open_source("scenes", "train").image(PHOTOGRAPH)).save(photograph)
+        Image.fromarray(open_source("scenes", "val").image(PHOTOGRAPH)).save(photograph)
         try:
             with in_jupyterlab(Path(folder), "walk.ipynb", width=WINDOW[0], height=WINDOW[1]) as page:
                 run_all_cells(page)

@@ -57,6 +57,10 @@ def changed(page, what, before):
 
 
 PICTURE = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.src).join('|')"
+PLACES = """Object.fromEntries([...document.querySelectorAll('.toco-row .toco-canvas')].map(canvas => {
+    const box = canvas.getBoundingClientRect()
+    return [canvas.innerText.split(' · ')[0].split('\\n')[0], [Math.round(box.left), Math.round(box.top)]]
+}))"""
 NUMBERS = "document.querySelector('.toco-table')?.textContent"
 CURVE = "document.querySelector(`.toco-explorer svg[aria-label='similarity by block']`)?.outerHTML"
 
@@ -118,6 +122,10 @@ def test_a_person_explores(page):
     changed(page, NUMBERS, numbers)
     page.get_by_role("button", name="compare").click()
     page.wait_for_function("document.querySelectorAll('.toco-row .toco-canvas').length === 8")  # 3 views of each side
+    places = page.evaluate(PLACES)
+    for view in ("CAM", "seed label", "pseudo label"):  # one side below the other
+        (left, top), (left_b, top_b) = (places[f"{side}: {view}"] for side in "AB")
+        assert left == left_b and top < top_b, (view, places)
     shoot(page, "compare")
 
     page.locator(".widget-dropdown:has-text('model') select").select_option("scenes_vit_nano")

@@ -7,37 +7,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from small_config import small_recipe, stir
+from small_config import stir, stirred_named
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 from voc_folder import CLASSES, smooth_image
 
 import toco_core
 from toco_core.cam import multi_scale_cam
-from toco_core.config import override
 from toco_core.data import to_unit
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo
 from toco_core.predict.class_maps import cams, open_classifier, relevance
 from toco_core.predict.label import label_photographs
-from toco_core.predict.models import NamedModel
-
-SMALL = {
-    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
-    "proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7, "crop_size": 32, "local_size": 16,
-    "cam_scales": (1.0, 0.5), "par_iterations": 3, "par_dilations": (1, 2), "beta_l": 0.35, "beta_h": 0.6, "beta": 0.4,
-    "device": "cpu", "precision": "fp32",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def opened():
-    config = override(small_recipe(), **SMALL)
-    torch.manual_seed(1)
-    model = ToCo(config.model, 3)
-    stir(model, 0.3)
-    return NamedModel("mine", model.eval(), config, CLASSES)
+    return stirred_named(CLASSES)
 
 
 @pytest.fixture(scope="module")

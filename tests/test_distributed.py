@@ -195,6 +195,7 @@ def test_validation_is_that_of_one_process(two):
         assert process["counts"]["protocols"] == wanted["protocols"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(two, tmp_path):
     _, data, config = two
     shared, alone = Run.of(config), train(override(config, out_dir=str(tmp_path)), progress=False).run
@@ -226,6 +227,7 @@ def one_of_two_dies(rank, dying, meeting, data, out_dir):
         Path(out_dir, "told").write_text(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_other(tmp_path, dying):
     """It ended in gloo's own RuntimeError; the other says within a minute what is left."""

@@ -53,6 +53,7 @@ def test_options_become_fields_and_wrong_ones_are_refused(common, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_variant_is_trained_and_scored_once(common, tmp_path, monkeypatch):
     data = write_voc_folder(tmp_path / "voc", n=7, splits={"train": range(4), "val": (4, 5), "test": (6,)})
     fields = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from coco_folder import write_images
 from PIL import Image
-from small_config import small_recipe, stir
+from small_config import labelling_config, stir
 from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
 
@@ -28,18 +28,12 @@ from toco_core.model import ToCo
 from toco_core.predict.export import METHODS, export, palette_png, voc_archive, weights_hash
 
 K = 3
-SMALL = {
-    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
-    "proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7, "crop_size": 32, "local_size": 16,
-    "cam_scales": (1.0, 0.5), "par_iterations": 3, "par_dilations": (1, 2), "beta_l": 0.35, "beta_h": 0.6, "beta": 0.4,
-    "device": "cpu", "precision": "fp32",
-}  # fmt: skip
 LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return override(small_recipe(), **SMALL)
+    return labelling_config()
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +254,7 @@ def test_the_archive_for_the_evaluation_server(model, config, tmp_path):
         voc_archive(found.folder, tmp_path / "c.tgz")
 
 
+@pytest.mark.slow
 def test_the_command(model, source, config, tmp_path, capsys):
     from toco_core.commands.export import export_command
     from toco_core.train.loop import train

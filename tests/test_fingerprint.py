@@ -345,6 +345,7 @@ def test_scores_are_of_the_part_that_was_scored(config, root, monkeypatch):
         scored_run(config, progress=False)
 
 
+@pytest.mark.slow
 def test_shipped_runs_open(tmp_path, monkeypatch):
     """A run on the embedded data set, trained elsewhere: other cache folder, other times, other last bits."""
     small, plain = scenes.ScenesConfig(n_train=4, n_val=2, n_test=2), scenes.scenes_folder

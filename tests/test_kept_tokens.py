@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from small_config import small_recipe, stir
+from small_config import few_scenes, small_recipe, stir
 from torch.testing import assert_close
 
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
-from toco_core.data import open_train_val, training_batches
-from toco_core.data.scenes import ScenesConfig, scenes_folder
+from toco_core.data import training_batches
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
@@ -18,10 +17,7 @@ from toco_core.train.loop import train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=12, n_train=7, n_val=3, n_test=1), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=12, n_train=7, n_val=3, n_test=1)
 
 
 def small(**changes):

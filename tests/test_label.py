@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_config import small_recipe, stir
+from small_config import labelling_config, stirred_named
 from voc_folder import CLASSES, SIZES, smooth_image, write_list, write_voc_folder
 
 import toco_core.predict.label as labelling
@@ -16,29 +16,18 @@ from toco_core.conventions import voc_palette
 from toco_core.data import COCOFolder, VOCFolder, open_source, read_image
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
-from toco_core.model import ToCo
 from toco_core.predict.export import export
 from toco_core.predict.label import find_photographs, label_photographs
-from toco_core.predict.models import NamedModel, open_model
+from toco_core.predict.models import open_model
 from toco_core.train.loop import train
 from toco_core.viz import label_over_image
 
-SMALL = {
-    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)", "pretrained": False, "layer": 2,
-    "proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7, "crop_size": 32, "local_size": 16,
-    "cam_scales": (1.0, 0.5), "par_iterations": 3, "par_dilations": (1, 2), "beta_l": 0.35, "beta_h": 0.6, "beta": 0.4,
-    "device": "cpu", "precision": "fp32",
-}  # fmt: skip
 TAGS = {"a": "cat;sheep", "sub/b": "dog", "c d": "cat;dog;sheep", "e": ""}
 
 
 @pytest.fixture(scope="module")
 def opened():
-    config = override(small_recipe(), **SMALL)
-    torch.manual_seed(1)
-    model = ToCo(config.model, 3)
-    stir(model, 0.3)
-    return NamedModel("mine", model.eval(), config, CLASSES)
+    return stirred_named(CLASSES)
 
 
 @pytest.fixture
@@ -201,10 +190,11 @@ def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_data_set(photos, tmp_path, capsys):
     root = write_voc_folder(tmp_path / "voc", n=4)
     write_list(root, "val", ["img_3"])
-    config = override(small_recipe(), **SMALL, dataset=str(root), steps=1, warmup_steps=0, batch_size=2)
+    config = override(labelling_config(), dataset=str(root), steps=1, warmup_steps=0, batch_size=2)
     run = train(override(config, out_dir=str(tmp_path)), progress=False).run
     shutil.rmtree(root)
     assert open_model(run.folder).class_names == CLASSES and open_model(run.folder).step == 1

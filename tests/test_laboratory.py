@@ -6,12 +6,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from small_config import few_scenes
 from test_kept_tokens import small
 
 from toco_core.analysis.trials import Frame, Trials
 from toco_core.config import LabelConfig, LossConfig, ModelConfig, ScheduleConfig, override, tiny
-from toco_core.data import open_train_val
-from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.train.loop import train
@@ -21,10 +20,7 @@ from toco_core.widgets.laboratory import FIELDS, Laboratory, frame_picture, loss
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=12, n_train=7, n_val=5, n_test=1), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=12, n_train=7, n_val=5, n_test=1)
 
 
 def trials(data, **changes):

@@ -4,12 +4,12 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from small_config import few_scenes
 from torch.testing import assert_close
 
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override, photographs
-from toco_core.data import evaluation_items, open_train_val, to_unit
-from toco_core.data.scenes import ScenesConfig, scenes_folder
+from toco_core.data import evaluation_items, to_unit
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.predict.portable import Portable, exported
 from toco_core.train.loop import train
@@ -21,9 +21,7 @@ STARTS = {"ptc_start": 0, "ctc_start": 0, "seg_start": 1, "energy_start": 1, "ct
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return open_train_val(scenes_folder(ScenesConfig(seed=5, n_train=4, n_val=2, n_test=1), progress=False))
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=5, n_train=4, n_val=2, n_test=1)
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from small_config import small_recipe
+from small_config import few_scenes, small_recipe
 from torch.testing import assert_close
 
 import toco_core.runs.shipped as shipped
 from toco_core.config import override
-from toco_core.data import open_data, open_train_val
-from toco_core.data.scenes import ScenesConfig, scenes_folder
+from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.scores import read_scores, scored_run
@@ -22,10 +21,7 @@ from toco_core.train.loop import train, trained_run
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=12, n_train=6, n_val=4, n_test=2), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=12, n_train=6, n_val=4, n_test=2)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +76,9 @@ def test_a_shipped_run_has_the_scores_that_come_with_it(name, kept):
     scores = read_scores(run)
     assert scores.part == "test" and scored_run(opened.config, data=opened.data, progress=False).scores == scores
     val = opened.data.val
+    opened.model.freeze_blocks(opened.config.schedule.frozen_blocks)
     with kept.of(opened.model, blocks=kept_blocks(opened.config)):
         found = evaluate_as(opened.config, opened.model, val, progress=False)
-    assert kept.found or kept.computed == len(val)
     assert abs(100 * found.cam.scores(scores.beta).miou - scores.val["cam"]) < 0.5
     assert abs(100 * found.seg.miou - scores.val["seg"]) < 0.5
 

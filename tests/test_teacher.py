@@ -3,15 +3,13 @@
 import pytest
 import torch
 from reference_losses import ctc_loss
-from small_config import small_recipe, stir
+from small_config import few_scenes, small_recipe, stir
 from torch.testing import assert_close
 
 import toco_core.train.teacher as teaching
 from toco_core import crops
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
-from toco_core.data import open_train_val
-from toco_core.data.scenes import ScenesConfig, scenes_folder
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.objective import Step, StepInput, objective
@@ -26,10 +24,7 @@ BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=15, n_train=5, n_val=2, n_test=1), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=15, n_train=5, n_val=2, n_test=1)
 
 
 def small(out_dir, **changes):
@@ -109,9 +104,9 @@ def test_off_costs_nothing(data, tmp_path, monkeypatch):
 
 
 def networks(config, k=3):
-    torch.manual_seed(1)
     found = [ToCo(config.model, k), ToCo(config.model, k)]
-    for model in found:
+    for seed, model in enumerate(found, 1):
+        torch.manual_seed(seed)
         stir(model, 0.3)
     return found
 

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_config import small_recipe
+from small_config import few_scenes, small_recipe
 from torch.testing import assert_close
 
 from toco_core.config import override
-from toco_core.data import evaluation_items, open_train_val, to_unit
-from toco_core.data.scenes import ScenesConfig, scenes_folder
+from toco_core.data import evaluation_items, to_unit
 from toco_core.errors import ToCoError
 from toco_core.heads import class_scores, pooled
 from toco_core.model import ToCo
@@ -18,10 +17,7 @@ from toco_core.train.warm_start import fit_classifier, pooled_tokens, warm_start
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        root = scenes_folder(ScenesConfig(seed=11, n_train=21, n_val=4, n_test=1), progress=False)
-    return open_train_val(root)
+    return few_scenes(tmp_path_factory.mktemp("cache"), seed=11, n_train=21, n_val=4, n_test=1)
 
 
 def small(**changes):

@@ -118,7 +118,7 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
     found["threshold"] = median_ms(move("beta_h", np.linspace(0.4, 0.8, 41).round(2).tolist()), repeats)
     explorer.set(show="CAM")
     found["overlay"] = median_ms(move("strength", np.linspace(0.1, 0.9, 41).round(2).tolist()), repeats)
-    explorer.set(show="pseudo label", par_iterations=10, par_scale=0.5)
+    explorer.set(show="pseudo label", beta_h=0.9, par_iterations=10, par_scale=0.5)
     found["PAR"] = median_ms(move("beta_h", np.linspace(0.4, 0.8, 41).round(2).tolist()), max(repeats // 4, 3))
     explorer.set(show="CAM")
     found["image"] = median_ms(lambda i: explorer.go(i % 2), repeats)

@@ -112,3 +112,12 @@ def test_no_module_of_the_root_is_long():
 def test_packages_say_what_they_are_for():
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "files"), [("term", 2), ("teacher", 2), ("refiner", 3), ("layout", 2)])
+def test_one_more_of_a_kind_touches_few_files(kind, files):
+    """Tried on a copy of the package, where it is then used."""
+    import counts
+
+    assert counts.touched(PACKAGE, kind) == str(files)

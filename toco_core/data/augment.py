@@ -157,7 +157,8 @@ def hue(image: UInt8[np.ndarray, "H W 3"], turn: float) -> UInt8[np.ndarray, "H 
 
 def blur(image: UInt8[np.ndarray, "H W 3"], sigma: float) -> UInt8[np.ndarray, "H W 3"]:
     """Gaussian blur with standard deviation `sigma` in pixels, cut at 3 sigma, mirrored at the border."""
-    return cv2.GaussianBlur(image, _kernel_size(sigma), sigma, borderType=cv2.BORDER_REFLECT_101)
+    width = 2 * int(np.ceil(3 * sigma)) + 1
+    return cv2.GaussianBlur(image, (width, width), sigma, borderType=cv2.BORDER_REFLECT_101)
 
 
 def solarise(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -182,11 +183,6 @@ def _through_table(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def _kernel_size(sigma: float) -> tuple[int, int]:
-    width = 2 * int(np.ceil(3 * sigma)) + 1
-    return width, width
-
-
 def _check_ranges(image: np.ndarray, size: tuple[int, int], **ranges: tuple[float, float]) -> None:
     if min(size) < 1:
         raise ToCoError(f"crop_size = {size} must be at least 1 pixel")
@@ -195,10 +191,6 @@ def _check_ranges(image: np.ndarray, size: tuple[int, int], **ranges: tuple[floa
     for name, (low, high) in ranges.items():
         if not 0 < low <= high or (name == "global_area" and high > 1):
             raise ToCoError(f"{name} = ({low}, {high}) must be 0 < low <= high{' <= 1' * (name == 'global_area')}")
-
-
-def _maybe_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return cv2.flip(image, 1) if rng.random() < 0.5 else image
 
 
 def _random_crop(
@@ -244,4 +236,4 @@ def _random_window(
     wide = min(width, max(1, round(np.sqrt(pixels * aspect))))
     top, left = int(rng.integers(height - high + 1)), int(rng.integers(width - wide + 1))
     window = resize(image[top : top + high, left : left + wide], *size, enlarge=cv2.INTER_CUBIC)
-    return _maybe_flip(window, rng)
+    return cv2.flip(window, 1) if rng.random() < 0.5 else window

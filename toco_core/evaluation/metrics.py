@@ -146,7 +146,7 @@ def multi_label_scores(logits: Float[Tensor, "B K"], image_labels: Shaped[Tensor
     return MultiLabelScores(_mean(precision[wanted.any(0)]), precision, _mean(f1))
 
 
-def in_groups(items: Sequence, n: int) -> list:
+def in_groups(items: Sequence | np.ndarray, n: int) -> list:
     """Disjoint groups, item i in group i mod `n`. Raises ToCoError where a group would be empty."""
     if not 1 <= n <= len(items):
         raise ToCoError(f"groups = {n} is not allowed: 1 to {len(items)}, the number of images")

@@ -10,7 +10,7 @@ Class token contrast makes the class token of an image and those of its crops al
 it attends to; so the effect of the contrast can be looked for in its attention to the patches, per head and block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +136,12 @@ def class_token_attention(model: ToCo, images: Float[Tensor, "B 3 H W"], block: 
     a value tells how many times the attention is that of an even spread. No gradient. Raises ToCoError for a block
     that is not there.
     """
-    (attention,) = model.attention(images, blocks=[block])
-    return attention[:, :, 0, model.encoder.num_prefix_tokens :]
+    return class_token_attention_by_block(model, images, blocks=[block])[0]
 
 
-def class_token_attention_by_block(model: ToCo, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B heads N"]]:
-    """`class_token_attention` of every block, from one pass."""
+def class_token_attention_by_block(
+    model: ToCo, images: Float[Tensor, "B 3 H W"], *, blocks: Sequence[int] | None = None
+) -> list[Float[Tensor, "B heads N"]]:
+    """`class_token_attention` of some blocks (None: of all), from one pass."""
     n_prefix = model.encoder.num_prefix_tokens
-    return [attention[:, :, 0, n_prefix:] for attention in model.attention(images)]
+    return [attention[:, :, 0, n_prefix:] for attention in model.attention(images, blocks=blocks)]

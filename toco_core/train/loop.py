@@ -285,22 +285,17 @@ def train(
 
 
 def trained_run(
-    config: TrainConfig,
-    *,
-    data: TrainVal | None = None,
-    progress: bool = True,
-    terms: Mapping[str, Term] = TERMS,
-    kept: KeptTokens | None = None,
+    config: TrainConfig, *, data: TrainVal | None = None, terms: Mapping[str, Term] = TERMS, **options
 ) -> Opened:
     """The run of a config: what notebooks that look into a model begin with. One that comes with the package is opened
-    there, the same on every machine; another is trained first where it is not finished, `kept` as for `train`.
+    there, the same on every machine; another is trained first where it is not finished, `options` as for `train`.
 
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data = data or open_data(config.data)
     run = (shipped_run(config) if not variant(terms) else None) or Run.of(config, variant(terms))
     if not run.finished:
-        train(config, data=data, progress=progress, terms=terms, kept=kept)
+        train(config, data=data, terms=terms, **options)
     run.refuse_other_data(data, config.model.weights_file)
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 
 from toco_core.conventions import IGNORE, voc_palette
-from toco_core.viz.theme import FLAG_COLOURS, IGNORE_GREYS, with_plain_text
+from toco_core.viz.theme import FLAG_COLOURS, IGNORE_GREYS, bare, with_plain_text
 
 
 def label_colours(label: np.ndarray) -> np.ndarray:
@@ -91,9 +91,7 @@ def _named_colours(names: Mapping[int, str], width: int) -> np.ndarray:
 def show(ax: plt.Axes, picture: np.ndarray, title: str = "") -> plt.Axes:
     """A picture without axes."""
     ax.imshow(picture, interpolation="nearest")
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text

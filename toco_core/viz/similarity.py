@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from toco_core.viz.theme import FLAG_COLOURS, name_colours, with_plain_text
+from toco_core.viz.theme import FLAG_COLOURS, bare, name_colours, with_plain_text
 
 
 def _lines_by_block(ax: plt.Axes, curves: dict[str, Sequence[float]], layer: int | None) -> None:
@@ -50,9 +50,7 @@ def similarity_matrix(ax: plt.Axes, matrix: np.ndarray, title: str = "", *, bord
     for border in borders:
         ax.axhline(border - 0.5, color="#222222", lw=0.7)
         ax.axvline(border - 0.5, color="#222222", lw=0.7)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text
@@ -62,18 +60,14 @@ def similarity_map(ax: plt.Axes, similarity: np.ndarray, title: str = "", *, pat
     if patch is not None:
         y, x = divmod(patch, similarity.shape[1])
         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#222222", lw=1.5))
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text
 def attention_map(ax: plt.Axes, attention: np.ndarray, title: str = "", *, most: float = 4.0) -> plt.Axes:
     """Attention of the class token to the patches (h w) in units of an even spread: black 0, white `most` and more."""
     ax.imshow(attention * attention.size, interpolation="nearest", cmap="magma", vmin=0, vmax=most)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-    return ax
+    return bare(ax, title)
 
 
 @with_plain_text

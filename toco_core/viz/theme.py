@@ -140,6 +140,13 @@ def with_plain_text(function: Callable) -> Callable:
     return draws
 
 
+def bare(ax: plt.Axes, title: str) -> plt.Axes:
+    """Axes of a picture: a small title, and no axes."""
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
 def is_live() -> bool:
     """Whether a JupyterLab shows this kernel's outputs, so that what reacts to the pointer is worth its bytes."""
     return "JPY_SESSION_NAME" in os.environ

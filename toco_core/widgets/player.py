@@ -48,7 +48,7 @@ class Player(w.VBox):
         self.what = w.Dropdown(description="play", layout=w.Layout(width="290px"), style={"description_width": "36px"})
         self.play = w.Play(interval=MS, show_repeat=True)
         self.at = w.IntSlider(readout=False, layout=w.Layout(width="260px"))
-        self.image = w.Image(format="jpeg", layout=w.Layout(max_width="100%"))
+        self.image = w.Image(format="jpeg", layout=w.Layout(max_width="calc(100% - 4px)"))
         self.image.add_class("toco-played")
         self.caption, self.notes = Panel(), Panel()
         self.caption.add_class("toco-played-caption")

@@ -86,8 +86,8 @@ class Tiles:
                 canvas.chosen = in_row and tile.show == session.sides[tile.side].settings.show
         n, columns = len(self.shown), list(dict.fromkeys(tile.show for tile in self.shown))
         for tile, pane in zip(self.shown, self._panes, strict=False):  # one side below the other
-            pane.layout.grid_row = str(tile.side + 1) if in_row else None
-            pane.layout.grid_column = str(columns.index(tile.show) + 1) if in_row else None
+            # not grid_row and grid_column: the browser's side takes them away again where grid_area says nothing
+            pane.layout.grid_area = f"{tile.side + 1} / {columns.index(tile.show) + 1}" if in_row else None
         self.row.layout.grid_template_columns = f"repeat({len(columns) if in_row else n}, minmax(0, 1fr))"
         (self.row.add_class if n == 1 else self.row.remove_class)("toco-single")
         if len(self.row.children) != n:
