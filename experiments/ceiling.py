@@ -2,9 +2,10 @@
 
     python experiments/ceiling.py --seeds 0 1 2
 
-The decoder and the blocks that `tiny()` trains learn from masks, in as many steps and batches as in the recipe; scored on
-the test part as its segmentation is. The rates are those that masks like best on the val part (`RATES`): a ceiling that
-the recipe's own rates lower would flatter it. Cost: about a minute a seed. Writes experiments/records/ceiling.json.
+The decoder and the blocks that `tiny()` trains learn from masks, in as many steps and batches as in the recipe; scored
+on the test part as its segmentation is. The rates are those that suit masks best on the validation part (`RATES`): a
+ceiling that the recipe's own rates lower would flatter it. Cost: about a minute a seed. Writes
+experiments/records/ceiling.json.
 """
 
 import argparse
