@@ -27,7 +27,7 @@ def test_help_lists_every_field_with_its_value_and_what_it_allows(capsys):
         assert f" {name}={getattr(record, name)!r} [" in said and field.metadata["help"] in said, name
     assert n > 60
     for entry in (
-        "layer=10 [int; at least 1, at most 1000]",
+        "layer=9 [int; at least 1, at most 1000]",
         "pooling='max' [str; one of max, mean, topk, cam_topk]",
         "mean=None [tuple[float, ...] | None; 3 numbers, at least 0, at most 1]",
         "cam_scales=(1.0,) [tuple[float, ...]; above 0, at most 16]",
