@@ -24,10 +24,9 @@ from toco_core.backbone import build_encoder, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-from .heads import LargeFOV, ProjectionHead, class_scores
+from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
 from .machine.files import refuse_wrong_keys
 from .refiners.attention import mean_attention
-from .tokens import BlockTokens, Kept, Output, Tokens
 
 
 class ToCo(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "toco_core"
 EVERYDAY = {"Entry", "Found", "Inside", "Kept", "Look", "Made", "Part", "Same", "Seen", "Side", "Thing", "Told"}
-NOUNS = {"Kept": "tokens", "Part": "data.world.shapes"}  # where such a word is meant: a protocol; a part of a body
+NOUNS = {"Kept": "heads", "Part": "data.world.shapes"}  # where such a word is meant: a protocol; a part of a body
 
 
 def definitions() -> list[tuple[str, ast.AST]]:

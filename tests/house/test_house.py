@@ -19,7 +19,7 @@ FLOORS = [  # a room imports from its own floor and from those above in this lis
     {"commands"},
     {"__main__"},
 ]
-METHOD = "methods backbone heads tokens model cam par refiners labels crops lattice losses objective".split()
+METHOD = "methods backbone heads model cam par refiners labels crops lattice losses objective".split()
 MOST_IN_ROOT = 14
 
 
