@@ -19,14 +19,14 @@ from common import RECORDS, use_threads
 from toco_core.cam import class_activation, normalise_cam
 from toco_core.config import override, photographs
 from toco_core.data import evaluation_items, holdout, open_source, to_unit
+from toco_core.data.loader import in_batches
 from toco_core.evaluation.evaluate import CAMCounts
-from toco_core.heads import pooled
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.machine.writing import write_whole
 from toco_core.model import build_model
 from toco_core.predict.image import strongest
 from toco_core.refiners.attention import carried, token_affinity
-from toco_core.train.warm_start import fit_classifier
+from toco_core.train.warm_start import classifier_input, fit_classifier
 
 BLOCKS = (9, 10, 11, 12)
 POOLINGS = ("max", "mean", "topk", "cam_topk")
@@ -36,27 +36,18 @@ AT_ONCE = 16
 @torch.no_grad()
 def seen(model, source, config, *, mirrored: bool = False, attended=()):
     """Per block of BLOCKS the normed patch tokens of a split, n N D, and the mean attention, n N N."""
-    tokens, attention, waiting = {block: [] for block in BLOCKS}, [], []
-
-    def encode() -> None:
-        images = model.normalise(to_unit(torch.cat(waiting)))
+    tokens, attention = {block: [] for block in BLOCKS}, []
+    for batch in in_batches(evaluation_items(source, size=config.data.crop_size), AT_ONCE):
+        images = model.normalise(to_unit(torch.cat([item.image for item in batch])))
         images = images.flip(-1) if mirrored else images
         with attention_of(model, config, images.device), autocast_of(config, images.device)():
-            found = model.encode(images, attend=attended)
-            for block, x in enumerate(model.block_tokens(images), 1):
-                if block in BLOCKS:
-                    x = model.final_norm(x) if block == model.depth else F.layer_norm(x, x.shape[-1:], eps=1e-6)
-                    tokens[block].append(x.bfloat16())
+            found = model.inside(images, attend=attended)
+            for block in BLOCKS:
+                x = found.blocks[block - 1]
+                x = found.normed[-1] if block == model.depth else F.layer_norm(x, x.shape[-1:], eps=1e-6)
+                tokens[block].append(x.bfloat16())
         if attended:
-            attention.append(found.attention)
-        waiting.clear()
-
-    for item in evaluation_items(source, size=config.data.crop_size):
-        waiting.append(item.image)
-        if len(waiting) == AT_ONCE:
-            encode()
-    if waiting:
-        encode()
+            attention.append(found.tokens.attention)
     return {block: torch.cat(parts) for block, parts in tokens.items()}, torch.cat(attention) if attended else None
 
 
@@ -65,7 +56,7 @@ def fitted(tokens, labels, pooling: str, steps: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     classifier = torch.nn.Linear(tokens.shape[-1], labels.shape[1], bias=False)
     torch.nn.init.normal_(classifier.weight, std=tokens.shape[-1] ** -0.5, generator=generator)
-    read = tokens if pooling == "cam_topk" else pooled(tokens.float(), pooling)
+    read = classifier_input(tokens.float(), pooling)
     fit_classifier(classifier, read, labels, steps=steps, generator=generator, pooling=pooling)
     return classifier.weight.detach()
 
