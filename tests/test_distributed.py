@@ -288,3 +288,24 @@ def test_a_notebook_starts_processes(two, tmp_path):
         launch.train_on(override(config, accumulate=4), processes=2)
     with pytest.raises(ToCoError, match="dataset folder /nowhere does not exist"):
         launch.train_on(override(config, dataset="/nowhere", out_dir=str(tmp_path)), processes=2)
+
+
+def test_a_refusal_is_told_where_another_process_ends_first(tmp_path, monkeypatch):
+    """The others see only that one has gone; here all end so, and one of them had refused."""
+    config = override(tiny(), dataset="/nowhere", out_dir=str(tmp_path))
+
+    class Ended:
+        processes = ()
+
+        def join(self, timeout):
+            raise launch.multiprocessing.ProcessRaisedException("RuntimeError: Connection closed by peer", 1, 4)
+
+    def start(function, args, **options):
+        with pytest.raises(launch.multiprocessing.ProcessRaisedException, match="/nowhere does not exist"):
+            begun(function, (1, *args[1:]), **options | {"nprocs": 1, "join": True})
+        return Ended()
+
+    begun = launch.multiprocessing.start_processes
+    monkeypatch.setattr(launch.multiprocessing, "start_processes", start)
+    with pytest.raises(ToCoError, match="^dataset folder /nowhere does not exist"):
+        launch.train_on(config, processes=2)

@@ -27,6 +27,8 @@ from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
 from toco_core.train.loop import train
 
+REFUSAL = "refusal-{}"  # of a process, in the folder where they meet
+
 
 def train_on(
     config: TrainConfig, *, processes: int, on_record: Callable[[dict], None] | None = None, **options
@@ -41,7 +43,7 @@ def train_on(
     with tempfile.TemporaryDirectory() as meeting:
         workers = multiprocessing.start_processes(
             _train_one,
-            (processes, Path(meeting, "store").as_uri(), config.to_dict(), options | {"progress": False}),
+            (processes, Path(meeting), config.to_dict(), options | {"progress": False}),
             nprocs=processes,
             join=False,
             start_method="spawn",
@@ -52,7 +54,9 @@ def train_on(
                 told = _tell(run, on_record, told)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             last = str(error).strip().splitlines()[-1]
-            raise ToCoError(last.partition("ToCoError: ")[2] or f"a process of the training ended: {last}") from error
+            refusals = [path.read_text(encoding="utf-8") for path in sorted(Path(meeting).glob(REFUSAL.format("*")))]
+            refusals.append(last.partition("ToCoError: ")[2] or f"a process of the training ended: {last}")
+            raise ToCoError(refusals[0]) from error
         finally:
             for process in workers.processes:
                 process.kill()
@@ -60,13 +64,20 @@ def train_on(
     return open_run(run.folder, device=config.device)
 
 
-def _train_one(rank: int, n: int, meeting: str, config: dict, options: dict) -> None:
+def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict) -> None:
+    """Train as process `rank`. A refusal is noted in the folder where the processes meet, while they still do: the
+    others only see that one has gone, and may end, with an error of the network, before it does."""
     config = TrainConfig.from_dict(config)
     os.environ["LOCAL_RANK"] = str(rank)
     if resolve_device(config.device).type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
-    with distributed.joined(config.device, init_method=meeting, rank=rank, world_size=n):
-        train(config, **options)
+    store = Path(meeting, "store").as_uri()
+    with distributed.joined(config.device, init_method=store, rank=rank, world_size=n):
+        try:
+            train(config, **options)
+        except ToCoError as error:
+            Path(meeting, REFUSAL.format(rank)).write_text(str(error), encoding="utf-8")
+            raise
 
 
 def _tell(run: Run, on_record: Callable | None, told: int) -> int:
