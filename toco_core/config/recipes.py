@@ -80,8 +80,10 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
     minutes.
 
     Each class is read where its own scores are highest (`cam_topk`), the classifiers are fitted to frozen tokens first,
-    and every CAM is carried along the attention of blocks 9 to 12. Chosen on a part of the training images of PASCAL
-    VOC, the thresholds too: where a folder has no masks they stay as they are. CTC is off: see `docs/results.md`.
+    and every CAM is carried along the attention of blocks 9 to 12. Patch token contrast begins with the second half:
+    from the first step it would harden what the first CAMs say, be it the sky for the aeroplane. Chosen on training
+    images of PASCAL VOC and MSRC, the thresholds too: where a folder has no masks they stay as they are. CTC is off:
+    see `docs/results.md`.
     """
     return TrainConfig(
         model=ModelConfig(
@@ -90,7 +92,9 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
         labels=LabelConfig(
             beta_l=0.3, beta_h=0.4, beta=0.4, cam_scales=(1.0,), attention_steps=1, par_dilations=(1, 2, 4, 8)
         ),
-        loss=LossConfig(ptc=4.0, ctc=0.0, seg=0.2, energy=0.0, ctc_start=20, seg_start=20, energy_start=20),
+        loss=LossConfig(
+            ptc=8.0, ctc=0.0, seg=0.2, energy=0.0, ptc_start=100, ctc_start=20, seg_start=20, energy_start=20
+        ),
         crops=CropConfig(local_size=64),
         data=DataConfig(
             dataset=dataset,
