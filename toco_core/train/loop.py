@@ -4,20 +4,21 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
-from toco_core.data import TrainVal, open_data
+from toco_core.data import Batch, TrainVal, open_data
 from toco_core.data.fingerprint import data_fingerprint
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Term, objective
+from toco_core.objective import TERMS, Objective, Term, objective
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
@@ -108,180 +109,236 @@ def train(
     config.schedule.images_at_once(share.n)  # refuses parts of different sizes
     required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
-    model, optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
-    schedule, teacher = config.schedule, build_teacher(model, config)
-    if schedule.compile_blocks:
-        model.compile_blocks()
-    autocast = autocast_of(config, device)
+    run, kept = Run.of(config, variant(terms)), KeptTokens() if kept is None else kept
+    training = _Training(
+        config, terms, data, run, share, device, progress=progress and share.first, skip_nonfinite=skip_nonfinite
+    )
     keep_freed_memory()
-
-    run = Run.of(config, variant(terms))
     camera = Film(run, data.val, config, every=film if share.first else 0)
-    state = share.from_first(run.load() if resume and share.first else None)
-    start, best, skipped, saved_at, unvalidated = 0, -1.0, 0, time.monotonic(), False
-    if state is not None:
-        load_model_state(model, state["model"], run, data)
-        load_optimizer_state(optimizer, state["optimizer"], run)
-        if teacher is not None:
-            load_teacher(teacher, state, run, data)
-        if share.first:
-            run.refuse_other_data(data, config.model.weights_file)
-        start, best, skipped = state["step"], state.get("best", best), state.get("skipped", skipped)
-        unvalidated = state.get("unvalidated") is True
-    elif share.first:
-        run.begin(
-            config,
-            data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
-            data_sha256=data_digest(data),
-            fingerprint=data_fingerprint(data),
-            weights_sha256=file_digest(config.model.weights_file) if config.model.weights_file else None,
-            processes=share.n,
-            device=str(device),
-            precision=resolve_precision(config.precision, device),
-            own_terms=own_terms(terms),
-        )
-    if share.first:
-        run.keep_records_before(start, validated=not unvalidated)
-    progress = progress and share.first
-    kept = KeptTokens() if kept is None else kept
-    if schedule.warm_start_steps and not start:  # before the processes share the model, which makes their weights equal
-        with attention_of(model, config, device), kept.of(model, blocks=kept_blocks(config)):
-            warm_start(model, data.train, config, autocast=autocast, progress=progress)
-    if teacher is not None and not start:
-        teacher.update_parameters(model)
-    compute = distributed.shared_step(objective, model, share)
-
-    def validate() -> Evaluation:
-        bar_below = progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
-        return evaluate_as(config, model, data.val, progress=bar_below, what="validating", share=share)
-
-    tracker = open_tracker(config, run, start) if share.first else NoTracker()
-
-    def note(record: dict) -> None:
-        if share.first:
-            run.log(record)
-            tracker.log(record["step"], tagged(record))
-        if on_record and share.first:
-            on_record(record)
-
-    def validate_after(step: int) -> bool:
-        """Validate and log; whether it is the best so far."""
-        nonlocal validation, best
-        validation = validate()
-        scores = _final_numbers(validation, config)
-        note({"step": step} | scores)
-        if config.log_to and share.first:
-            for tag, picture in validation_pictures(model, data.val, config).items():
-                tracker.picture(step, tag, picture)
-        is_best = scores.get("cam_miou", scores["map"]) > best
-        best = max(best, scores.get("cam_miou", scores["map"]))
-        return is_best
-
-    def save(done: int, **which: bool) -> None:
-        if share.first:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
-            state |= {"teacher": teacher.module.state_dict()} if teacher is not None else {}
-            numbers = {"step": done, "best": best, "skipped": skipped}
-            run.save(state | numbers | ({"unvalidated": True} if unvalidated else {}), **which)
+    training.begin(share.from_first(run.load() if resume and share.first else None), kept)
+    start = training.start
+    training.open_logs(on_record)
+    compute = distributed.shared_step(objective, training.model, share)
+    saved_at, guard = time.monotonic(), StepGuard(start, patient=share.n == 1)
 
     def keeps(done: int) -> bool:
         return bool(keep_every) and done % keep_every == 0
 
-    validation, guard = None, StepGuard(start, patient=share.n == 1)
     with (
-        attention_of(model, config, device),
-        kept.of(model, blocks=kept_blocks(config)),
-        teaching(teacher, config, device, kept),
+        attention_of(training.model, config, device),
+        kept.of(training.model, blocks=kept_blocks(config)),
+        teaching(training.teacher, config, device, kept),
         with_resume_hint(run),
-        contextlib.closing(tracker),
+        contextlib.closing(training.tracker),
         guard,
-        saved_when_stopped(guard, run, save),
+        saved_when_stopped(guard, run, training.save),
     ):
-        if unvalidated:  # it was stopped in the validation that belongs to its last step
-            is_best, unvalidated = validate_after(start - 1), False
-            save(start, best=is_best, keep=keeps(start))
-        batches = config_batches(
-            data,
-            config,
-            model,
-            part=part,
-            start_step=start,
-            stop_step=schedule.steps,
-            workers=config.data.workers,
-            cache=config.data.cache,
-            views_per_image=config.data.views_per_image,
-            pin_memory=device.type == "cuda",
-        )
+        if training.unvalidated:  # it was stopped in the validation that belongs to its last step
+            is_best = training.validate(start - 1)
+            training.save(start, best=is_best, keep=keeps(start))
         bar = tqdm(
-            batches,
-            total=schedule.steps,
+            training.batches(part),
+            total=config.schedule.steps,
             initial=start,
             desc="training",
             unit="step",
-            disable=not progress,
+            disable=not training.progress,
             file=sys.stdout,
         )
-        if camera.due(start) and start < schedule.steps and not camera.has(start):
-            camera.take(model, start)
-        model.train()
+        if camera.due(start) and start < config.schedule.steps and not camera.has(start):
+            camera.take(training.model, start)
+        training.model.train()
         for step, loaded in enumerate(bar, start):
             guard.begin()
-            set_rates(optimizer, config, step)
-            batch = to_device(loaded, model, device)
-            if config.release.average_before_teacher:
-                model.update_ema(schedule.momentum)
-            generator = crop_generator(config, step, part.start)
-            optimizer.zero_grad(set_to_none=True)
-            options = {"terms": terms, "generator": generator, "autocast": autocast, "share": share}
-            options |= {"teacher": teacher_of(teacher)}
-            result = backward(compute, model, batch, config, step, **options)
-            fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
-            if fault:  # it must not reach the weights, nor the next checkpoint
-                skipped += 1
-                if skipped > skip_nonfinite:
-                    raise failed_step(
-                        fault, run, model, teacher_of(teacher), share.gathered(loaded), result, config, step, share
-                    )
-                if progress:
-                    bar.write(f"step {step} is left out: {fault}", file=sys.stdout)
-            if not config.release.average_before_teacher:
-                model.update_ema(schedule.momentum)
-            if not fault:
-                optimizer.step()
-                if teacher is not None:
-                    teacher.update_parameters(model)
-
+            result = training.learn(step, loaded, compute, crop_generator(config, step, part.start))
             done = step + 1
-            if step % config.log_interval == 0 or done == schedule.steps:
-                record = {"step": step, **share.numbers({"total": result.total, **result.terms})}
-                note(record | ({"skipped": skipped} if skipped else {}))
-                tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in optimizer.param_groups})
-                bar.set_postfix(loss=f"{record['total']:.3f}")
-            unvalidated = done == schedule.steps or bool(config.eval_interval) and done % config.eval_interval == 0
+            ends = done == config.schedule.steps
+            if step % config.log_interval == 0 or ends:
+                bar.set_postfix(loss=f"{training.log(step, result)['total']:.3f}")
+            interval = config.eval_interval
+            training.unvalidated = validates = ends or bool(interval) and done % interval == 0
             guard.end(done)
-            if camera.due(done, last=done == schedule.steps):
-                camera.take(model, done)
+            if camera.due(done, last=ends):
+                camera.take(training.model, done)
             if on_step:
-                on_step(model, done)
-            validates, is_best = unvalidated, False
+                on_step(training.model, done)
+            is_best = False
             if validates:
                 bar.set_description("validating")
-                is_best, unvalidated = validate_after(step), False
+                is_best = training.validate(step)
                 bar.set_description("training")
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
             if validates or keeps(done) or due:
-                save(done, best=is_best, keep=keeps(done))
+                training.save(done, best=is_best, keep=keeps(done))
                 saved_at = time.monotonic()
-        model.eval()
-        if validation is None:  # a finished run was loaded
-            validation = validate()
-        if share.first:
-            run.finish(
-                _final_numbers(validation, config)
-                | {"steps": schedule.steps, "protocol": f"val: {validation.protocol}"}
-                | ({"skipped": skipped} if skipped else {})
-            )
-    return Trained(model, run, data, validation)
+        return training.finish()
+
+
+class _Training:
+    """A run in progress: what its checkpoints hold, and what changes it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        terms: Mapping[str, Term],
+        data: TrainVal,
+        run: Run,
+        share: distributed.Share,
+        device: torch.device,
+        *,
+        progress: bool,
+        skip_nonfinite: int,
+    ):
+        self.config, self.terms, self.data, self.run, self.share, self.device = config, terms, data, run, share, device
+        self.progress, self.skip_nonfinite = progress, skip_nonfinite
+        self.model, self.optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
+        self.teacher = build_teacher(self.model, config)
+        if config.schedule.compile_blocks:
+            self.model.compile_blocks()
+        self.autocast = autocast_of(config, device)
+        self.tracker, self.on_record = NoTracker(), None
+        self.start, self.best, self.skipped = 0, -1.0, 0
+        self.unvalidated = False
+        """Whether the validation that belongs to the last step is still to come."""
+        self.validation: Evaluation | None = None
+
+    def begin(self, state: dict | None, kept: KeptTokens) -> None:
+        """Go on from a checkpoint, or begin the run's folder and fit the classifiers."""
+        if state is not None:
+            self._restore(state)
+        elif self.share.first:
+            self._begin_folder()
+        if self.share.first:
+            self.run.keep_records_before(self.start, validated=not self.unvalidated)
+        if self.config.schedule.warm_start_steps and not self.start:  # before the processes make the model one
+            blocks = kept_blocks(self.config)
+            with attention_of(self.model, self.config, self.device), kept.of(self.model, blocks=blocks):
+                warm_start(self.model, self.data.train, self.config, autocast=self.autocast, progress=self.progress)
+        if self.teacher is not None and not self.start:
+            self.teacher.update_parameters(self.model)
+
+    def _restore(self, state: dict) -> None:
+        load_model_state(self.model, state["model"], self.run, self.data)
+        load_optimizer_state(self.optimizer, state["optimizer"], self.run)
+        if self.teacher is not None:
+            load_teacher(self.teacher, state, self.run, self.data)
+        if self.share.first:
+            self.run.refuse_other_data(self.data, self.config.model.weights_file)
+        self.start, self.unvalidated = state["step"], state.get("unvalidated") is True
+        self.best, self.skipped = state.get("best", self.best), state.get("skipped", self.skipped)
+
+    def _begin_folder(self) -> None:
+        data, weights = self.data, self.config.model.weights_file
+        self.run.begin(
+            self.config,
+            data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
+            data_sha256=data_digest(data),
+            fingerprint=data_fingerprint(data),
+            weights_sha256=file_digest(weights) if weights else None,
+            processes=self.share.n,
+            device=str(self.device),
+            precision=resolve_precision(self.config.precision, self.device),
+            own_terms=own_terms(self.terms),
+        )
+
+    def open_logs(self, on_record: Callable[[dict], None] | None) -> None:
+        """Write records to the run's folder, its tracker and `on_record`, where this is the first process."""
+        if self.share.first:
+            self.tracker, self.on_record = open_tracker(self.config, self.run, self.start), on_record
+
+    def batches(self, part: slice) -> Iterable[Batch]:
+        """This process's part of every batch from the first step of this call on."""
+        return config_batches(
+            self.data,
+            self.config,
+            self.model,
+            part=part,
+            start_step=self.start,
+            stop_step=self.config.schedule.steps,
+            workers=self.config.data.workers,
+            cache=self.config.data.cache,
+            views_per_image=self.config.data.views_per_image,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def learn(self, step: int, loaded: Batch, compute: Callable, generator: torch.Generator) -> Objective:
+        """One step; its losses. Raises ToCoError where they are not finite and no step may be left out any more."""
+        config, share, model = self.config, self.share, self.model
+        set_rates(self.optimizer, config, step)
+        batch = to_device(loaded, model, self.device)
+        if config.release.average_before_teacher:
+            model.update_ema(config.schedule.momentum)
+        self.optimizer.zero_grad(set_to_none=True)
+        teacher = teacher_of(self.teacher)
+        options = {"terms": self.terms, "generator": generator, "autocast": self.autocast, "share": share}
+        result = backward(compute, model, batch, config, step, **options, teacher=teacher)
+        fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
+        if fault:  # it must not reach the weights, nor the next checkpoint
+            self.skipped += 1
+            if self.skipped > self.skip_nonfinite:
+                raise failed_step(fault, self.run, model, teacher, share.gathered(loaded), result, config, step, share)
+            if self.progress:
+                tqdm.write(f"step {step} is left out: {fault}", file=sys.stdout)
+        if not config.release.average_before_teacher:
+            model.update_ema(config.schedule.momentum)
+        if not fault:
+            self.optimizer.step()
+            if self.teacher is not None:
+                self.teacher.update_parameters(model)
+        return result
+
+    def log(self, step: int, result: Objective) -> dict:
+        """Note a step's losses and rates; the record."""
+        record = {"step": step, **self.share.numbers({"total": result.total, **result.terms})} | self._left_out()
+        self._note(record)
+        self.tracker.log(step, {f"rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups})
+        return record
+
+    def _note(self, record: dict) -> None:
+        if self.share.first:
+            self.run.log(record)
+            self.tracker.log(record["step"], tagged(record))
+        if self.on_record:
+            self.on_record(record)
+
+    def _left_out(self) -> dict[str, int]:
+        return {"skipped": self.skipped} if self.skipped else {}
+
+    def _evaluation(self) -> Evaluation:
+        bar_below = self.progress and sys.stdout.isatty()  # a second bar below the first needs a terminal
+        options = {"progress": bar_below, "what": "validating", "share": self.share}
+        return evaluate_as(self.config, self.model, self.data.val, **options)
+
+    def validate(self, step: int) -> bool:
+        """Validate after a step and note the scores; whether it is the best so far."""
+        self.validation = self._evaluation()
+        scores = _final_numbers(self.validation, self.config)
+        self._note({"step": step} | scores)
+        if self.config.log_to and self.share.first:
+            for tag, picture in validation_pictures(self.model, self.data.val, self.config).items():
+                self.tracker.picture(step, tag, picture)
+        score, before = scores.get("cam_miou", scores["map"]), self.best
+        self.best, self.unvalidated = max(before, score), False
+        return score > before
+
+    def save(self, done: int, **which: bool) -> None:
+        """Write a checkpoint after so many steps, where this is the first process; `which` as for `Run.save`."""
+        if self.share.first:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"config": self.config.to_dict(), "step": done, "best": self.best, "skipped": self.skipped}
+            state |= {"teacher": self.teacher.module.state_dict()} if self.teacher is not None else {}
+            self.run.save(state | ({"unvalidated": True} if self.unvalidated else {}), **which)
+
+    def finish(self) -> Trained:
+        """The model in evaluation mode, and the run marked as finished."""
+        self.model.eval()
+        if self.validation is None:  # a finished run was loaded
+            self.validation = self._evaluation()
+        if self.share.first:
+            steps, protocol = self.config.schedule.steps, f"val: {self.validation.protocol}"
+            numbers = _final_numbers(self.validation, self.config)
+            self.run.finish(numbers | {"steps": steps, "protocol": protocol} | self._left_out())
+        return Trained(self.model, self.run, self.data, self.validation)
 
 
 def trained_run(
