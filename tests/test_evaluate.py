@@ -393,6 +393,10 @@ def test_look(model, source, index):
         assert len(np.unique(found.seed_label)) > 2
     assert set(np.unique(found.seed_label)) <= {0, 255, *found.classes}
     assert set(np.unique(found.pseudo_label)) <= set(refined.unique().tolist())
+    shown = {int(k) for k in np.unique(segmentation)} | {int(k) for k in np.unique(source.mask(index))}
+    shown |= {int(k) for label in (found.seed_label, found.pseudo_label) for k in np.unique(label)}
+    assert set(found.drawn) == shown - {0, 255} and list(found.drawn) == sorted(found.drawn)
+    assert index != 3 or found.drawn  # no class is labelled, the decoder shows some
 
 
 def test_look_without_a_mask(model, tmp_path):
@@ -400,7 +404,8 @@ def test_look_without_a_mask(model, tmp_path):
     (bare / "SegmentationClass" / "img_1.png").unlink()
     some = VOCFolder(bare, "train", labels={n: IMAGE_LABELS[n] for n in ("img_0", "img_1")}, require_masks=False)
     config = override(small_recipe(), crop_size=16, local_size=16, par_iterations=0)
-    assert look(model, some, 1, config).mask is None
+    bare = look(model, some, 1, config)
+    assert bare.mask is None and set(np.unique(bare.segmentation)) - {0} <= set(bare.drawn)
 
 
 def test_what_is_called_with_each_batch_sees_every_image_once(model, source):

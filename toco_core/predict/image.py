@@ -277,6 +277,12 @@ class ImagePrediction(NamedTuple):
     pseudo_label: np.ndarray  # the same after PAR
     segmentation: np.ndarray  # the decoder's labels
 
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The classes, 1..K, that one of its label maps shows: those of the image, and what the decoder takes it for."""
+        maps = [self.seed_label, self.pseudo_label, self.segmentation] + ([] if self.mask is None else [self.mask])
+        return tuple(int(k) for k in np.unique(np.concatenate([label.ravel() for label in maps])) if 0 < k < IGNORE)
+
 
 def look(model: ToCo, source, index: int, config: TrainConfig) -> ImagePrediction:
     """CAMs, labels and segmentation of image `index` of a split, by the sizes, scales and thresholds of `config`."""
