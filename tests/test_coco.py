@@ -172,6 +172,11 @@ def test_paths_that_lead_out_of_the_folder_are_refused(root, entry):
         (lambda c: c["annotations"][0].update(segmentation="x" * 200), "annotation 1: a segmentation is a list"),
         (lambda c: c.update(categories=[]), "names 0 classes"),
         (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "the category id '3' more than once"),
+        (lambda c: c["categories"].append({"id": 4, "name": " "}), "category 4 has the name ' '"),
+        (
+            lambda c: c["categories"].append({"id": 0, "name": "_Background_"}),
+            "a category '_Background_': background is",
+        ),
         (lambda c: c["categories"].append({"id": 5, "name": "dog"}), "the class 'dog' more than once"),
         (lambda c: c.update(annotations=[]), "split 'train' is empty: .* names no image with a label"),
     ],

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, smooth_image, write_voc_folder
 
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_source, read_image, read_mask
+from toco_core.data.layouts.cvat import read_archive, write_archive
 from toco_core.data.layouts.npy import read_npy_labels
 from toco_core.data.layouts.sbd import read_sbd_mask
 from toco_core.errors import ToCoError
@@ -190,3 +192,27 @@ def test_a_socket_is_refused(tmp_path):
 def test_a_dataset_that_cannot_be_one(name):
     with pytest.raises(ToCoError):
         open_source(name)
+
+
+@pytest.mark.parametrize("damage", ["version", "name", "nameless"])
+def test_an_archive_whose_list_of_files_is_damaged_is_refused(tmp_path, damage):
+    """Of a later ZIP version, with a name that is no UTF-8, with one of no letters: zipfile has an error for each."""
+    path, label = tmp_path / "masks.zip", rectangle_mask(12, 14, 1)
+    with path.open("wb") as file:
+        write_archive(file, [("img", label)], ("background", "cat"))
+    if damage == "nameless":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(zipfile.ZipInfo(""), b"")
+        found = dict(read_archive(path, ("background", "cat"), {"img": label.shape}))
+        assert np.array_equal(found["img"], label) and list(found) == ["img"]
+        return
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    if damage == "version":
+        data[entry + 6] = 129
+    else:
+        data[entry + 9] |= 8  # the name is said to be UTF-8
+        data[entry + 46] = 0xD4
+    path.write_bytes(data)
+    with pytest.raises(ToCoError, match=r"masks\.zip is no ZIP archive"):
+        list(read_archive(path, ("background", "cat"), {"img": label.shape}))

@@ -138,7 +138,10 @@ def open_archive(path: Path | str, file: io.BufferedIOBase) -> zipfile.ZipFile:
     if not end:
         raise zipfile.BadZipFile("it is no ZIP archive")
     refuse_above("archive_list_bytes", end[zipfile._ECD_SIZE], f"{path}: its list of files", "bytes")
-    return zipfile.ZipFile(file)
+    try:
+        return zipfile.ZipFile(file)
+    except (NotImplementedError, ValueError) as error:  # an entry of a later ZIP version; a name that is no text
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 def read_text(path: Path | str, what: str, limit_name: str = "text_bytes") -> str:

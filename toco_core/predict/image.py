@@ -279,7 +279,7 @@ class ImagePrediction(NamedTuple):
 
     @property
     def drawn(self) -> tuple[int, ...]:
-        """The classes, 1..K, that one of its label maps shows: those of the image, and what the decoder takes it for."""
+        """The classes, 1..K, that one of its label maps shows, be they of the image or not."""
         maps = [self.seed_label, self.pseudo_label, self.segmentation] + ([] if self.mask is None else [self.mask])
         return tuple(int(k) for k in np.unique(np.concatenate([label.ravel() for label in maps])) if 0 < k < IGNORE)
 

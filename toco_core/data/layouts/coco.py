@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int64, UInt8
 from toco_core.conventions import IGNORE
 from toco_core.data.files import IMAGE_SUFFIXES, image_size
 from toco_core.data.split import (
+    BACKGROUND_NAMES,
     Split,
     holdout,
     inside_name,
@@ -202,7 +203,10 @@ def _classes(categories: list[dict], path: Path) -> tuple[tuple[str, ...], dict[
         for c in categories
     )
     refuse_twice((str(number) for number, _ in named), f"{path} has the category id")
-    if named and named[0][1].strip().lower() == "background":
+    for number, name in named:  # none may go missing: the others' numbers would slip
+        if not name.strip():
+            raise ToCoError(f"{path}: category {number} has the name {name!r}: allowed is one with a letter")
+    if named and named[0][1].strip().lower() in BACKGROUND_NAMES:
         raise ToCoError(f"{path} has a category {named[0][1]!r}: background is what no annotation covers")
     names = with_background([name for _, name in named], str(path))
     return names, {number: k for k, (number, _) in enumerate(named, start=1)}

@@ -154,7 +154,7 @@ def _archive(path: Path):
             archive = open_archive(path, file)
         except zipfile.BadZipFile as error:
             raise ToCoError(f"{path} is no ZIP archive: {error}") from error
-        entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+        entries = {entry.filename: entry for entry in archive.infolist() if not entry.filename.endswith("/")}
 
         def read(name: str) -> bytes:
             most = "text_bytes" if name == MAP else "image_bytes"
