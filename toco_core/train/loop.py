@@ -110,14 +110,12 @@ def train(
     required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
     run, kept = Run.of(config, variant(terms)), KeptTokens() if kept is None else kept
-    training = _Training(
-        config, terms, data, run, share, device, progress=progress and share.first, skip_nonfinite=skip_nonfinite
-    )
+    options = {"on_record": on_record, "progress": progress, "skip_nonfinite": skip_nonfinite}
+    training = _Training(config, terms, data, run, share, device, **options)
     keep_freed_memory()
     camera = Film(run, data.val, config, every=film if share.first else 0)
     training.begin(share.from_first(run.load() if resume and share.first else None), kept)
     start = training.start
-    training.open_logs(on_record)
     compute = distributed.shared_step(objective, training.model, share)
     saved_at, guard = time.monotonic(), StepGuard(start, patient=share.n == 1)
 
@@ -186,24 +184,26 @@ class _Training:
         share: distributed.Share,
         device: torch.device,
         *,
+        on_record: Callable[[dict], None] | None,
         progress: bool,
         skip_nonfinite: int,
     ):
         self.config, self.terms, self.data, self.run, self.share, self.device = config, terms, data, run, share, device
-        self.progress, self.skip_nonfinite = progress, skip_nonfinite
+        self.on_record, self.progress = (on_record, progress) if share.first else (None, False)
+        self.skip_nonfinite = skip_nonfinite
         self.model, self.optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
         self.teacher = build_teacher(self.model, config)
         if config.schedule.compile_blocks:
             self.model.compile_blocks()
         self.autocast = autocast_of(config, device)
-        self.tracker, self.on_record = NoTracker(), None
+        self.tracker = NoTracker()
         self.start, self.best, self.skipped = 0, -1.0, 0
         self.unvalidated = False
         """Whether the validation that belongs to the last step is still to come."""
         self.validation: Evaluation | None = None
 
     def begin(self, state: dict | None, kept: KeptTokens) -> None:
-        """Go on from a checkpoint, or begin the run's folder and fit the classifiers."""
+        """Go on from a checkpoint, or begin the run's folder and fit the classifiers; then open the tracker."""
         if state is not None:
             self._restore(state)
         elif self.share.first:
@@ -216,6 +216,8 @@ class _Training:
                 warm_start(self.model, self.data.train, self.config, autocast=self.autocast, progress=self.progress)
         if self.teacher is not None and not self.start:
             self.teacher.update_parameters(self.model)
+        if self.share.first:
+            self.tracker = open_tracker(self.config, self.run, self.start)
 
     def _restore(self, state: dict) -> None:
         load_model_state(self.model, state["model"], self.run, self.data)
@@ -240,11 +242,6 @@ class _Training:
             precision=resolve_precision(self.config.precision, self.device),
             own_terms=own_terms(self.terms),
         )
-
-    def open_logs(self, on_record: Callable[[dict], None] | None) -> None:
-        """Write records to the run's folder, its tracker and `on_record`, where this is the first process."""
-        if self.share.first:
-            self.tracker, self.on_record = open_tracker(self.config, self.run, self.start), on_record
 
     def batches(self, part: slice) -> Iterable[Batch]:
         """This process's part of every batch from the first step of this call on."""
