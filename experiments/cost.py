@@ -96,9 +96,9 @@ def known_step_times(records: Path = RECORDS) -> list[StepTime]:
     found, gpu, own = [PUBLISHED], records / "benchmarks_gpu.json", records / "cost.json"
     if gpu.is_file():
         record = json.loads(gpu.read_text(encoding="utf-8"))
-        points = [p for p in record["points"] if p["width"] == "base"]
+        points = [p for p in record["speed"]["points"] if p["width"] == "base" and p["way"] == "replayed"]
         for p in points:
-            name = f"measured, {record['machine']['gpu']}, batch {p['batch']}{', compiled' * p['compiled']}"
+            name = f"measured, {record['machine']['gpu']}, batch {p['batch']}"
             found.append(StepTime(name, p["batch"], 1, p["ms_per_step"] / 1000))
     if own.is_file():
         measured = json.loads(own.read_text(encoding="utf-8")).get("measured", {})
@@ -151,7 +151,7 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         spread = f"{r['runs_at_once']} at once, {r['gpus_per_run']} each" + (f", {r['idle']} idle" if r["idle"] else "")
         lines.append(
-            f"| {r['work']} | {r['from']} | {r['gpus']} | {r['hours']:.1f} | {r['gpu_hours']:.0f} | {spread} |"
+            f"| {r['work']} | {r['from']} | {r['gpus']} | {r['hours']:.1f} | {r['gpu_hours']:.1f} | {spread} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,15 @@
-"""Check every shape in every signature of `toco_core` while the tests run; workers of `pytest -n` share the cores."""
+"""Check every shape in every signature of `toco_core` while the tests run; workers of `pytest -n` share the cores.
+
+Without a GPU Triton's kernels are interpreted, which it wants to know before it is imported.
+"""
 
 import os
+import shutil
 
-from jaxtyping import install_import_hook
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

@@ -217,7 +217,7 @@ def test_the_gpu_script_rehearsed(folder, tmp_path):
 
     gpu.main(["--out", str(tmp_path), "--rehearse"])
     record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert list(record) == ["machine", "correctness", "speed", "pieces", "evaluation", "loader", "recipe"]
+    assert list(record) == ["machine", "correctness", "speed", "pieces", "evaluation", "loader", "recipe", "compiled"]
     errors = {name: part["error"] for name, part in record.items() if "error" in part}
     assert errors == {}
     assert max(record["correctness"]["reference"].values()) < 2e-3
@@ -226,8 +226,9 @@ def test_the_gpu_script_rehearsed(folder, tmp_path):
         assert same["gradients"] == 0 and set(same["labels_equal"].values()) == {1.0}
         assert all(error == 0 for errors in same["terms"].values() for error in errors)
         assert 1e-4 < rounded["gradients"] < 0.5
-    (point,) = record["speed"]["points"]
-    assert point["images_per_second"] > 0 and point["tflop_per_step"] > 0 and point["kernels"]
+    assert [point["way"] for point in record["speed"]["points"]] == ["eager", "replayed"]
+    for point in record["speed"]["points"]:
+        assert point["images_per_second"] > 0 and point["tflop_per_step"] > 0 and point["kernels"]
     for part in ("pieces", "evaluation", "loader", "recipe"):
         assert min(value for value in record[part].values()) > 0
     assert "images_per_second" in (tmp_path / "gpu.log").read_text(encoding="utf-8")

@@ -98,6 +98,7 @@ VOC = {
         "classifier_lr_scale": None,
         "accumulate": 1,
         "compile_blocks": False,
+        "cuda_graphs": True,
         "warm_start_steps": 0,
         "frozen_blocks": 0,
         "weight_decay": 0.01,

@@ -49,18 +49,19 @@ def test_runs_side_by_side_cost_nothing_more(cost):
 
 def test_step_times_come_from_records(cost, tmp_path, capsys, monkeypatch):
     assert cost.known_step_times(tmp_path) == [cost.PUBLISHED]
-    point = {"width": "base", "batch": 16, "compiled": True, "ms_per_step": 800.0}
-    record = {"machine": {"gpu": "H100"}, "points": [point, point | {"width": "tiny"}]}
+    point = {"width": "base", "batch": 16, "way": "replayed", "ms_per_step": 800.0}
+    points = [point, point | {"width": "tiny"}, point | {"way": "eager"}]
+    record = {"machine": {"gpu": "H100"}, "speed": {"points": points}}
     (tmp_path / "benchmarks_gpu.json").write_text(json.dumps(record))
     own = {"source": "here", "images": 1, "devices": 1, "seconds": 50.0}
     (tmp_path / "cost.json").write_text(json.dumps({"measured": {"steps": [own], "machine": {}}}))
     found = cost.known_step_times(tmp_path)
-    assert found[1:] == [cost.StepTime("measured, H100, batch 16, compiled", 16, 1, 0.8), cost.StepTime(**own)]
+    assert found[1:] == [cost.StepTime("measured, H100, batch 16", 16, 1, 0.8), cost.StepTime(**own)]
     monkeypatch.setattr(cost, "RECORDS", tmp_path)
     monkeypatch.setattr(cost, "known_step_times", lambda: found)
     cost.main(["--efficiency", "0.5"])
     text, written = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())
-    assert "| VOC reproduction | here | 1 | 1111.1 | 1111 | 1 at once, 1 each |" in text
+    assert "| VOC reproduction | here | 1 | 1111.1 | 1111.1 | 1 at once, 1 each |" in text
     assert "assumed: 50% efficiency" in text and written["assumed"] == {"efficiency": 0.5}
     assert len(written["rows"]) == 3 * 3 * 3 and written["measured"]["steps"] == [own]  # what was measured stays
     with pytest.raises(SystemExit):
@@ -70,7 +71,7 @@ def test_step_times_come_from_records(cost, tmp_path, capsys, monkeypatch):
 
 def test_the_record_is_what_the_arithmetic_gives(cost):
     record = json.loads((FOLDER / "records" / "cost.json").read_text(encoding="utf-8"))
-    steps = [cost.PUBLISHED, *(cost.StepTime(**step) for step in record["measured"]["steps"])]
+    steps = [*cost.known_step_times(), *(cost.StepTime(**step) for step in record["measured"]["steps"])]
     rows = cost.rows_of(steps, record["assumed"]["efficiency"])
     assert all(row in record["rows"] for row in rows) and {"cpu", "threads", "torch"} <= set(
         record["measured"]["machine"]

@@ -117,12 +117,3 @@ def test_wrong_settings_are_named():
         par.refine(images, masks, dilations=())
     with pytest.raises(ToCoError, match="iterations = -1"):
         par.refine(images, masks, iterations=-1)
-
-
-@pytest.mark.slow
-def test_compiled_rounds_give_equal_labels():
-    torch.manual_seed(3)
-    affinity, masks = par.affinity(torch.rand(2, 3, 19, 23), dilations=(1, 3)), torch.rand(2, 4, 19, 23)
-    compiled, eager = par.apply(affinity, masks, compiled=True), par.apply(affinity, masks)
-    assert torch.equal(compiled.argmax(1), eager.argmax(1))
-    assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

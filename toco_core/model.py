@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from toco_core.backbone import build_encoder, resize_positions, rotary_positions
+from toco_core.backbone import build_encoder, embed_patches, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
 from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
 from .machine.files import refuse_wrong_keys
+from .machine.graphs import BlockGraphs
 from .refiners.attention import mean_attention
 
 
@@ -67,6 +68,7 @@ class ToCo(nn.Module):
             self.encoder.pos_embed.requires_grad_(False)
         self._positions: dict = {}
         self.kept: Kept | None = None
+        self.graphs: BlockGraphs | None = None
 
         self.classifier = nn.Linear(self.width, n_classes, bias=False)
         self.aux_classifier = nn.Linear(self.width, n_classes, bias=False)
@@ -119,10 +121,15 @@ class ToCo(nn.Module):
         `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
         serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
+        kept = self.kept if serves else None
         with self._attention_of(attend) as maps:
-            for number, x, grid in self._run_blocks(images, self.kept if serves else None):
-                if number == self.layer:
-                    aux = x
+            if self.graphs is not None and self.training and not attend:
+                x, grid, done = self._embedded(images, kept)
+                aux, x = self.graphs(x, done, self.layer - 1)
+            else:
+                for number, x, grid in self._run_blocks(images, kept):
+                    if number == self.layer:
+                        aux = x
         tokens = self._tokens(self.final_norm(x), aux, grid)
         if not maps:
             return tokens
@@ -136,14 +143,8 @@ class ToCo(nn.Module):
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
         behind the kept ones on."""
-        encoder, done = self.encoder, 0
-        if kept is not None:
-            done = kept.blocks
-            x, grid = kept.tokens(self, images)
-        else:
-            x = encoder.patch_embed(self._fitted(images))  # B h w D
-            grid = (x.shape[1], x.shape[2])
-            x = encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid)))
+        encoder = self.encoder
+        x, grid, done = self._embedded(images, kept)
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rotary_positions(rope, grid)
         for number, block in enumerate(encoder.blocks[done:], done + 1):
@@ -152,6 +153,15 @@ class ToCo(nn.Module):
             else:
                 x = block(x, rope=rope[number - 1] if encoder.rope_mixed else rope)
             yield number, x, grid
+
+    def _embedded(self, images: Tensor, kept: Kept | None) -> tuple[Tensor, tuple[int, int], int]:
+        """All tokens before the first block, or after the kept ones; the grid; how many blocks are done."""
+        if kept is not None:
+            return *kept.tokens(self, images), kept.blocks
+        encoder = self.encoder
+        x = embed_patches(encoder.patch_embed, self._fitted(images))
+        grid = (x.shape[1], x.shape[2])
+        return encoder.norm_pre(encoder.pos_drop(self._with_positions(x.flatten(1, 2), grid))), grid, 0
 
     def _with_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Prepend the prefix tokens (class, distillation, register) and add position embeddings."""
@@ -242,6 +252,17 @@ class ToCo(nn.Module):
         """Let torch.compile make the encoder's blocks, at their first call with each size of batch and view."""
         for block in self.encoder.blocks:
             block.compile(dynamic=False)
+
+    @contextlib.contextmanager
+    def recorded_blocks(self) -> Iterator[None]:
+        """Within this context a GPU replays the encoder's blocks, in training mode, as graphs (see `machine.graphs`).
+        Networks on other devices, and encoders with rotary positions, go on as they do."""
+        if self.mean.is_cuda and getattr(self.encoder, "rope", None) is None:
+            self.graphs = BlockGraphs(self.encoder.blocks)
+        try:
+            yield
+        finally:
+            self.graphs = None
 
     def freeze_blocks(self, n: int) -> None:
         """Leave the patch embedding, the prefix tokens and the first `n` blocks untrained; 0: nothing is frozen.

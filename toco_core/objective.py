@@ -39,7 +39,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -50,6 +49,7 @@ from .errors import ToCoError
 from .lattice import Lattice, energy_lattices
 from .losses import dense_energy_loss
 from .machine.distributed import ALONE, Share
+from .machine.resizing import resized
 from .model import Output, ToCo, Tokens
 
 
@@ -159,7 +159,7 @@ class Step:
         """The same at the images' size."""
         decoded = self.decoded
         with torch.set_grad_enabled(self.graph):
-            return F.interpolate(decoded, self.batch.images.shape[-2:], mode="bilinear", align_corners=False)
+            return resized(decoded, self.batch.images.shape[-2:])
 
     # ---- labels, without a graph
 

@@ -22,7 +22,9 @@ affinity depends on the image alone:
 Nothing here is differentiable: refined masks become labels.
 """
 
-from typing import NamedTuple
+import functools
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,9 @@ def affinity(images: Float[Tensor, "B 3 H W"], *, dilations: tuple[int, ...] = D
     offsets = neighbour_offsets(dilations)
     with torch.no_grad():
         images = full_precision(images)
+        if kernels := gpu_kernels(images):
+            given = _on_device(offsets, images.device)
+            return Affinity(kernels.affinity(images, *given, COLOUR_WIDTH, STD_EPS), offsets)
         neighbours = _Neighbours(images, offsets)
         # Two passes: in one (mean of squares minus square of mean) nothing would be left of a small deviation.
         mean = sum(neighbours) / len(offsets)
@@ -69,20 +74,17 @@ def affinity(images: Float[Tensor, "B 3 H W"], *, dilations: tuple[int, ...] = D
         for weight, neighbour in zip(weights, neighbours, strict=True):
             torch.mean(((neighbour - images) * inverse_width).square_(), dim=1, out=weight)
         weights = weights.neg_().softmax(dim=0)
-        weights += POSITION_WEIGHT * _position_weights(offsets, images)[:, None, None, None]
+        weights += _position_weights(offsets, images)[:, None, None, None]
     return Affinity(weights, offsets)
 
 
 def apply(
-    affinity: Affinity, masks: Float[Tensor, "B C h w"], *, iterations: int = ITERATIONS, compiled: bool = False
+    affinity: Affinity, masks: Float[Tensor, "B C h w"], *, iterations: int = ITERATIONS
 ) -> Float[Tensor, "B C H W"]:
     """`iterations` rounds of M_i <- sum_j a(i, j) M_j.
 
     Masks of another size than the affinity's images are resized first, bilinearly with aligned corners as in the
     release. Zero iterations only resize. Raises ToCoError for a negative number.
-
-    compiled: a round is one kernel made by torch.compile (tens of seconds at the first call with each size), which
-        reads every weight once instead of writing each of 48 partial sums: for GPUs, whose memory bounds them.
     """
     if iterations < 0:
         raise ToCoError(f"iterations = {iterations} of PAR: 0 or more are allowed")
@@ -91,9 +93,10 @@ def apply(
         masks = full_precision(masks)
         if masks.shape[2:] != weights.shape[2:]:
             masks = F.interpolate(masks, size=weights.shape[2:], mode="bilinear", align_corners=True)
-        play = torch.compile(_round, dynamic=False) if compiled else _round
+        if kernels := gpu_kernels(weights):
+            return kernels.rounds(weights, masks, _on_device(offsets, weights.device)[0], iterations)
         for _ in range(iterations):
-            masks = play(weights, masks, offsets)
+            masks = _round(weights, masks, offsets)
     return masks
 
 
@@ -144,7 +147,23 @@ class _Neighbours:
 
 
 def _position_weights(offsets: tuple[tuple[int, int], ...], like: Tensor) -> Float[Tensor, " O"]:
-    """softmax over the neighbours of k_pos: the same at every pixel."""
+    """w3 times the softmax over the neighbours of k_pos: the same at every pixel."""
     distance = torch.tensor(offsets, dtype=torch.float64).norm(dim=1)
     kernel = -(distance / (POSITION_WIDTH * (distance.std() + STD_EPS))).square()
-    return kernel.softmax(dim=0).to(like.dtype).to(like.device, non_blocking=True)
+    return POSITION_WEIGHT * kernel.softmax(dim=0).to(like.dtype).to(like.device, non_blocking=True)
+
+
+def gpu_kernels(values: Tensor) -> Any:
+    """The module of PAR's kernels for a GPU, where these values lie on one and Triton is installed; else None."""
+    if not values.is_cuda or values.dtype != torch.float32 or find_spec("triton") is None:
+        return None
+    from .machine import par_kernels
+
+    return par_kernels
+
+
+@functools.cache
+def _on_device(offsets: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The offsets, and the weights of their distances, there: copied once."""
+    like = torch.empty((), device=device)
+    return torch.tensor(offsets, dtype=torch.int32, device=device), _position_weights(offsets, like)

@@ -23,6 +23,8 @@ for a step of 4 images on two A100. Aim on one H100: 100 images a second at batc
 
 import argparse
 import collections
+import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -32,6 +34,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare machine: the package is not installed
 
 import cv2
 import numpy as np
@@ -46,6 +50,7 @@ from toco_core.data import Batch, open_data, training_batches
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.lattice import energy_lattices
 from toco_core.losses import dense_energy_loss
+from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
 from toco_core.refiners.crf import crf_lattices, dense_crf
@@ -67,7 +72,7 @@ class Plan(NamedTuple):
     width: str = "base"
     size: int = 448
     batches: tuple[int, ...] = (4, 8, 16)
-    compiled: tuple[int, ...] = (16, 4)
+    compiled: tuple[int, ...] = (16,)
     """Batches that are measured with compiled blocks, too."""
     repeats: int = 20
     steps: int = 10
@@ -132,8 +137,11 @@ def correctness(plan: Plan) -> dict:
     ):
         wanted = ten_steps(config, "fp32", CPU, size, batch_size, plan.steps)
         for precision in ("fp32", "bf16"):
-            ours = ten_steps(config, precision, plan.device, size, batch_size, plan.steps)
+            sizes = (size, batch_size, plan.steps)
+            ours = ten_steps(config, precision, plan.device, *sizes, boxes=wanted.boxes)
             found[f"{name}, {precision}"] = compared(wanted, ours)
+            replayed = ten_steps(config, precision, plan.device, *sizes, boxes=wanted.boxes, recorded=True)
+            found[f"{name}, {precision}, replayed against eager"] = compared(ours, replayed)
     return found
 
 
@@ -180,22 +188,37 @@ class Steps(NamedTuple):
     gradients: dict[str, torch.Tensor]
     """Of the first step, as are the labels."""
     labels: dict[str, torch.Tensor]
+    boxes: list[crops.CropBoxes]
+    """Where each step cut its local views."""
 
 
-def ten_steps(config: TrainConfig, precision: str, device: torch.device, size: int, batch: int, steps: int) -> Steps:
-    """Training steps on one batch, every term counting, from the same weights everywhere."""
+def ten_steps(
+    config: TrainConfig,
+    precision: str,
+    device: torch.device,
+    size: int,
+    batch: int,
+    steps: int,
+    *,
+    boxes: list[crops.CropBoxes] | None = None,
+    recorded: bool = False,
+) -> Steps:
+    """Training steps on one batch, every term counting, from the same weights everywhere; and from the same crops,
+    which one pixel of a region more or less would move."""
     config = override(config, precision=precision)
     model = model_of(config, K)
     inputs = batch_of(model, size, batch)
     inputs = type(inputs)(*(x if name == "image_labels" else x.to(device) for name, x in inputs._asdict().items()))
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    terms, gradients, found_labels = [], {}, {}
-    with attention_of(model, config, device):
+    terms, gradients, found_labels, drawn = [], {}, {}, []
+    with attention_of(model, config, device), model.recorded_blocks() if recorded else contextlib.nullcontext():
         for number in range(steps):
-            generator = torch.Generator().manual_seed(number)
-            options = {"generator": generator, "autocast": autocast_of(config, device)}
-            step = Step(model, inputs, config, LATE, **options)
+            if model.graphs is not None:
+                model.graphs.begin_step()
+            options = {"generator": torch.Generator().manual_seed(number), "autocast": autocast_of(config, device)}
+            given = None if boxes is None else crops.CropBoxes(*(value.to(device) for value in boxes[number]))
+            step = Step(model, inputs, config, LATE, boxes=given, **options)
             result = objective(step)
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()
@@ -204,9 +227,10 @@ def ten_steps(config: TrainConfig, precision: str, device: torch.device, size: i
                 gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
                 names = ("pseudo_label", "token_label", "is_positive")
                 found_labels = {name: getattr(step, name).cpu() for name in names}
+            drawn.append(crops.CropBoxes(*(value.cpu() for value in step.boxes)))
             model.update_ema(config.schedule.momentum)
             optimizer.step()
-    return Steps(terms, gradients, found_labels)
+    return Steps(terms, gradients, found_labels, drawn)
 
 
 def compared(wanted: Steps, ours: Steps) -> dict:
@@ -235,9 +259,12 @@ def compared(wanted: Steps, ours: Steps) -> dict:
 
 
 class Training:
-    """Model, optimiser and a batch on the host; `step` does what the training loop does between two batches."""
+    """Model, optimiser and a batch on the host; `step` does what the training loop does between two batches.
 
-    def __init__(self, plan: Plan, batch_size: int, *, compiled: bool = False):
+    `way`: "eager"; "replayed", with the blocks as CUDA graphs; "compiled", with them made by torch.compile; or both.
+    """
+
+    def __init__(self, plan: Plan, batch_size: int, way: str = "eager"):
         size, self.device = plan.size, plan.device
         self.config = plan.config(plan.width, precision="bf16")
         self.model = model_of(self.config, K)
@@ -248,19 +275,23 @@ class Training:
             host = [tensor.pin_memory() for tensor in host]
         self.loaded = Batch(tuple(str(b) for b in range(batch_size)), *host)
         self.model.to(self.device)
-        if compiled:
+        if "compiled" in way:
             self.model.compile_blocks()
+        if "replayed" in way:
+            self.recorded = self.model.recorded_blocks()
+            self.recorded.__enter__()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.numbers = 0
+        self.number = 0
 
     def losses(self):
-        generator = torch.Generator().manual_seed(self.numbers)
+        if self.model.graphs is not None:
+            self.model.graphs.begin_step()
+        generator = torch.Generator().manual_seed(self.number)
         batch, autocast = to_device(self.loaded, self.model, self.device), autocast_of(self.config, self.device)
-        step = Step(self.model, batch, self.config, LATE, generator=generator, autocast=autocast)
-        return objective(step)
+        return objective(Step(self.model, batch, self.config, LATE, generator=generator, autocast=autocast))
 
     def step(self) -> None:
-        self.numbers += 1
+        self.number += 1
         self.model.update_ema(self.config.schedule.momentum)
         with attention_of(self.model, self.config, self.device):
             total = self.losses().total
@@ -276,15 +307,19 @@ class Training:
         return counter.get_total_flops()
 
 
-def speed(plan: Plan) -> dict:
+def speed(plan: Plan, batches: tuple[int, ...], ways: tuple[str, ...]) -> dict:
     reachable = product_flops(plan)
-    points = [(batch, False) for batch in plan.batches] + [(batch, True) for batch in plan.compiled]
     found = {"bf16_product_tflops": round(reachable / 1e12, 3), "points": []}
-    for batch, compiled in points:
+    if not batches:
+        return found
+    fewest = min(batches)
+    flops = Training(plan, fewest).flops() / fewest
+    for batch, way in itertools.product(batches, ways):
         try:
-            point = step_point(plan, batch, compiled, reachable)
-        except torch.OutOfMemoryError as error:
-            point = {"batch": batch, "compiled": compiled, "error": str(error).splitlines()[0]}
+            point = step_point(plan, batch, way, batch * flops, reachable)
+        except Exception as error:  # noqa: BLE001  the other points are worth as much
+            traceback.print_exc(file=sys.stdout)
+            point = {"batch": batch, "way": way, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         found["points"].append(point)
         print({key: value for key, value in point.items() if key not in ("waits", "kernels")}, flush=True)
     return found
@@ -296,32 +331,32 @@ def product_flops(plan: Plan) -> float:
     return 2 * plan.product**3 / plan.seconds(lambda: one @ one)
 
 
-def step_point(plan: Plan, batch_size: int, compiled: bool, reachable: float) -> dict:
+def step_point(plan: Plan, batch_size: int, way: str, flops: float, reachable: float) -> dict:
     on_gpu = plan.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    training = Training(plan, batch_size, way)
     began = time.perf_counter()
-    training = Training(plan, batch_size, compiled=compiled)
     training.step()
     plan.wait()
     first = time.perf_counter() - began
     seconds = plan.seconds(training.step)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    flops = (Training(plan, batch_size) if compiled else training).flops()
+    memory = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None
     card = torch.cuda.get_device_name() if on_gpu else ""
     maker = next((peak for name, peak in MAKERS_BF16.items() if name in card), None)
     return {
         "width": plan.width,
         "batch": batch_size,
-        "compiled": compiled,
+        "way": way,
         "ms_per_step": round(1000 * seconds, 1),
         "images_per_second": round(batch_size / seconds, 1),
         "peak_gib": None if memory is None else round(memory, 2),
+        "held_gib": None if memory is None else round(torch.cuda.memory_reserved() / 2**30, 2),
         "tflop_per_step": round(flops / 1e12, 4),
         "share_of_reachable": round(flops / seconds / reachable, 3),
         "share_of_makers_peak": None if maker is None else round(flops / seconds / maker, 3),
-        "seconds_to_first_step": round(first, 1),
+        "seconds_of_first_step": round(first, 1),
         **kernels_of(plan, training, seconds),
         "waits": waits_of(training) if on_gpu else {},
     }
@@ -399,8 +434,6 @@ def pieces(plan: Plan) -> dict[str, float]:
         "lattices of the CRF": lambda: crf_lattices(image),
         "dense CRF": lambda: dense_crf(probs, image),
     }
-    if plan.compiled:
-        work["PAR's rounds, compiled"] = lambda: par.apply(affinity, masks, compiled=True)
     return {name: round(1000 * plan.seconds(call, min(plan.repeats, 5)), 2) for name, call in work.items()}
 
 
@@ -505,11 +538,14 @@ def run(plan: Plan, folder: Path, minutes: float) -> dict:
     """All sections; returns what gpu.json holds at the end."""
     sections = {
         "correctness": correctness,
-        "speed": speed,
+        "speed": lambda plan: speed(plan, plan.batches, ("eager", "replayed")),
         "pieces": pieces,
         "evaluation": evaluation,
         "loader": loader,
         "recipe": lambda plan: recipe(plan, folder),
+        "compiled": lambda plan: speed(
+            plan, plan.compiled, ("compiled", "compiled and replayed")
+        ),  # compiling alone takes minutes
     }
     began = time.perf_counter()
     on_gpu = plan.device.type == "cuda"
@@ -543,7 +579,7 @@ def main(argv: list[str] | None = None) -> dict:
     log = Log(args.out / "gpu.log")
     sys.stdout = log
     try:
-        return run(REHEARSAL if args.rehearse else Plan(torch.device("cuda")), args.out, args.minutes)
+        return run(REHEARSAL if args.rehearse else Plan(resolve_device("cuda")), args.out, args.minutes)
     finally:
         sys.stdout = log.terminal
         log.file.close()

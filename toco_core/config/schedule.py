@@ -25,6 +25,13 @@ class ScheduleConfig(Config):
         first step, for steps that a GPU waits less in. Values differ in their last bits.""",
         added_later=True,
     )
+    cuda_graphs: bool = option(
+        True,
+        """On a GPU, record the encoder's blocks once for each size of view and replay them: the same kernels, without
+        waiting for the host that launches them, for a quarter more of the GPU's memory. Nothing happens elsewhere, nor
+        where `accumulate` or several processes divide a batch.""",
+        added_later=True,
+    )
     lr: float = option(6e-5, "Base learning rate of the encoder.", above=0)
     head_lr_scale: float = option(10.0, "The rate of the heads is this many times the encoder's.", above=0)
     classifier_lr_scale: float | None = option(
