@@ -33,13 +33,14 @@ def rotary_positions(rope: Any, grid: tuple[int, int]) -> Tensor:
     return torch.cat(rope._get_pos_embed_from_coords(2 * coords - 1), dim=-1)
 
 
-def embed_patches(patch_embed: nn.Module, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w D"]:
+def embed_patches(patch_embed: Any, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w D"]:
     """Patch embeddings as timm makes them; on a GPU by one product instead of the convolution, which is several times
     as slow there."""
     proj = patch_embed.proj
     if not images.is_cuda or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
         return patch_embed(images)
-    return patch_embed.norm(F.linear(as_patches(images, proj.kernel_size), proj.weight.flatten(1), proj.bias))
+    height, width = proj.kernel_size
+    return patch_embed.norm(F.linear(as_patches(images, (height, width)), proj.weight.flatten(1), proj.bias))
 
 
 def as_patches(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B h w P"]:

@@ -159,7 +159,8 @@ class Step:
         """The same at the images' size."""
         decoded = self.decoded
         with torch.set_grad_enabled(self.graph):
-            return resized(decoded, self.batch.images.shape[-2:])
+            height, width = self.batch.images.shape[-2:]
+            return resized(decoded, (height, width))
 
     # ---- labels, without a graph
 
