@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from toco_core import viz
-from toco_core.conventions import voc_palette
+from toco_core.conventions import classes_in, voc_palette
 from toco_core.viz import curves as curves_module
 from toco_core.viz import theme
 
@@ -502,3 +502,9 @@ def test_a_name_is_no_formula(name):
         shown = name.encode(errors="replace").decode()  # what is no text has question marks
         assert any(shown in text.get_text() for text in one.findobj(Text))
     plt.close("all")
+
+
+def test_classes_in_label_maps():
+    one, other = np.array([[0, 7, 255], [7, 2, 2]], np.uint8), np.array([[0, 19]], np.uint8)
+    assert classes_in(one, other) == [2, 7, 19] and all(type(k) is int for k in classes_in(one))
+    assert classes_in() == [] == classes_in(np.array([[0, 255]]))

@@ -11,6 +11,11 @@ IGNORED = "ignored"  # what pixels of this value are called where labels have na
 BACKGROUND, UNCERTAIN, FOREGROUND = 0, 1, 2
 
 
+def classes_in(*labels: np.ndarray) -> list[int]:
+    """The classes, from 1 and in order, that label maps of any shapes show; not the background, nor what is ignored."""
+    return sorted({int(k) for label in labels for k in np.unique(label)} - {BACKGROUND, IGNORE})
+
+
 def voc_palette() -> np.ndarray:
     """PASCAL VOC's colours: uint8 256 3."""
     index = np.arange(256)

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
-from toco_core.conventions import IGNORE
+from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask
 from toco_core.data.files import palette_png
 from toco_core.data.fingerprint import file_digests
@@ -294,7 +294,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 def _annotations(label: np.ndarray, image: int, first: int) -> list[dict]:
     """One annotation per class of a label map."""
     found = []
-    for k in (k for k in np.unique(label).tolist() if k not in (0, IGNORE)):
+    for k in classes_in(label):
         y, x = np.nonzero(label == k)
         box = [int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
         found.append(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from toco_core.cam import class_activation, normalise_cam, scaled
 from toco_core.config import TrainConfig
-from toco_core.conventions import IGNORE
+from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.data.loader import eval_item
 from toco_core.errors import ToCoError
@@ -278,10 +278,10 @@ class ImagePrediction(NamedTuple):
     segmentation: np.ndarray  # the decoder's labels
 
     @property
-    def drawn(self) -> tuple[int, ...]:
+    def drawn(self) -> list[int]:
         """The classes, 1..K, that one of its label maps shows, be they of the image or not."""
-        maps = [self.seed_label, self.pseudo_label, self.segmentation] + ([] if self.mask is None else [self.mask])
-        return tuple(int(k) for k in np.unique(np.concatenate([label.ravel() for label in maps])) if 0 < k < IGNORE)
+        maps = [self.seed_label, self.pseudo_label, self.segmentation]
+        return classes_in(*maps, *([] if self.mask is None else [self.mask]))
 
 
 def look(model: ToCo, source, index: int, config: TrainConfig) -> ImagePrediction:

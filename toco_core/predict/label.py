@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from toco_core.config import TrainConfig
-from toco_core.conventions import IGNORE
+from toco_core.conventions import classes_in
 from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
@@ -383,8 +383,8 @@ class _Labelled(Split):
 
 def _write_overlay(path: Path, image: np.ndarray, label: np.ndarray, names: dict[int, str], opened: NamedModel) -> None:
     """The label map over its photograph; `names` are those of its classes with their probabilities."""
-    shown = [k for k in np.unique(label).tolist() if k not in (0, IGNORE)]
-    picture = label_over_image(image, label, {k: names.get(k, opened.class_names[k]) for k in {*names, *shown}})
+    shown = {*names, *classes_in(label)}
+    picture = label_over_image(image, label, {k: names.get(k, opened.class_names[k]) for k in shown})
     path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as file:
         Image.fromarray(picture).save(file, "JPEG", quality=90)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from toco_core import viz
+from toco_core.conventions import classes_in
 from toco_core.widgets import draw
 from toco_core.widgets.analysis import Crop
 from toco_core.widgets.markup import LINE_BREAK, Markup, element, joined
@@ -65,12 +66,12 @@ def figure(session: Session) -> Figure:
     FigureCanvasAgg(made)
     axes = made.subplots(1, columns, gridspec_kw={"width_ratios": [1] * (columns - 1) + [0.9]})
     viz.show(axes[0], session.picture.image, session.picture.name)
-    used = set()
+    labels = []
     for i in sides:
         view, settings = session.view(i), session.sides[i].settings
         viz.show(axes[1 + i], view.picture, _title(session, i))
         if view.label is not None and settings.show not in ("image", "CAM"):
-            used |= {int(k) for k in np.unique(view.label)} - {0, 255}
+            labels.append(view.label)
     tokens, settings = session.tokens(0), session.sides[0].settings
     picture = draw.similarity_picture(tokens.similarity, draw.shown_size(session.picture.image.shape[:2]), tokens.patch)
     viz.show(axes[-2], picture, f"similarity to the framed patch\nblock {settings.block}, −1 blue to 1 red")
@@ -85,9 +86,9 @@ def figure(session: Session) -> Figure:
     ax.set_box_aspect(0.8)
     if len(sides) == 2:
         ax.legend(fontsize=8)
-    if used:
+    if used := classes_in(*labels):
         names = session.joint(0).names
-        viz.class_legend(made, names, sorted(k for k in used if k < len(names)))
+        viz.class_legend(made, names, [k for k in used if k < len(names)])
     viz.plain_text(made)
     return made
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from toco_core.analysis.errors import PixelErrors, error_kinds, pixel_errors
-from toco_core.conventions import IGNORE
+from toco_core.conventions import IGNORE, classes_in
 from toco_core.errors import ToCoError
 from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.pictures import Pictures
@@ -82,7 +82,7 @@ class LabelSurvey:
         joint = joint_classes(self.pictures.class_names, analysis.class_names)
         classes, _ = chosen_classes(analysis, self.settings, picture.labels, joint)
         label = joint.of_model[analysis.label(self.settings, classes)]
-        seen = tuple(joint.names[k] for k in np.unique(label) if 0 < k < len(joint.names))
+        seen = tuple(joint.names[k] for k in classes_in(label) if k < len(joint.names))
         parts = packed(label), _small(label, size), None, None
         found = Surveyed(small, *parts, np.nan, None, joint.names, seen)
         if mask is None:
