@@ -1,6 +1,6 @@
 """Let the threads of PyTorch's operations sleep while they wait for each other.
 
-An operation on two threads ends when both are done; the one that is first waits, and so do all between two operations. By
+An operation on two threads ends when both are done; the one that is first waits, and so do all between operations. By
 default GNU's OpenMP, which torch uses on Linux, waits for milliseconds by turning round at full speed. Where the other
 thread's core has other work, too, each of a step's thousands of operations then lasts a time slice of the scheduler:
 beside a test run a step of the embedded recipe took 21 s. A thread that sleeps at once has to be woken for the next
