@@ -6,9 +6,10 @@ import contextlib
 import pytest
 import torch
 
-from toco_core.config import ModelConfig
+from toco_core.config import ModelConfig, override, tiny
 from toco_core.machine import graphs
 from toco_core.model import ToCo
+from toco_core.train.backward import recorded_blocks
 
 
 @pytest.fixture
@@ -101,3 +102,13 @@ def test_only_a_gpu_records_and_only_in_training(device):
         model.encode(images)
         assert len(model.graphs._recorded) == 1
     assert model.graphs is None
+
+
+def test_only_whole_batches_of_one_process_are_replayed(device, monkeypatch):
+    """A replay writes gradients where it wrote the last ones: parts of a batch would lose theirs."""
+    model, entered = model_on(device), []
+    monkeypatch.setattr(ToCo, "recorded_blocks", lambda _: entered.append(1) or contextlib.nullcontext())
+    for changes, processes in (({}, 1), ({"cuda_graphs": False}, 1), ({"accumulate": 2}, 1), ({}, 2)):
+        with recorded_blocks(model, override(tiny(), **changes), processes):
+            pass
+    assert len(entered) == 1

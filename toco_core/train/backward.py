@@ -12,6 +12,14 @@ from toco_core.model import ToCo
 from toco_core.objective import Objective, Step, StepInput
 
 
+def recorded_blocks(model: ToCo, config: TrainConfig, processes: int = 1) -> contextlib.AbstractContextManager:
+    """In which a GPU replays the encoder's blocks in training, where the config wants that. Not where gradients wait
+    for other parts of a batch, here or in another process: a replay writes them where it wrote the last ones."""
+    schedule = config.schedule
+    wanted = schedule.cuda_graphs and schedule.accumulate == processes == 1
+    return model.recorded_blocks() if wanted else contextlib.nullcontext()
+
+
 def backward(
     compute: Callable[[Step], Objective],
     model: ToCo,
@@ -29,6 +37,8 @@ def backward(
     `compute` as `distributed.shared_step` returns it, `options` as for `Step`. The result has no graph.
     """
     n = config.schedule.accumulate
+    if model.graphs is not None:
+        model.graphs.begin_step()
     parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
     steps = [Step(model, part, config, number, parts=n, **options) for part in parts]
     if n > 1:

@@ -30,7 +30,7 @@ from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
 from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
-from toco_core.train.backward import backward
+from toco_core.train.backward import backward, recorded_blocks
 from toco_core.train.batches import config_batches, to_device
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.teacher import build_teacher, teacher_of
@@ -233,7 +233,11 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
         model.zero_grad(set_to_none=True)
         return _when_done(device) - began
 
-    with attention_of(model, config, device), KeptTokens().of(model, blocks=kept):
+    with (
+        attention_of(model, config, device),
+        KeptTokens().of(model, blocks=kept),
+        recorded_blocks(model, config),
+    ):
         batches = config_batches(data, config, model, stop_step=3 * len(starts))
         for first, last in zip(starts, starts[1:], strict=False):
             ready = [to_device(next(batches), model, device) for _ in range(3)]

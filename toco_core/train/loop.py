@@ -23,7 +23,7 @@ from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
 from toco_core.runs.shipped import shipped_run
-from toco_core.train.backward import backward, crop_generator
+from toco_core.train.backward import backward, crop_generator, recorded_blocks
 from toco_core.train.batches import config_batches, to_device
 from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.film import Film
@@ -125,7 +125,7 @@ def train(
     with (
         attention_of(training.model, config, device),
         kept.of(training.model, blocks=kept_blocks(config)),
-        training.recorded_blocks(),
+        recorded_blocks(training.model, config, share.n),
         teaching(training.teacher, config, device, kept),
         with_resume_hint(run),
         contextlib.closing(training.tracker),
@@ -259,19 +259,11 @@ class _Training:
             pin_memory=self.device.type == "cuda",
         )
 
-    def recorded_blocks(self) -> contextlib.AbstractContextManager:
-        """In which a GPU replays the encoder's blocks, where the config wants that. Not where gradients wait for other
-        parts of a batch, here or in another process: a replay writes them where it wrote the last ones."""
-        alone = self.config.schedule.accumulate == self.share.n == 1
-        return self.model.recorded_blocks() if self.config.schedule.cuda_graphs and alone else contextlib.nullcontext()
-
     def learn(self, step: int, loaded: Batch, compute: Callable, generator: torch.Generator) -> Objective:
         """One step; its losses. Raises ToCoError where they are not finite and no step may be left out any more."""
         config, share, model = self.config, self.share, self.model
         set_rates(self.optimizer, config, step)
         batch = to_device(loaded, model, self.device)
-        if model.graphs is not None:
-            model.graphs.begin_step()
         if config.release.average_before_teacher:
             model.update_ema(config.schedule.momentum)
         self.optimizer.zero_grad(set_to_none=True)
