@@ -375,12 +375,13 @@ def waits_of(training: Training) -> dict[str, int]:
     return dict(collections.Counter(places).most_common())
 
 
-def kernels_of(plan: Plan, training: Training, seconds: float, steps: int = 3, top: int = 10) -> dict:
+def kernels_of(plan: Plan, training: Training, seconds: float, top: int = 10) -> dict:
     """The kernels that take most of the device's time, how many a step launches, and the share of it without any."""
     kind = torch.autograd.DeviceType.CUDA if plan.device.type == "cuda" else torch.autograd.DeviceType.CPU
     activities = [torch.profiler.ProfilerActivity.CPU]
     if plan.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    steps = min(3, plan.repeats)
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):
             training.step()
