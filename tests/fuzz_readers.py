@@ -321,7 +321,7 @@ def built(path) -> tuple[Path, list]:
     """A folder as a file describes it: [name, kind, content] of each entry; what the disk cannot hold is left out."""
     entries = read_json(path)
     root = Path(tempfile.mkdtemp(dir=path.parent, prefix="tree-")).resolve()
-    for name, kind, content in next(iter(entries.values())) if isinstance(entries, dict) else entries:
+    for name, kind, content in next(iter(entries.values()), []) if isinstance(entries, dict) else entries:
         place = root / "set" / name.lstrip("/")
         if ".." in place.parts:
             continue
