@@ -10,9 +10,9 @@ go on; none begins after `--minutes`. The sections, the most wanted first:
 - correctness: the release's values, and ten steps of a ViT-Tiny and of the embedded model on the CPU in float32 against
   the device in float32 and bf16: every loss term, the gradients of the first step, its labels;
 - speed: a late step (every term counts) from uint8 images in pinned memory to the optimiser's step, in bf16, eager and
-  with compiled blocks: images a second, peak memory, share of the peak, share of the time in which the device idles,
-  its largest kernels, and every place where the host waits for it;
-- pieces: PAR (eager and compiled), PTC, lattices, energy, dense CRF, crops;
+  with replayed blocks, at the end with compiled ones: images a second, peak memory, share of the peak, share of the
+  time in which the device idles, its largest kernels, and every place where the host waits for it;
+- pieces: PAR, PTC, lattices, energy, dense CRF, crops;
 - evaluation with several scales and mirror images, without and with the dense CRF; the loader; the embedded recipe and
   its pretraining in minutes.
 
@@ -51,9 +51,11 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.lattice import energy_lattices
 from toco_core.losses import dense_energy_loss
 from toco_core.machine.device import resolve_device
+from toco_core.machine.graphs import BlockGraphs
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.objective import Step, objective
 from toco_core.refiners.crf import crf_lattices, dense_crf
+from toco_core.train.backward import backward
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.failures import gradient_length, not_finite
 from toco_core.train.loop import train
@@ -277,33 +279,30 @@ class Training:
         self.model.to(self.device)
         if "compiled" in way:
             self.model.compile_blocks()
-        if "replayed" in way:
-            self.recorded = self.model.recorded_blocks()
-            self.recorded.__enter__()
+        if "replayed" in way and self.device.type == "cuda":
+            self.model.graphs = BlockGraphs(self.model.encoder.blocks)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.number = 0
 
-    def losses(self):
-        if self.model.graphs is not None:
-            self.model.graphs.begin_step()
-        generator = torch.Generator().manual_seed(self.number)
-        batch, autocast = to_device(self.loaded, self.model, self.device), autocast_of(self.config, self.device)
-        return objective(Step(self.model, batch, self.config, LATE, generator=generator, autocast=autocast))
+    def total(self) -> torch.Tensor:
+        """The loss of a step, after its backward pass."""
+        batch = to_device(self.loaded, self.model, self.device)
+        generator, autocast = torch.Generator().manual_seed(self.number), autocast_of(self.config, self.device)
+        return backward(objective, self.model, batch, self.config, LATE, generator=generator, autocast=autocast).total
 
     def step(self) -> None:
         self.number += 1
         self.model.update_ema(self.config.schedule.momentum)
         with attention_of(self.model, self.config, self.device):
-            total = self.losses().total
             self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            total = self.total()
         if not not_finite({"loss": total, "gradient's length": gradient_length(self.model)}):
             self.optimizer.step()
 
     def flops(self) -> int:
         """Multiplications and additions of a step's matrix products, convolutions and attention."""
         with FlopCounterMode(display=False) as counter, self.model.plain_attention():
-            self.losses().total.backward()
+            self.total()
         return counter.get_total_flops()
 
 
