@@ -23,9 +23,15 @@ from toco_core.runs.folder import Run
 from toco_core.runs.shipped import shipped_runs
 from toco_core.train.kept_tokens import KeptTokens
 
-METRICS = {"cam": "cam_miou", "aux_cam": "aux_cam_miou", "pseudo_label": "pseudo_miou", "seg": "seg_miou"}
+METRICS = {
+    "cam": "cam_miou",
+    "aux_cam": "aux_cam_miou",
+    "refined": "refined_miou",
+    "pseudo_label": "pseudo_miou",
+    "seg": "seg_miou",
+}
 """Kind of score (see `scores`) -> its name in a record."""
-TITLES = ("final CAM", "auxiliary CAM", "pseudo label", "segmentation")
+TITLES = ("final CAM", "auxiliary CAM", "final CAM + PAR", "pseudo label", "segmentation")
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -50,6 +56,7 @@ def result_of(config: TrainConfig, scores: RunScores) -> dict:
         "worst_class": {kind: round(min(scores.iou[kind][1:]), 2) for kind in METRICS},
         "beta": scores.beta,
         "aux_beta": scores.aux_beta,
+        "refined_beta": scores.refined_beta,
         "val_cam_miou": round(scores.val["cam"], 2),
         "token_similarity": scores.token_similarity,
         "run": config.short_hash(),
@@ -119,7 +126,7 @@ def table(variants: dict[str, dict]) -> str:
     for name, variant in variants.items():
         runs = variant["runs"]
         steps = variant["overrides"].get("steps", tiny().schedule.steps)
-        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS.values()]
+        cells = [mean_and_spread([run[metric] for run in runs if metric in run]) for metric in METRICS.values()]
         lines.append(f"| {name} | {steps} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -165,7 +172,7 @@ def table_with_gaps(variants: dict[str, dict], known: dict[str, dict], *, comman
         if not runs:
             lines.append(f"| {name} | not run | `{command} --variants '{name}'` |{' |' * len(METRICS)}")
             continue
-        cells = [mean_and_spread([run[metric] for run in runs]) for metric in METRICS.values()]
+        cells = [mean_and_spread([run[metric] for run in runs if metric in run]) for metric in METRICS.values()]
         gains = gains_over(recipe, runs)
         same = configured(tiny(), **overrides) == tiny()
         gain = "the recipe" if same else mean_and_spread(gains) if gains else "-"
@@ -180,6 +187,8 @@ def gains_over(recipe: list[dict], runs: list[dict]) -> list[float]:
 
 
 def mean_and_spread(values: list[float], digits: int = 1) -> str:
-    """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have."""
+    """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have; `-` for none."""
+    if not values:
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -4,8 +4,9 @@
 
 Scores the split `val`, or a fixed fifth of the images where there is none (`data.holdout`): the images are looked at
 once, with the recipe's thresholds, which were chosen on parts of the training images. The pseudo label (final CAM, two
-thresholds, PAR) leaves pixels open; they count as missed. `--multi-scale` adds the segmentation over three scales and
-after a dense CRF. `--confused person horse` also tells which share of the one class's pixels is given to the other.
+thresholds, PAR) leaves pixels open; they count as missed. "final CAM + PAR" is cut at one threshold and leaves none.
+`--multi-scale` adds the segmentation over three scales and after a dense CRF. `--confused person horse` also tells
+which share of the one class's pixels is given to the other.
 
 A class's CAM lies on the object by this share: pixels that the final CAM gives to the class (labels of the image known)
 and that show it, of all that it gives to the class, void pixels left out.
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from common import RECORDS, mean_and_spread, use_threads
-from loss_terms import VARIANTS
+from loss_terms import VARIANTS as LOSS_TERMS
 
 from toco_core.config import TrainConfig, configured, photographs
 from toco_core.evaluation.protocols import assess
@@ -29,7 +30,15 @@ from toco_core.machine.writing import write_whole
 from toco_core.train.kept_tokens import KeptTokens
 from toco_core.train.loop import trained_run
 
-KINDS = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}
+KINDS = {
+    "cam": "final CAM",
+    "aux_cam": "auxiliary CAM",
+    "refined": "final CAM + PAR",
+    "pseudo_label": "pseudo label",
+    "seg": "segmentation",
+}
+VARIANTS = LOSS_TERMS | {"+ PTC + exchange": {"exchange": 0.05, "exchange_start": 100}}
+"""Name -> the fields of `photographs()` that it changes."""
 SEVERAL = {"seg_ms": "segmentation, scales 0.75, 1, 1.25 + flip", "seg_crf": "the same + dense CRF"}
 
 
@@ -38,7 +47,7 @@ def run_variant(config: TrainConfig, *, several: bool, confused: list[str], kept
     model, _, _, data = trained_run(config, kept=kept)
     names = data.val.class_names
     options = {} if several else {"scales": (1.0,), "crf": False}
-    thresholds = {"beta": config.labels.beta, "aux_beta": config.labels.beta}
+    thresholds = dict.fromkeys(("beta", "aux_beta", "refined_beta"), config.labels.beta)
     found = assess(model, data.val, config, **thresholds, part="held out", chosen_on="parts of train", **options)
     kinds = [*KINDS, *(SEVERAL if several else ())]
     result = {

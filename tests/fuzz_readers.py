@@ -119,7 +119,7 @@ STATE = {
     "step": 3, "config": tiny().to_dict(), "best": 3.5, "skipped": 0,
 }  # fmt: skip
 FAILURE = {"step": 1, "message": "m", "config": tiny().to_dict(), "model": {}, "batch": {}, "names": ["a"]}
-SCORES = RunScores("val", "p", 0.5, 0.4, {"cam": 1.0}, {"cam": 1.0}, {"cam": [1.0, None]}, 1.0, [0.5])._asdict()
+SCORES = RunScores("val", "p", 0.5, 0.4, 0.3, {"cam": 1.0}, {"cam": 1.0}, {"cam": [1.0, None]}, 1.0, [0.5])._asdict()
 ROWS = {"img_0": np.array([1, 0, 1], np.uint8), "img_1": np.array([0, 1, 0], np.float32)}
 
 

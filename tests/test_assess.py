@@ -19,13 +19,14 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.metrics import OpenCounts
 from toco_core.model import ToCo
 from toco_core.refiners.crf import dense_crf
+from toco_core.refiners.par import PAR
 from toco_core.runs.release import save_release
 
 plt.switch_backend("Agg")
 
 K = 3
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
-BETAS = {"beta": 0.45, "aux_beta": 0.3}
+BETAS = {"beta": 0.45, "aux_beta": 0.3, "refined_beta": 0.35}
 SCALES = (0.75, 1.5)
 SIZES = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
 
@@ -187,6 +188,14 @@ def test_every_kind_of_label_is_made_as_it_says(model, source, config):
     for kind, maps, beta in (("cam", cams.cam, BETAS["beta"]), ("aux_cam", cams.aux_cam, BETAS["aux_beta"])):
         resized = F.interpolate(maps, size=size, mode="bilinear")
         agree(found[kind], labels.eval_label(resized, present, beta=beta)[0])
+    against, classes = torch.tensor([0.35]).exp(), present[0].nonzero()[:, 0]
+    half = tuple(round(length * config.labels.par_scale) for length in unit.shape[2:])
+    small, cam = (F.interpolate(maps, size=half, mode="bilinear") for maps in (unit, cams.cam[:, classes]))
+    strength = torch.cat([against.view(1, 1, 1, 1).expand_as(cam[:, :1]), cam.exp()], dim=1)
+    slow = PAR(iterations=2, dilations=(1, 3))(small, [strength[:, 1:] / strength.sum(1, keepdim=True)])[0]
+    slot = F.interpolate(slow, size=unit.shape[2:], mode="bilinear").argmax(1)
+    one = torch.cat([torch.zeros(1, dtype=torch.long), classes + 1])[slot]
+    agree(found["refined"], F.interpolate(one[None].float(), size=size)[0, 0].to(torch.uint8))
     refined = labels.pseudo_label(
         unit, cams.cam, present, beta_l=0.2, beta_h=0.6, iterations=2, dilations=(1, 3), scale=config.labels.par_scale
     )
@@ -216,6 +225,8 @@ def test_every_number_carries_its_protocol(source, assessed):
     assert assessed.names == source.names
     assert "5 images of train at 40 x 40" in assessed.protocol["seg"]
     assert "threshold 0.3 chosen on val" in assessed.protocol["aux_cam"]
+    assert "PAR 2 iterations, threshold 0.35 chosen on val" in assessed.protocol["refined"]
+    assert "PAR 2 iterations, thresholds 0.2 and 0.6, open pixels" in assessed.protocol["pseudo_label"]
     assert "scales 0.75, 1.5 + flip, no CRF" in assessed.protocol["seg_ms"]
     assert "dense CRF (10 iterations" in assessed.protocol["seg_crf"]
 

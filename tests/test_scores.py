@@ -11,12 +11,13 @@ from voc_folder import write_voc_folder
 
 import toco_core.evaluation.scores as scoring
 from toco_core.config import override
-from toco_core.data import VOCFolder
+from toco_core.data import VOCFolder, evaluation_items
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as, look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
 from toco_core.evaluation.protocols import assess
 from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, score_run, scored_run
+from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.opened import open_run
 
@@ -125,6 +126,35 @@ def test_pseudo_labels_are_those_of_each_image(scored, root):
     )
 
 
+def test_the_refined_cam_is_cut_where_it_is_best_on_val(scored, root):
+    """Image by image and threshold by threshold, by the predictor."""
+    opened, test = open_run(scored.run.folder), VOCFolder(root, "test")
+
+    def miou(source, beta):
+        matrix, predictor = ConfusionMatrix(K), ImagePredictor(opened.model, scored.config)
+        for item in evaluation_items(source, size=eval_size(scored.config), native=True):
+            predictor.set_item(item)
+            matrix.update(item.mask, predictor.refined_label(beta))
+        return 100 * matrix.scores().miou
+
+    of_val = {beta: miou(opened.data.val, beta) for beta in scoring.REFINED_BETAS}
+    assert len(set(of_val.values())) > 2
+    assert of_val[scored.scores.refined_beta] == pytest.approx(max(of_val.values()), abs=6e-4)
+    assert scored.scores.val["refined"] == pytest.approx(max(of_val.values()), abs=6e-4)
+    assert scored.scores.miou["refined"] == pytest.approx(miou(test, scored.scores.refined_beta), abs=6e-4)
+
+
+def test_scores_of_before_the_refined_cam_are_made_anew(scored, tmp_path):
+    path = scored.run.folder / "scores.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != "refined_beta"}))
+    try:
+        assert read_scores(scored.run) is None
+        np.testing.assert_equal(scored_run(scored.config, progress=False).scores._asdict(), scored.scores._asdict())
+    finally:
+        path.write_text(whole)
+
+
 def test_a_second_time_answers_from_the_folder(scored, monkeypatch):
     for name in ("train", "evaluate_as"):
         monkeypatch.setattr(scoring, name, lambda *_, **__: pytest.fail("it is computed again"))
@@ -192,6 +222,7 @@ def test_nearest_equals_torch():
     [
         ("iou", {"cam": [10**400]}), ("iou", {"cam": ["a"]}), ("miou", {"cam": "much"}), ("beta", "half"),
         ("part", 3), ("val", [1]), ("token_similarity", {"a": 1}), ("token_similarity", [True]), ("committed", 10**400),
+        ("refined_beta", [1]),
     ],
 )  # fmt: skip
 def test_scores_that_are_no_numbers(scored, name, value):
@@ -208,7 +239,8 @@ def test_scores_that_are_no_numbers(scored, name, value):
 def test_pictures_are_ranked_by_the_pseudo_label_that_is_scored(root, scored):
     opened = open_run(scored.run.folder)
     source = VOCFolder(root, "test")
-    options = {"beta": 0.4, "aux_beta": 0.4, "part": "test", "chosen_on": "val", "scales": (1.0,), "crf": False}
+    options = dict.fromkeys(("beta", "aux_beta", "refined_beta"), 0.4)
+    options |= {"part": "test", "chosen_on": "val", "scales": (1.0,), "crf": False}
     wanted = assess(opened.model, source, opened.config, **options, progress=False).image_iou("pseudo_label")
     found = pseudo_label_iou(opened.model, source, opened.config)
     assert found.shape == (4,) and len(set(found.round(6))) > 1

@@ -36,7 +36,7 @@ from toco_core.runs.opened import open_run
 from toco_core.runs.release import from_release
 from toco_core.train.loop import trained_run
 
-KINDS = ("cam", "aux_cam", "pseudo_label", "seg", "seg_ms", "seg_crf")
+KINDS = ("cam", "aux_cam", "refined", "pseudo_label", "seg", "seg_ms", "seg_crf")
 MULTI_SCALES = (0.75, 1.0, 1.25)
 
 
@@ -119,6 +119,7 @@ def labels_of(
     *,
     beta: float,
     aux_beta: float,
+    refined_beta: float,
     scales: Sequence[float] = MULTI_SCALES,
     crf: bool | Mapping = True,
 ) -> dict[str, UInt8[np.ndarray, "H W"]]:
@@ -133,6 +134,7 @@ def labels_of(
     found = {
         "cam": predictor.cam_label(beta),
         "aux_cam": predictor.cam_label(aux_beta, auxiliary=True),
+        "refined": predictor.refined_label(refined_beta),
         "pseudo_label": predictor.pseudo_label(),
         "seg": predictor.segmentation(),
         "seg_ms": predictor.segmentation(scales=scales),
@@ -202,6 +204,7 @@ def assess(
     *,
     beta: float,
     aux_beta: float,
+    refined_beta: float,
     part: str,
     chosen_on: str,
     scales: Sequence[float] = MULTI_SCALES,
@@ -210,16 +213,17 @@ def assess(
 ) -> Assessment:
     """Score every kind of label on a split with masks.
 
-    `part` is what the protocols call this split, `chosen_on` the one on which both thresholds were chosen.
+    `part` is what the protocols call this split, `chosen_on` the one on which the three thresholds were chosen.
 
     Other arguments as in `labels_of`. Raises ToCoError for an image without a mask.
     """
     counts: dict[str, list] = {}
+    thresholds = {"beta": beta, "aux_beta": aux_beta, "refined_beta": refined_beta}
     for index in tqdm(range(len(source)), desc="assessing", unit="image", disable=not progress, leave=False):
         mask = source.mask(index)
         if mask is None:
             raise ToCoError(f"{source.names[index]} has no mask: scores need a split with masks")
-        found = labels_of(model, source, index, config, beta=beta, aux_beta=aux_beta, scales=scales, crf=crf)
+        found = labels_of(model, source, index, config, **thresholds, scales=scales, crf=crf)
         for kind, label in found.items():
             one = OpenCounts(model.n_classes)
             one.update(mask, label)
@@ -227,12 +231,13 @@ def assess(
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
     cam = f"{where}, image labels known, CAM {cam_named(CAMViews(**config.labels.cam_options()))}"
-    par = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}, PAR {config.labels.par_iterations}"
+    two, refiner = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}", refiner_named(config)
     several = f"{where}, scales {listed(scales)} + flip"
     protocol = {
         "cam": f"{cam}, threshold {beta:g} chosen on {chosen_on}",
         "aux_cam": f"{cam}, threshold {aux_beta:g} chosen on {chosen_on}",
-        "pseudo_label": f"{cam}, {par} iterations, open pixels count as missed",
+        "refined": f"{cam}, {refiner}, threshold {refined_beta:g} chosen on {chosen_on}",
+        "pseudo_label": f"{cam}, {refiner}, {two}, open pixels count as missed",
         "seg": f"{where}, scale 1, no flip, no CRF",
         "seg_ms": f"{several}, no CRF",
         "seg_crf": f"{several}, {crf_named(checked_crf(crf))}",
@@ -240,6 +245,12 @@ def assess(
     return Assessment(
         tuple(source.names), {k: np.stack(v) for k, v in counts.items()}, {k: protocol[k] for k in counts}
     )
+
+
+def refiner_named(config: TrainConfig) -> str:
+    """How a protocol names what refines pseudo labels."""
+    labels = config.labels
+    return f"PAR {labels.par_iterations} iterations" if labels.refiner == "par" else f"refiner {labels.refiner}"
 
 
 def _percent(value: float) -> float | None:

@@ -1,11 +1,13 @@
 """What a run is reported with: thresholds chosen on the validation part, scores on the test part, kept beside the run.
 
 `scored_run` trains a config unless its run is finished, and scores it unless that was done: asked a second time it
-answers at once. The four scores are mIoU in percent of
+answers at once. The scores are mIoU in percent of
 
     cam           the final CAM at the threshold that is best on val
     aux_cam       the auxiliary CAM at its own best threshold on val
-    pseudo_label  the label that the decoder learns from: the final CAM, two thresholds, PAR
+    refined       the final CAM after PAR (or another refiner) at its own best threshold on val
+    pseudo_label  the label that the decoder learns from: the final CAM, PAR, the config's two thresholds; pixels that
+                  it leaves open count as missed
     seg           the decoder's segmentation
 
 Where the data set has no part "test", the scores are of val, on which the thresholds were chosen: a little too high.
@@ -13,7 +15,7 @@ Where the data set has no part "test", the scores are of val, on which the thres
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +25,9 @@ from toco_core.config import TrainConfig
 from toco_core.data import Split, TrainVal, open_data, open_source, split_names
 from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import Evaluation, evaluate_as
-from toco_core.evaluation.metrics import OpenCounts
-from toco_core.labels import pseudo_label
+from toco_core.evaluation.evaluate import evaluate_as
+from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts, Scores
+from toco_core.labels import pseudo_label, refined_labels
 from toco_core.model import ToCo
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.folder import Run
@@ -35,7 +37,9 @@ from toco_core.train.kept_tokens import KeptTokens
 from toco_core.train.loop import train
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
-SCORED = ("cam", "aux_cam", "pseudo_label", "seg")
+SCORED = ("cam", "aux_cam", "refined", "pseudo_label", "seg")
+REFINED_BETAS = tuple(n / 20 for n in range(1, 15))
+"""Background scores among which that of the refined CAM is chosen."""
 
 
 class RunScores(NamedTuple):
@@ -46,8 +50,9 @@ class RunScores(NamedTuple):
     protocol: str
     beta: float
     aux_beta: float
+    refined_beta: float
     val: dict[str, float]
-    """mIoU of "cam", "aux_cam" and "seg" on val, the CAMs at these thresholds: what choices are made by."""
+    """mIoU of all but the pseudo label on val, the CAMs at these thresholds: what choices are made by."""
     miou: dict[str, float]
     """Each of `SCORED` on `part`."""
     iou: dict[str, list[float]]
@@ -79,8 +84,7 @@ def scored_run(
     found = _scores_of(run, data)
     if found is None:
         trained = train(config, data=data, progress=progress, kept=kept)
-        opened = Opened(trained.model, config, trained.run, trained.data)
-        found = score_run(opened, validation=trained.validation, progress=progress)
+        found = score_run(Opened(trained.model, config, trained.run, trained.data), progress=progress)
     return Scored(config, run, found)
 
 
@@ -93,32 +97,35 @@ def reported_part(data: TrainVal) -> tuple[str, Split]:
     return "val", data.val
 
 
-def score_run(opened: Opened, *, validation: Evaluation | None = None, progress: bool = True) -> RunScores:
-    """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished.
-
-    `validation`: its evaluation on val, where that is at hand.
-    """
+def score_run(opened: Opened, *, progress: bool = True) -> RunScores:
+    """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished."""
     model, config, run, data = opened
     found = _scores_of(run, data)
     if found is not None:
         return found
-    pseudo = OpenCounts(model.n_classes)
+    chosen = RefinedCounts(config, model.n_classes)
+    validation = evaluate_as(config, model, data.val, on_batch=chosen.update, progress=progress, what="validating")
+    beta, aux_beta, refined_beta = validation.cam.best_beta, validation.aux_cam.best_beta, chosen.best_beta
+
     part, source = reported_part(data)
-    if part == "test":
-        validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
-    final = evaluate_as(
-        config, model, source, on_batch=_each_pseudo_label(config, pseudo.update), progress=progress, what="scoring"
-    )
-    validation = final if part == "val" else validation
-    beta, aux_beta = validation.cam.best_beta, validation.aux_cam.best_beta
+    pseudo, refined = OpenCounts(model.n_classes), RefinedCounts(config, model.n_classes, betas=[refined_beta])
+    labels = _each_pseudo_label(config, pseudo.update)
+
+    def count(*batch) -> None:
+        labels(*batch)
+        refined.update(*batch)
+
+    final = evaluate_as(config, model, source, on_batch=count, progress=progress, what="scoring")
     scores = {"cam": final.cam.scores(beta), "aux_cam": final.aux_cam.scores(aux_beta), "seg": final.seg}
-    scores["pseudo_label"] = pseudo.scores()
+    scores |= {"refined": refined.scores(refined_beta), "pseudo_label": pseudo.scores()}
     val = {"cam": validation.cam.scores(beta), "aux_cam": validation.aux_cam.scores(aux_beta), "seg": validation.seg}
+    val["refined"] = chosen.scores(refined_beta)
     found = RunScores(
         part=part,
         protocol=f"{part}: {final.protocol}; thresholds chosen on val",
         beta=beta,
         aux_beta=aux_beta,
+        refined_beta=refined_beta,
         val={name: _percent(score.miou) for name, score in val.items()},
         miou={name: _percent(s.miou) for name, s in scores.items()},
         iou={name: _percents(s.iou) for name, s in scores.items()},
@@ -128,6 +135,34 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     if run.finished:
         run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(source)})
     return found
+
+
+class RefinedCounts:
+    """Counts of the final CAM after the config's refiner, one threshold at a time: where nothing is left open."""
+
+    def __init__(self, config: TrainConfig, n_classes: int, betas: Sequence[float] = REFINED_BETAS):
+        self.config = config
+        self.counts = {beta: ConfusionMatrix(n_classes) for beta in betas}
+
+    def update(self, items, images, cams, image_labels) -> None:
+        """Adds a batch; called by `evaluate` (`on_batch`). Each pixel of a mask takes its nearest of the label."""
+        if not any(item.mask is not None for item in items):
+            return
+        options = self.config.labels.refiner_options()
+        labels = refined_labels(images, cams.cam.float(), image_labels, betas=list(self.counts), **options)
+        for matrix, found in zip(self.counts.values(), labels.cpu().numpy(), strict=True):
+            for item, label in zip(items, found, strict=True):
+                if item.mask is not None:
+                    matrix.update(item.mask, _nearest(label, item.mask.shape))
+
+    def scores(self, beta: float) -> Scores:
+        """Scores against one of the background scores."""
+        return self.counts[beta].scores()
+
+    @property
+    def best_beta(self) -> float:
+        """The background score with the highest mIoU, the lowest among equals."""
+        return max(self.counts, key=lambda beta: np.nan_to_num(self.scores(beta).miou, nan=-1))
 
 
 def pseudo_label_iou(
@@ -149,11 +184,14 @@ def pseudo_label_iou(
 
 
 def read_scores(run: Run) -> RunScores | None:
-    """What `score_run` left in the folder of a finished run; None where it has not been there."""
+    """What `score_run` left in the folder of a finished run; None where it has not been there, or did
+    not score everything yet."""
     values = run.scores()
     if values is None:
         return None
     values = {name: value for name, value in values.items() if name != FINGERPRINT}
+    if set(values) == set(RunScores._fields) - {"refined_beta"}:
+        return None  # of a version that did not score it
     if set(values) != set(RunScores._fields):
         raise ToCoError(f"{run.folder}/scores.json is of another version: delete it, and the run is scored again")
     try:
@@ -162,6 +200,7 @@ def read_scores(run: Run) -> RunScores | None:
             ("protocol", str),
             ("beta", float),
             ("aux_beta", float),
+            ("refined_beta", float),
             ("committed", float),
         ):
             values[name] = _number(values[name]) if kind is float else _text(values[name])

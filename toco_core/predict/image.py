@@ -27,7 +27,7 @@ from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import EvalItem, evaluation_items, to_unit
 from toco_core.data.loader import eval_item
 from toco_core.errors import ToCoError
-from toco_core.labels import merged_logits, pseudo_label, seed_label, valid_cam
+from toco_core.labels import merged_logits, pseudo_label, refined_labels, seed_label, valid_cam
 from toco_core.model import BlockTokens, ToCo
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
@@ -177,6 +177,15 @@ class ImagePredictor:
         options = self.config.labels.pseudo_label_options(refiner) | dict(settings or {})
         cam = self.cam(classes=classes, **which)
         return self._native(pseudo_label(self.unit, cam, torch.ones(1, len(classes)), **options), classes)
+
+    def refined_label(
+        self, beta: float, refiner: str | None = None, *, classes: Sequence[int] | None = None, **which
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        """The CAM refined against one background score, so that nothing is open; `refiner`: None for the config's."""
+        classes = self._classes(classes)
+        cam, options = self.cam(classes=classes, **which), self.config.labels.refiner_options(refiner)
+        (label,) = refined_labels(self.unit, cam, torch.ones(1, len(classes)), betas=[beta], **options)
+        return self._native(label, classes)
 
     def segmentation(
         self, *, scales: Sequence[float] = (1.0,), crf: Mapping | None = None

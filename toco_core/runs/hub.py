@@ -30,7 +30,13 @@ from toco_core.model import ToCo, loaded_model
 from toco_core.runs.folder import Run, write_whole
 
 FILES = ("model.safetensors", "config.json", "README.md")
-SCORES = {"cam": "final CAM", "aux_cam": "auxiliary CAM", "pseudo_label": "pseudo label", "seg": "segmentation"}
+SCORES = {
+    "cam": "final CAM",
+    "aux_cam": "auxiliary CAM",
+    "refined": "final CAM, refined",
+    "pseudo_label": "pseudo label",
+    "seg": "segmentation",
+}
 
 
 class Pretrained(NamedTuple):

@@ -39,6 +39,7 @@ METHODS = {  # other names of the methods: of shipped runs, and as figures put t
 KIND_NAMES = {
     "cam": "final CAM",
     "aux_cam": "auxiliary CAM",
+    "refined": "final CAM + PAR",
     "pseudo_label": "pseudo label (PAR)",
     "seg": "segmentation",
     "seg_ms": "segmentation, scales + flip",
@@ -47,6 +48,7 @@ KIND_NAMES = {
 KIND_COLOURS = {
     "cam": "#e69f00",
     "aux_cam": "#56b4e9",
+    "refined": "#cc79a7",
     "pseudo_label": "#6a3d9a",
     "seg": "#009e73",
     "seg_ms": "#7fce9b",
