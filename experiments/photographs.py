@@ -91,7 +91,9 @@ def table(runs: dict[str, list[dict]]) -> str:
     """Markdown: mean and sample standard deviation over the seeds, in percent."""
     lines = [f"| variant | seeds | {' | '.join(KINDS.values())} |", "|---" * (2 + len(KINDS)) + "|"]
     for name, results in runs.items():
-        cells = [mean_and_spread([result["miou"][kind] for result in results]) for kind in KINDS]
+        cells = [
+            mean_and_spread([result["miou"][kind] for result in results if kind in result["miou"]]) for kind in KINDS
+        ]
         lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
