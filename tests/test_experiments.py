@@ -23,7 +23,11 @@ def common():
 
 
 def result(seed, value):
-    return RESULT | {"seed": seed} | dict.fromkeys(("cam_miou", "aux_cam_miou", "pseudo_miou", "seg_miou"), value)
+    return (
+        RESULT
+        | {"seed": seed}
+        | dict.fromkeys(("cam_miou", "aux_cam_miou", "refined_miou", "pseudo_miou", "seg_miou"), value)
+    )
 
 
 def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(common, tmp_path):
@@ -35,7 +39,7 @@ def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(comm
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [0, 1]
     steps = tiny().schedule.steps
     assert f"| a | {steps} | 2 | 45.0 ± 7.1 |" in state["table"][2]
-    assert f"| b | {steps} | 1 | 10.0 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
+    assert f"| b | {steps} | 1 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
     state = common.add_result(record, "why?", "a", {"steps": 9}, result(2, 60.0))
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [2]  # other settings: nothing to average with
 
@@ -91,10 +95,10 @@ def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp
     }
     lines = common.table_with_gaps(variants, known, command="python x.py").splitlines()
     assert lines[2:] == [
-        "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
-        "| half | 1 | 49.0 | 49.0 | 49.0 | 49.0 | -3.0 |",
+        "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
+        "| half | 1 | 49.0 | 49.0 | 49.0 | 49.0 | 49.0 | -3.0 |",
         "| no ptc | 1 | 30.0 | 30.0 | 30.0 | 30.0 | - |",
-        "| never | not run | `python x.py --variants 'never'` | | | | |",
+        "| never | not run | `python x.py --variants 'never'` | | | | | |",
     ]
     assert {line.count("|") for line in lines} == {8}
 
