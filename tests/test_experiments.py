@@ -97,7 +97,7 @@ def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp
     assert lines[2:] == [
         "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",
         "| half | 1 | 49.0 | 49.0 | 49.0 | 49.0 | 49.0 | -3.0 |",
-        "| no ptc | 1 | 30.0 | 30.0 | 30.0 | 30.0 | - |",
+        "| no ptc | 1 | 30.0 | 30.0 | 30.0 | 30.0 | 30.0 | - |",
         "| never | not run | `python x.py --variants 'never'` | | | | | |",
     ]
     assert {line.count("|") for line in lines} == {8}
