@@ -100,7 +100,7 @@ def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp
         "| no ptc | 1 | 30.0 | 30.0 | 30.0 | 30.0 | 30.0 | - |",
         "| never | not run | `python x.py --variants 'never'` | | | | | |",
     ]
-    assert {line.count("|") for line in lines} == {8}
+    assert {line.count("|") for line in lines} == {9}
 
 
 def test_the_ablation_declares_what_can_be_run(common, monkeypatch):
