@@ -180,10 +180,10 @@ def table_with_gaps(variants: dict[str, dict], known: dict[str, dict], *, comman
     return "\n".join(lines)
 
 
-def gains_over(recipe: list[dict], runs: list[dict]) -> list[float]:
-    """Points of the final CAM by which runs are above those of the recipe, for the seeds that both have."""
-    own = {run["seed"]: run["cam_miou"] for run in recipe}
-    return [run["cam_miou"] - own[run["seed"]] for run in runs if run["seed"] in own]
+def gains_over(recipe: list[dict], runs: list[dict], metric: str = "cam_miou") -> list[float]:
+    """Points of a metric by which runs are above those of the recipe, for the seeds that both have."""
+    own = {run["seed"]: run[metric] for run in recipe if metric in run}
+    return [run[metric] - own[run["seed"]] for run in runs if run["seed"] in own and metric in run]
 
 
 def mean_and_spread(values: list[float], digits: int = 1) -> str:
