@@ -25,7 +25,7 @@ from toco_core.config import TrainConfig
 from toco_core.data import Split, TrainVal, open_data, open_source, split_names
 from toco_core.data.fingerprint import differences, split_fingerprint
 from toco_core.errors import ToCoError
-from toco_core.evaluation.evaluate import evaluate_as
+from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts, Scores
 from toco_core.labels import pseudo_label, refined_labels
 from toco_core.model import ToCo
@@ -38,8 +38,8 @@ from toco_core.train.loop import train
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
 SCORED = ("cam", "aux_cam", "refined", "pseudo_label", "seg")
-REFINED_BETAS = tuple(n / 20 for n in range(1, 15))
-"""Background scores among which that of the refined CAM is chosen."""
+CHOOSERS = 200  # images of val, evenly spread, on which the threshold of the refined CAM is chosen
+OFFSETS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05)  # from the CAM's own threshold: refinement takes what is weak
 
 
 class RunScores(NamedTuple):
@@ -52,7 +52,8 @@ class RunScores(NamedTuple):
     aux_beta: float
     refined_beta: float
     val: dict[str, float]
-    """mIoU of all but the pseudo label on val, the CAMs at these thresholds: what choices are made by."""
+    """mIoU of all but the pseudo label on val, the CAMs at these thresholds: what choices are made by. Of the refined
+    CAM it is that of at most `CHOOSERS` images."""
     miou: dict[str, float]
     """Each of `SCORED` on `part`."""
     iou: dict[str, list[float]]
@@ -84,7 +85,8 @@ def scored_run(
     found = _scores_of(run, data)
     if found is None:
         trained = train(config, data=data, progress=progress, kept=kept)
-        found = score_run(Opened(trained.model, config, trained.run, trained.data), progress=progress)
+        opened = Opened(trained.model, config, trained.run, trained.data)
+        found = score_run(opened, validation=trained.validation, progress=progress)
     return Scored(config, run, found)
 
 
@@ -97,18 +99,20 @@ def reported_part(data: TrainVal) -> tuple[str, Split]:
     return "val", data.val
 
 
-def score_run(opened: Opened, *, progress: bool = True) -> RunScores:
-    """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished."""
+def score_run(opened: Opened, *, validation: Evaluation | None = None, progress: bool = True) -> RunScores:
+    """The scores of an opened run: from its folder, or by evaluating it, which is then kept there if it is finished.
+
+    `validation`: its evaluation on val, where that is at hand.
+    """
     model, config, run, data = opened
     found = _scores_of(run, data)
     if found is not None:
         return found
-    chosen = RefinedCounts(config, model.n_classes)
-    validation = evaluate_as(config, model, data.val, on_batch=chosen.update, progress=progress, what="validating")
-    beta, aux_beta, refined_beta = validation.cam.best_beta, validation.aux_cam.best_beta, chosen.best_beta
-
     part, source = reported_part(data)
-    pseudo, refined = OpenCounts(model.n_classes), RefinedCounts(config, model.n_classes, betas=[refined_beta])
+    if part == "test":
+        validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
+    chosen = _refined_near(opened, validation, progress=progress)
+    pseudo, refined = OpenCounts(model.n_classes), RefinedCounts(config, model.n_classes, [chosen.best_beta])
     labels = _each_pseudo_label(config, pseudo.update)
 
     def count(*batch) -> None:
@@ -116,6 +120,8 @@ def score_run(opened: Opened, *, progress: bool = True) -> RunScores:
         refined.update(*batch)
 
     final = evaluate_as(config, model, source, on_batch=count, progress=progress, what="scoring")
+    validation = final if part == "val" or validation is None else validation
+    beta, aux_beta, refined_beta = validation.cam.best_beta, validation.aux_cam.best_beta, chosen.best_beta
     scores = {"cam": final.cam.scores(beta), "aux_cam": final.aux_cam.scores(aux_beta), "seg": final.seg}
     scores |= {"refined": refined.scores(refined_beta), "pseudo_label": pseudo.scores()}
     val = {"cam": validation.cam.scores(beta), "aux_cam": validation.aux_cam.scores(aux_beta), "seg": validation.seg}
@@ -138,9 +144,9 @@ def score_run(opened: Opened, *, progress: bool = True) -> RunScores:
 
 
 class RefinedCounts:
-    """Counts of the final CAM after the config's refiner, one threshold at a time: where nothing is left open."""
+    """Counts of the final CAM after the config's refiner, against each of some background scores: nothing is open."""
 
-    def __init__(self, config: TrainConfig, n_classes: int, betas: Sequence[float] = REFINED_BETAS):
+    def __init__(self, config: TrainConfig, n_classes: int, betas: Sequence[float]):
         self.config = config
         self.counts = {beta: ConfusionMatrix(n_classes) for beta in betas}
 
@@ -163,6 +169,21 @@ class RefinedCounts:
     def best_beta(self) -> float:
         """The background score with the highest mIoU, the lowest among equals."""
         return max(self.counts, key=lambda beta: np.nan_to_num(self.scores(beta).miou, nan=-1))
+
+
+def refined_near(beta: float) -> list[float]:
+    """The background scores among which that of the refined CAM is chosen, `beta` being best for the CAM itself."""
+    return sorted({min(max(round(beta + offset, 2), 0.0), 1.0) for offset in OFFSETS})
+
+
+def _refined_near(opened: Opened, validation: Evaluation | None, *, progress: bool) -> RefinedCounts:
+    """The refined CAM's counts on images of val, where its threshold is chosen; `validation`, if known, is val's."""
+    model, config, _, data = opened
+    chooser, shown = data.val.spread(CHOOSERS), {"progress": progress, "what": "choosing thresholds"}
+    beta = (validation or evaluate_as(config, model, chooser, **shown)).cam.best_beta
+    chosen = RefinedCounts(config, model.n_classes, refined_near(beta))
+    evaluate_as(config, model, chooser, on_batch=chosen.update, **shown)
+    return chosen
 
 
 def pseudo_label_iou(
