@@ -48,7 +48,7 @@ KIND_NAMES = {
 KIND_COLOURS = {
     "cam": "#e69f00",
     "aux_cam": "#56b4e9",
-    "refined": "#cc79a7",
+    "refined": "#b15928",
     "pseudo_label": "#6a3d9a",
     "seg": "#009e73",
     "seg_ms": "#7fce9b",
