@@ -96,3 +96,23 @@ print(len(_declared))"""
     without = "import importlib.abc\nclass Hide(importlib.abc.MetaPathFinder):\n def find_spec(self, name, *_):\n"
     without += "  if name == 'torchvision': raise ModuleNotFoundError(name, name=name)\nsys.meta_path[:0] = [Hide()]\n"
     assert run(without + code) == ["0"]
+
+
+def test_nothing_is_imported_while_tensors_have_no_numbers():
+    """torchvision imports a part of PyTorch 2.6 that computes with numbers, which there are none of on `meta`."""
+    code = """
+import sys, torch
+
+class Watch:
+    seen = {}
+    def find_spec(self, name, path=None, target=None):
+        self.seen.setdefault(name, torch.empty(0).device.type)
+
+sys.meta_path.insert(0, Watch())
+from toco_core.config import tiny
+from toco_core.model import skeleton
+skeleton(tiny().model, 3)
+print(Watch.seen["torchvision"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.strip() == "cpu", done.stderr[-2000:]

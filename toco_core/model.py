@@ -27,6 +27,7 @@ from .errors import ToCoError
 from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
 from .machine.files import refuse_wrong_keys
 from .machine.graphs import BlockGraphs
+from .machine.torchvision_shim import make_importable
 from .refiners.attention import mean_attention
 
 
@@ -369,6 +370,7 @@ def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None 
 def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
+    make_importable()  # before: that of PyTorch 2.6 computes with numbers while it is imported
     with torch.device("meta"), _NumbersOnCPU():
         return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
 
