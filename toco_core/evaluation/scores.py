@@ -205,8 +205,8 @@ def pseudo_label_iou(
 
 
 def read_scores(run: Run) -> RunScores | None:
-    """What `score_run` left in the folder of a finished run; None where it has not been there, or did
-    not score everything yet."""
+    """What `score_run` left in the folder of a finished run; None where it has not been there, or was
+    of a version that scored less."""
     values = run.scores()
     if values is None:
         return None
