@@ -68,7 +68,7 @@ def tiny() -> TrainConfig:
             lr=4e-4,
             head_lr_scale=14.0,
             classifier_lr_scale=3.0,
-            warm_start_steps=400,
+            warm_start_steps=100,
             frozen_blocks=8,
             warmup_steps=10,
         ),
