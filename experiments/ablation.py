@@ -18,7 +18,7 @@ from loss_terms import CTC
 SWEEPS = {
     "weight of PTC": ("ptc", (0.5, 1.0, 2.0, 4.0)),
     "auxiliary block": ("layer", LAYERS),
-    "warm start": ("warm_start_steps", (0, 100, 400)),
+    "warm start": ("warm_start_steps", (0, 50, 100, 200, 400)),
     "frozen blocks": ("frozen_blocks", (0, 4, 8, 10)),
     "scales of the CAM": ("cam_scales", ((1.0,), (1.0, 0.5), (1.0, 1.5), (1.0, 0.5, 1.5))),
     "attention": ("attention_steps", (0, 1)),

@@ -31,7 +31,7 @@ from toco_core.train.backward import backward, crop_generator
 from toco_core.train.loop import train
 
 K, B = 3, 4
-ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05}
+ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05, "exchange": 0.4, "consistency": 0.3}
 
 
 def config_of(data, out_dir):

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from toco_core.config import override
 from toco_core.conventions import IGNORE
-from toco_core.methods.consistency import consistency_loss
-from toco_core.methods.exchange import exchange_loss
+from toco_core.methods.consistency import consistency_label, consistency_loss
+from toco_core.methods.exchange import exchange_label, exchange_loss
 from toco_core.methods.prototypes import prototype_loss
 from toco_core.objective import PAPER, TERMS, Step, StepInput, objective
 
@@ -49,7 +49,7 @@ def slow_exchange(z, s, y, sure):
 def test_exchange_equals_its_equation(sure):
     z, s = drawn(2, K, 3, 5).requires_grad_(), drawn(2, K + 1, 3, 5, seed=1).requires_grad_()
     y = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    loss = exchange_loss(z, 2 * s, y, sure=sure)
+    loss = exchange_loss(z, exchange_label(2 * s, y, sure=sure))
     assert loss.item() == pytest.approx(slow_exchange(z, 2 * s, y, sure), rel=1e-6)
     loss.backward()
     assert s.grad is None and not z.grad[1, 0].any() and not z.grad[1, 2].any() and z.grad[1, 1].any()
@@ -61,7 +61,8 @@ def test_exchange_equals_its_equation(sure):
 
 
 def test_exchange_of_nothing_sure_is_nothing():
-    assert float(exchange_loss(drawn(1, K, 2, 2), torch.zeros(1, K + 1, 2, 2), torch.ones(1, K), sure=0.5)) == 0
+    nothing = exchange_label(torch.zeros(1, K + 1, 2, 2), torch.ones(1, K), sure=0.5)
+    assert float(exchange_loss(drawn(1, K, 2, 2), nothing)) == 0
 
 
 def slow_consistency(weak, strong, label, sure):
@@ -81,12 +82,13 @@ def test_consistency_equals_its_equation(sure):
     weak, strong = drawn(2, K + 1, 3, 4).requires_grad_(), drawn(2, K + 1, 3, 4, seed=1).requires_grad_()
     label = torch.randint(0, 3, (2, 3, 4), generator=torch.Generator().manual_seed(2))
     label[label == 2] = IGNORE
-    loss = consistency_loss(weak, strong, label, sure=sure)
+    chosen = consistency_label(weak, label, sure=sure)
+    loss = consistency_loss(strong, chosen)
     assert loss.item() == pytest.approx(slow_consistency(weak, strong, label, sure), rel=1e-6)
     loss.backward()
     assert weak.grad is None and not strong.grad.movedim(1, -1)[label != IGNORE].any()
-    assert torch.autograd.gradcheck(lambda x: consistency_loss(weak, x, label, sure=sure), strong)
-    assert float(consistency_loss(weak, strong, torch.zeros_like(label), sure=sure)) == 0
+    assert torch.autograd.gradcheck(lambda x: consistency_loss(x, chosen), strong)
+    assert float(consistency_loss(strong, consistency_label(weak, torch.zeros_like(label), sure=sure))) == 0
 
 
 def slow_prototypes(tokens, label, tau):

@@ -203,7 +203,7 @@ def test_what_is_no_term_is_refused_before_anything_is_written(tmp_path, terms, 
 
 def test_the_digest_follows_the_source_and_what_is_bound_to_it():
     def own(loss, **options):
-        return variant(TERMS | {"own": Term(loss, weight=1.0, **options)})
+        return variant(TERMS | {"own": Term(loss, weight=1.0, **options)}, tiny())
 
     def other(step, sharpness=1.0):
         """Of the class probabilities."""
@@ -213,10 +213,13 @@ def test_the_digest_follows_the_source_and_what_is_bound_to_it():
     def around(value):
         return lambda step: value * entropy(step)
 
-    assert variant(TERMS) == variant(dict(TERMS)) == "" and own_terms(TERMS) == {}
+    assert variant(TERMS, tiny()) == variant(dict(TERMS), tiny()) == "" and own_terms(TERMS, tiny()) == {}
     digests = [own(entropy), own(other), own(functools.partial(entropy, sharpness=2.0)), own(around(1.0))]
     digests += [own(functools.partial(entropy, sharpness=3.0)), own(around(2.0)), own(entropy, start=1)]
-    digests += [variant({name: term for name, term in TERMS.items() if name != "energy"})]
+    digests += [variant({name: term for name, term in TERMS.items() if name != "energy"}, tiny())]
+    no_exchange = {name: term for name, term in TERMS.items() if name != "exchange"}
+    digests += [variant(no_exchange, override(tiny(), exchange=0.1))]
+    assert variant(no_exchange, tiny()) == ""  # it has no weight: nothing is left out
     assert len(set(digests)) == len(digests)
     assert own(entropy) == digests[0] and len(digests[0]) == 10
 
@@ -233,9 +236,9 @@ def test_a_term_of_ones_own_trains_is_written_down_and_shown(tmp_path):
     terms = TERMS | {"entropy": Term(entropy, weight=0.5, start=1)}
     trained = train(config, terms=terms, progress=False)
     plain = train(config, progress=False)
-    assert trained.run.folder == Run.of(config, variant(terms)).folder != plain.run.folder
+    assert trained.run.folder == Run.of(config, variant(terms, config)).folder != plain.run.folder
     assert trained.run.folder.name.startswith(plain.run.folder.name + "-")
-    assert trained.run.manifest()["own_terms"] == own_terms(terms) and plain.run.manifest()["own_terms"] == {}
+    assert trained.run.manifest()["own_terms"] == own_terms(terms, config) and plain.run.manifest()["own_terms"] == {}
     lines = [r for r in trained.run.records() if "total" in r]
     assert [r["entropy"] > 0 for r in lines] == [False, True, True]
     of_plain = [r for r in plain.run.records() if "total" in r]

@@ -354,8 +354,8 @@ TERMS: dict[str, Term] = {
     "seg": Term(seg, "pseudo_label", losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
     # not the paper's: in a run's records only where they count
-    "exchange": Term(methods.exchange),
-    "consistency": Term(methods.consistency, "pseudo_label"),
+    "exchange": Term(methods.exchange, methods.exchanged, methods.count_exchanged),
+    "consistency": Term(methods.consistency, methods.unsure_choice, methods.count_unsure),
     "prototypes": Term(methods.prototypes, "token_label"),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")

@@ -76,8 +76,16 @@ class TrainConfig(Config):
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
         if self.loss.ctc_whole_teacher and not self.schedule.teacher_momentum:
             raise ToCoError("ctc_whole_teacher = True with teacher_momentum = 0 is not allowed: above 0")
-        if self.loss.ctc_batch_negatives and self.schedule.accumulate > 1:
-            raise ToCoError(f"accumulate = {self.schedule.accumulate} with ctc_batch_negatives is not allowed: 1")
+        self.check_parts()
+
+    def check_parts(self, processes: int = 1) -> None:
+        """Raise ToCoError where so many processes, or `accumulate`, cannot divide a batch."""
+        self.schedule.images_at_once(processes)
+        needed = {"ctc_batch_negatives": self.loss.ctc_batch_negatives, "prototypes": self.loss.prototypes > 0}
+        for name in (name for name, whole in needed.items() if whole):
+            for parts, n in (("accumulate", self.schedule.accumulate), ("processes", processes)):
+                if n > 1:
+                    raise ToCoError(f"{parts} = {n} with {name} is not allowed: 1, it needs the batch in one piece")
 
     def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`

@@ -1,11 +1,11 @@
 """Ideas of later papers as terms of the objective, off unless their weight in `config.LossConfig` is above 0.
 
-A file holds one idea: its loss, a function of tensors with the equation, and its term, a function of a step. Its row
+A file holds one idea: its loss, a function of tensors with the equation, and its term, a function of a step, with what it learns from. Its row
 stands in `objective.TERMS`, its weight in `LossConfig`. What each does is measured in `docs/methods.md`.
 """
 
-from toco_core.methods.consistency import consistency
-from toco_core.methods.exchange import exchange
+from toco_core.methods.consistency import consistency, count_unsure, unsure_choice
+from toco_core.methods.exchange import count_exchanged, exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 
-__all__ = ["consistency", "exchange", "prototypes"]
+__all__ = ["consistency", "count_exchanged", "count_unsure", "exchange", "exchanged", "prototypes", "unsure_choice"]

@@ -7,36 +7,59 @@ the image's own.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from toco_core.conventions import IGNORE
 
 SURE = 0.5
 
 
+def exchange_label(
+    seg_logits: Float[Tensor, "B C h w"], image_labels: Float[Tensor, "B K"], *, sure: float = SURE
+) -> Int[Tensor, "B K h w"]:
+    """1 for the class that the decoder chooses at a token, 0 for the image's other classes; all 0 for the background.
+
+    p(b, c, x) is the softmax of `seg_logits` over the background and the classes of the image, C = K + 1. 255, left
+    out: classes that the image does not have, and tokens whose largest p is at most `sure`.
+    """
+    image_labels = image_labels.to(seg_logits.device)
+    possible = F.pad(image_labels, (1, 0), value=1.0)[:, :, None, None] > 0
+    p, chosen = seg_logits.detach().float().masked_fill(~possible, -torch.inf).softmax(1).max(1)
+    label = F.one_hot(chosen, seg_logits.shape[1]).movedim(-1, 1)[:, 1:]
+    return label.masked_fill(~possible[:, 1:] | (p <= sure)[:, None], IGNORE)
+
+
+def count_exchanged(label: Int[Tensor, "B K h w"]) -> Int[Tensor, "1"]:
+    """Pairs of token and class that `exchange_loss` takes its mean over."""
+    return (label != IGNORE).sum()[None]
+
+
 def exchange_loss(
     cam_logits: Float[Tensor, "B K h w"],
-    seg_logits: Float[Tensor, "B C h w"],
-    image_labels: Float[Tensor, "B K"],
+    label: Int[Tensor, "B K h w"],
     *,
-    sure: float = SURE,
+    pairs: Int[Tensor, "1"] | None = None,
+    parts: int = 1,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy of the CAM's logits z with the class that the decoder chooses at the same token.
+    """Binary cross-entropy of the CAM's logits z with the decoder's choice t at the same token, 0 or 1.
 
-    p(b, c, x) is the softmax of `seg_logits` over the background and the classes Y(b) of the image, C = K + 1. With M
-    the tokens whose largest p is above `sure`, together with each class k of their image,
+    With M the pairs of token and class whose label is not 255, and s the sigmoid,
 
-        L = - 1/|M| sum over (b, k, x) in M of [t log s(z) + (1 - t) log(1 - s(z))],   t = 1 where k = argmax_c p
+        L = - 1/|M| sum over (b, k, x) in M of [t log s(z) + (1 - t) log(1 - s(z))];   0 where M is empty.
 
-    and s the sigmoid; 0 where M is empty. No gradient reaches the decoder.
+    Where this is one of `parts` equal parts of a batch, `pairs` is |M| of the whole batch, and the mean of the parts'
+    results is that of the whole batch.
     """
-    image_labels = image_labels.to(cam_logits.device)
-    with torch.no_grad():
-        possible = F.pad(image_labels, (1, 0), value=1.0)[:, :, None, None] > 0
-        p, chosen = seg_logits.detach().float().masked_fill(~possible, -torch.inf).softmax(1).max(1)
-        target = F.one_hot(chosen, seg_logits.shape[1]).movedim(-1, 1)[:, 1:].to(cam_logits.dtype)
-        counts = (image_labels[:, :, None, None] > 0) & (p > sure)[:, None]
-    cost = F.binary_cross_entropy_with_logits(cam_logits, target, reduction="none")
-    return (cost * counts).sum() / counts.sum().clamp(min=1)
+    counts = label != IGNORE
+    cost = F.binary_cross_entropy_with_logits(cam_logits, (label == 1).to(cam_logits.dtype), reduction="none")
+    (n,) = count_exchanged(label) if pairs is None else pairs
+    return parts * (cost * counts).sum() / n.clamp(min=1)
+
+
+def exchanged(step) -> Int[Tensor, "B K h w"]:
+    """What the decoder teaches the CAM in a step."""
+    return exchange_label(step.decoded, step.batch.image_labels)
 
 
 def exchange(step) -> Float[Tensor, ""]:
@@ -44,4 +67,4 @@ def exchange(step) -> Float[Tensor, ""]:
     with torch.autocast(step.batch.images.device.type, enabled=False):
         weight = step.model.classifier.weight[:, :, None, None]
         cam_logits = F.conv2d(step.tokens.patch_map.to(weight.dtype), weight)
-    return exchange_loss(cam_logits, step.decoded, step.batch.image_labels)
+    return exchange_loss(cam_logits, step.made(exchanged), pairs=step.count("exchange"), parts=step.parts)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toco_core.conventions import IGNORE
+from toco_core.errors import ToCoError
 
 TEMPERATURE = 0.1
 
@@ -39,6 +40,9 @@ def prototype_loss(
 
 
 def prototypes(step) -> Float[Tensor, ""]:
-    """By the token label of patch token contrast."""
+    """By the token label of patch token contrast. Raises ToCoError where the step holds a part of its batch only: the
+    prototypes are means over all of it."""
+    if step.parts > 1:
+        raise ToCoError(f"prototypes with a batch in {step.parts} parts is not allowed: one process, one part")
     with torch.autocast(step.batch.images.device.type, enabled=False):
         return prototype_loss(step.tokens.patch_tokens.float(), step.token_label.flatten(1), step.model.n_classes)

@@ -1,12 +1,12 @@
 """Terms of one's own in a run's name: a config does not hold them, so a digest of their source does."""
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.objective import PAPER, TERMS, Step, Term
+from toco_core.runs.described import described
 
 RESERVED = ("step", "total", "skipped")  # in a run's records
 
@@ -25,47 +25,21 @@ def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
             raise ToCoError(f"the term {name!r} has weight {weight} from step {start}: allowed are numbers from 0 on")
 
 
-def own_terms(terms: Mapping[str, Term]) -> dict[str, str]:
-    """Name -> digest of the source, weight and start of every term that is not the package's, and "absent" for those of
-    the package that are left out: what a run's config does not say."""
+def own_terms(terms: Mapping[str, Term], config: TrainConfig) -> dict[str, str]:
+    """Name -> digest of every term that is not the package's, and "absent" for those of the package that are left out
+    though they are the paper's or have a weight in `config`: what a run's config does not say."""
     found = {name: _digest(term) for name, term in terms.items() if TERMS.get(name) != term}
-    return found | {name: "absent" for name in PAPER if name not in terms}
+    out = [name for name in TERMS if name not in terms]
+    return found | {name: "absent" for name in out if name in PAPER or TERMS[name].schedule(name, config)[0] > 0}
 
 
-def variant(terms: Mapping[str, Term]) -> str:
+def variant(terms: Mapping[str, Term], config: TrainConfig) -> str:
     """What the terms add to a run's name: "" for the package's, else ten digits of `own_terms`."""
-    found = own_terms(terms)
+    found = own_terms(terms, config)
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:10] if found else ""
 
 
 def _digest(term: Term) -> str:
-    """Of the functions' source (their byte code, where there is none), defaults, and plain values around them."""
-    digest = hashlib.sha256(repr((term.weight, term.start)).encode())
-    for part in (term.loss, term.label, term.count):
-        digest.update(_text(part).encode())
-    return digest.hexdigest()[:10]
-
-
-def _text(part: object) -> str:
-    if part is None or isinstance(part, str):
-        return repr(part)
-    function = inspect.unwrap(getattr(part, "func", part))  # of functools.partial, too
-    given = [getattr(part, "args", ()), sorted(getattr(part, "keywords", {}).items())]
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        source = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(type(function))
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    given += [getattr(function, "__defaults__", None), cells]
-    return source + repr(
-        [value if isinstance(value, (bool, int, float, str)) else type(value) for value in _flat(given)]
-    )
-
-
-def _flat(value):
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
+    """Of weight and start, and of all that is one's own in its functions: see `described`."""
+    parts = [described(part) for part in (term.loss, term.label, term.count)]
+    return hashlib.sha256(repr((term.weight, term.start, parts)).encode()).hexdigest()[:10]

@@ -54,7 +54,8 @@ def _alone(function: Callable) -> Callable:
     def waits(config: TrainConfig, *, terms: Mapping[str, Term] = TERMS, **options):
         share = distributed.current()
         check_terms(terms, config)
-        with Run.of(config, variant(terms)).alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
+        run = Run.of(config, variant(terms, config))
+        with run.alone(wait=share.n == 1) if share.first else contextlib.nullcontext():
             return function(config, terms=terms, **options)
 
     return waits
@@ -106,10 +107,10 @@ def train(
     """
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
-    config.schedule.images_at_once(share.n)  # refuses parts of different sizes
+    config.check_parts(share.n)
     required(config.log_to)
     device, data = resolve_device(config.device), data or open_data(config.data)
-    run, kept = Run.of(config, variant(terms)), KeptTokens() if kept is None else kept
+    run, kept = Run.of(config, variant(terms, config)), KeptTokens() if kept is None else kept
     options = {"on_record": on_record, "progress": progress, "skip_nonfinite": skip_nonfinite}
     training = _Training(config, terms, data, run, share, device, **options)
     keep_freed_memory()
@@ -241,7 +242,7 @@ class _Training:
             processes=self.share.n,
             device=str(self.device),
             precision=resolve_precision(self.config.precision, self.device),
-            own_terms=own_terms(self.terms),
+            own_terms=own_terms(self.terms, self.config),
         )
 
     def batches(self, part: slice) -> Iterable[Batch]:
@@ -348,7 +349,7 @@ def trained_run(
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data = data or open_data(config.data)
-    run = (shipped_run(config) if not variant(terms) else None) or Run.of(config, variant(terms))
+    run = (shipped_run(config) if not variant(terms, config) else None) or Run.of(config, variant(terms, config))
     if not run.finished:
         train(config, data=data, terms=terms, **options)
     run.refuse_other_data(data, config.model.weights_file)
