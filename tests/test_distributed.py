@@ -26,12 +26,22 @@ from toco_core.machine.distributed import ALONE, Share
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, StepInput, Term, objective
 from toco_core.runs.folder import Run
+from toco_core.runs.own_terms import variant
 from toco_core.train import launch
 from toco_core.train.backward import backward, crop_generator
 from toco_core.train.loop import train
 
 K, B = 3, 4
-ALL = {"cls": 1.0, "aux_cls": 0.9, "ptc": 0.2, "ctc": 0.5, "seg": 0.1, "energy": 0.05, "exchange": 0.4, "consistency": 0.3}
+ALL = {
+    "cls": 1.0,
+    "aux_cls": 0.9,
+    "ptc": 0.2,
+    "ctc": 0.5,
+    "seg": 0.1,
+    "energy": 0.05,
+    "exchange": 0.4,
+    "consistency": 0.3,
+}
 
 
 def config_of(data, out_dir):
@@ -41,10 +51,11 @@ def config_of(data, out_dir):
 
 
 def model_of(config):
-    """In float64 and far from its start, as in test_train.py."""
+    """In float64 and far from its start, as in test_train.py; the decoder is sure of some pixels."""
     torch.manual_seed(0)
     model = ToCo(config.model, K).double()
     stir(model, 0.2)
+    model.decoder.conv8.weight.data *= 30
     return model
 
 
@@ -282,12 +293,27 @@ def test_a_notebook_starts_processes(two, tmp_path):
     told = []
     opened = launch.train_on(config, processes=2, on_record=told.append)
     assert opened.run.folder == Run.of(config).folder and told == opened.run.records()
+    with pytest.raises(ToCoError, match="processes = 2 with ctc_batch_negatives is not allowed: 1"):
+        launch.train_on(override(config, ctc_batch_negatives=True), processes=2)
     with pytest.raises(ToCoError, match="batch_size = 4 cannot be shared equally by 3 processes"):
         launch.train_on(config, processes=3)
     with pytest.raises(ToCoError, match="accumulate = 4 x 2 processes must divide batch_size = 4"):
         launch.train_on(override(config, accumulate=4), processes=2)
     with pytest.raises(ToCoError, match="dataset folder /nowhere does not exist"):
         launch.train_on(override(config, dataset="/nowhere", out_dir=str(tmp_path)), processes=2)
+
+
+@pytest.mark.slow
+def test_processes_train_with_a_term_of_ones_own_and_tell_its_records(two, tmp_path):
+    """The run is the term's, not the plain one; started anew it tells what is logged now, not the old log."""
+    config = override(two[2], steps=2, out_dir=str(tmp_path))
+    terms = TERMS | {"own": Term(edge_of_objects, label=objects, count=count_objects, weight=0.3)}
+    first, again = [], []
+    opened = launch.train_on(config, processes=2, terms=terms, on_record=first.append)
+    assert opened.run.folder == Run.of(config, variant(terms, config)).folder and not Run.of(config).folder.exists()
+    assert opened.run.manifest()["own_terms"].keys() == {"own"} and first == opened.run.records()
+    opened = launch.train_on(config, processes=2, terms=terms, on_record=again.append, resume=False)
+    assert again == opened.run.records() and len(again) == len(first) and all("own" in r for r in again if "total" in r)
 
 
 def test_a_refusal_is_told_where_another_process_ends_first(tmp_path, monkeypatch):

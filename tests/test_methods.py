@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from toco_core.config import override
 from toco_core.conventions import IGNORE
+from toco_core.errors import ToCoError
 from toco_core.methods.consistency import consistency_label, consistency_loss
 from toco_core.methods.exchange import exchange_label, exchange_loss
 from toco_core.methods.prototypes import prototype_loss
@@ -88,7 +89,7 @@ def test_consistency_equals_its_equation(sure):
     loss.backward()
     assert weak.grad is None and not strong.grad.movedim(1, -1)[label != IGNORE].any()
     assert torch.autograd.gradcheck(lambda x: consistency_loss(x, chosen), strong)
-    assert float(consistency_loss(strong, consistency_label(weak, torch.zeros_like(label), sure=sure))) == 0
+    assert consistency_loss(strong, consistency_label(weak, torch.zeros_like(label), sure=sure)).item() == 0
 
 
 def slow_prototypes(tokens, label, tau):
@@ -148,6 +149,17 @@ def test_as_a_term(name):
     found.total.backward()
     off = objective(Step(model, batch(), override(config, **{name: 0.0}), 5, weights={"cls": 1.0}))
     assert set(off.terms) == set(PAPER) and set(TERMS) > set(PAPER)
+
+
+def test_prototypes_want_the_batch_in_one_piece():
+    config = override(small_recipe(), prototypes=0.5)
+    with pytest.raises(ToCoError, match="prototypes with a batch in 2 parts is not allowed"):
+        objective(Step(stirred_model(K).float(), batch(), config, 200, weights={"prototypes": 1.0}, parts=2))
+    with pytest.raises(ToCoError, match="accumulate = 2 with prototypes is not allowed: 1"):
+        override(config, accumulate=2)
+    with pytest.raises(ToCoError, match="processes = 2 with prototypes is not allowed: 1"):
+        config.check_parts(2)
+    override(config, prototypes=0.0, exchange=0.1, consistency=0.1, accumulate=2).check_parts(2)
 
 
 def test_consistency_leaves_out_padding():

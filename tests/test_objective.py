@@ -13,7 +13,7 @@ from voc_folder import write_voc_folder
 
 from toco_core import losses, viz
 from toco_core import objective as objectives
-from toco_core.config import ReleaseBehaviour, override
+from toco_core.config import ReleaseBehaviour, override, tiny
 from toco_core.crops import CropBoxes
 from toco_core.data import open_data
 from toco_core.errors import ToCoError

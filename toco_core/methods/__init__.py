@@ -1,7 +1,8 @@
 """Ideas of later papers as terms of the objective, off unless their weight in `config.LossConfig` is above 0.
 
-A file holds one idea: its loss, a function of tensors with the equation, and its term, a function of a step, with what it learns from. Its row
-stands in `objective.TERMS`, its weight in `LossConfig`. What each does is measured in `docs/methods.md`.
+A file holds one idea: its loss, a function of tensors with the equation, and its term, a function of a step, with what
+it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`. What each does is measured in
+`docs/methods.md`.
 """
 
 from toco_core.methods.consistency import consistency, count_unsure, unsure_choice

@@ -14,6 +14,7 @@ that of the whole, over all processes. Machines must share `out_dir` or, at leas
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
 from toco_core.machine.device import resolve_device
+from toco_core.objective import TERMS
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
+from toco_core.runs.own_terms import variant
 from toco_core.train.loop import train
 
 REFUSAL = "refusal-{}"  # of a process, in the folder where they meet
@@ -35,15 +38,17 @@ def train_on(
 ) -> Opened:
     """Train in new processes on this machine, one GPU each where training is on CUDA; the finished run.
 
-    `on_record` and `options` as for `train.train`. A process that fails ends them all, with its message as ToCoError.
+    `on_record` and `options` as for `train.train`; what they hold must be importable by the new processes. Records of a
+    finished run are told again. A process that fails ends them all, with its message as ToCoError.
     """
     distributed.Share(0, processes).part(config.schedule.batch_size)  # these two refuse before anything starts
-    config.schedule.images_at_once(processes)
-    run = Run.of(config)
+    config.check_parts(processes)
+    run = Run.of(config, variant(options.get("terms", TERMS), config))
+    records = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as meeting:
         workers = multiprocessing.start_processes(
             _train_one,
-            (processes, Path(meeting), config.to_dict(), options | {"progress": False}),
+            (processes, Path(meeting), config.to_dict(), options | {"progress": False}, records),
             nprocs=processes,
             join=False,
             start_method="spawn",
@@ -51,7 +56,7 @@ def train_on(
         told = 0
         try:
             while not workers.join(timeout=0.5):
-                told = _tell(run, on_record, told)
+                told += _tell(records, on_record)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             last = str(error).strip().splitlines()[-1]
             refusals = [path.read_text(encoding="utf-8") for path in sorted(Path(meeting).glob(REFUSAL.format("*")))]
@@ -60,11 +65,13 @@ def train_on(
         finally:
             for process in workers.processes:
                 process.kill()
-        _tell(run, on_record, told)
-    return open_run(run.folder, device=config.device)
+        told += _tell(records, on_record)
+    for record in run.records() if on_record and not told else []:  # it was finished before
+        on_record(record)
+    return open_run(run.folder, data=options.get("data"), device=config.device)
 
 
-def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict) -> None:
+def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict, records: SimpleQueue) -> None:
     """Train as process `rank`. A refusal is noted in the folder where the processes meet, while they still do: the
     others only see that one has gone, and may end, with an error of the network, before it does."""
     config = TrainConfig.from_dict(config)
@@ -74,15 +81,17 @@ def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict) ->
     store = Path(meeting, "store").as_uri()
     with distributed.joined(config.device, init_method=store, rank=rank, world_size=n):
         try:
-            train(config, **options)
+            train(config, on_record=records.put, **options)
         except ToCoError as error:
             Path(meeting, REFUSAL.format(rank)).write_text(str(error), encoding="utf-8")
             raise
 
 
-def _tell(run: Run, on_record: Callable | None, told: int) -> int:
-    """Hands on the records beyond the first `told`: their number now."""
-    records = run.records() if on_record else []
-    for record in records[told:]:
-        on_record(record)
-    return max(told, len(records))
+def _tell(records: SimpleQueue, on_record: Callable | None) -> int:
+    """Hand on what was logged since: how many records."""
+    n = 0
+    while not records.empty():
+        record, n = records.get(), n + 1
+        if on_record:
+            on_record(record)
+    return n
