@@ -105,11 +105,10 @@ def use_threads(n: int) -> None:
 
 
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
-    """Put one result into a record file: other variants stay, as do this one's other seeds if run alike."""
+    """Put one result into a record file: other variants stay, as do those seeds of this one that have today's recipe."""
     state = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"variants": {}}
     overrides = json.loads(json.dumps(overrides))  # tuples as the record gives them back
-    known = state["variants"].get(name, {})
-    others = known.get("runs", []) if known.get("overrides") == overrides else []
+    others = runs_of(overrides, {run["run"]: run for run in state["variants"].get(name, {}).get("runs", [])})
     others = [run for run in others if run["seed"] != result["seed"]]
     runs = sorted([*others, {k: v for k, v in result.items() if k != "variant"}], key=lambda run: run["seed"])
     state["variants"][name] = {"overrides": overrides, "runs": runs}

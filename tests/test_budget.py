@@ -67,6 +67,12 @@ def test_what_is_fixed_is_counted_exactly(config):
     assert not Path(config.out_dir).exists()
 
 
+def test_frozen_blocks_take_no_gradients_and_less_of_a_step(config):
+    data = open_data(config.data)
+    whole, frozen = (step_memory(override(config, frozen_blocks=n), data) for n in (0, config.model.layer))
+    assert frozen.gradients < whole.gradients and frozen.step < 0.9 * whole.step
+
+
 def test_allocations_are_counted_while_they_live():
     weights = torch.ones(1000)
     with Allocations() as counted:

@@ -93,6 +93,9 @@ def test_a_run_is_known_by_what_was_run_and_not_by_its_variants_name(common, tmp
         "no ptc": {"ptc": 0.0},
         "never": {"momentum": 0.123},
     }
+    put("one.json", "old", {"temperature": other}, 1, 49.0)  # a row mixes no recipes
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert [run["cam_miou"] for run in record["variants"]["old"]["runs"]] == [49.0]
     lines = common.table_with_gaps(variants, known, command="python x.py").splitlines()
     assert lines[2:] == [
         "| today's value | 2 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | 51.0 ± 1.4 | the recipe |",

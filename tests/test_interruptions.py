@@ -23,6 +23,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.model import ToCo
 from toco_core.predict.export import export
+from toco_core.runs import folder as runs_folder
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import open_run
 from toco_core.train.interruptions import with_resume_hint
@@ -136,6 +137,39 @@ def test_ctrl_c_saves_the_step_that_it_interrupts(config, monkeypatch, step):
     resumed = train(config, progress=False)
     whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False)
     assert_same_run(resumed.run, whole.run)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_ctrl_c_loses_no_kept_checkpoint_and_no_frame(config, monkeypatch):
+    """In the step whose checkpoint is kept for good, and in the last one, with which the film ends."""
+    steps, options = config.schedule.steps, {"progress": False, "keep_every": 2, "film": 2}
+    whole = train(override(config, out_dir=config.out_dir + " whole"), **options).run
+    for step in (2, steps):
+        with monkeypatch.context() as patch:
+            in_step(patch, step if step == 2 else steps - 2, press_ctrl_c)
+            with pytest.raises(KeyboardInterrupt, match=f"the checkpoint after step {step} is in"):
+                train(config, **options)
+    resumed = train(config, **options).run
+    assert_same_run(resumed, whole)
+    files = [{path.relative_to(run.folder) for path in run.folder.rglob("*")} for run in (resumed, whole)]
+    assert files[0] == files[1] and resumed.kept_steps() == list(range(2, steps + 1, 2))
+
+
+@pytest.mark.usefixtures("terminal")
+def test_ctrl_c_while_the_best_checkpoint_is_written_leaves_it(config, monkeypatch):
+    whole = train(override(config, out_dir=config.out_dir + " whole"), progress=False).run
+    best, calls, plain = whole.load("best")["step"], [], runs_folder._save
+
+    def saving(state, file):
+        calls.append(state["step"])
+        if calls.count(best) == 1 and state["step"] == best:
+            press_ctrl_c()
+        plain(state, file)
+
+    monkeypatch.setattr(runs_folder, "_save", saving)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=False)
+    assert_same_run(train(config, progress=False).run, whole)
 
 
 @pytest.mark.usefixtures("terminal")

@@ -12,7 +12,7 @@ from toco_core.config import override
 from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.runs.folder import Run
-from toco_core.train import trackers
+from toco_core.train import loop, trackers
 from toco_core.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -129,6 +129,24 @@ def test_trackio_has_the_run_s_log_each_step_once(config, tmp_path, monkeypatch)
     logs = SQLiteStorage.get_logs(trackers.PROJECT, run.folder.name)
     losses = [(log["step"], log["loss/total"]) for log in logs if "loss/total" in log]
     assert losses == [(r["step"], r["total"]) for r in run.records() if "total" in r]
+    assert [log["step"] for log in logs if "val/cam_miou" in log] == [1, 3, 5]
+    assert [log["step"] for log in logs if "picture/img_4" in log] == [1, 3, 5]
+
+
+def test_trackio_gets_a_validation_that_was_stopped(config, monkeypatch):
+    """Its step was whole but for it: the losses were sent, and are not sent again."""
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    config = override(config, log_to="trackio")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_as", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=False)
+    run = train(config, progress=False).run
+    logs = SQLiteStorage.get_logs(trackers.PROJECT, run.folder.name)
+    losses = [log["step"] for log in logs if "loss/total" in log]
+    assert losses == [r["step"] for r in run.records() if "total" in r]
     assert [log["step"] for log in logs if "val/cam_miou" in log] == [1, 3, 5]
     assert [log["step"] for log in logs if "picture/img_4" in log] == [1, 3, 5]
 

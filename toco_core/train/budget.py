@@ -104,6 +104,7 @@ def step_memory(
     free = free_memory(device)
     try:
         model = build_model(config, data.train.n_classes).to(place).train()
+        model.freeze_blocks(schedule.frozen_blocks)
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
         summed = schedule.accumulate > 1

@@ -129,13 +129,14 @@ def train(
         recorded_blocks(training.model, config, share.n),
         teaching(training.teacher, config, device, kept),
         with_resume_hint(run),
-        contextlib.closing(training.tracker),
+        contextlib.closing(training),
         guard,
-        saved_when_stopped(guard, run, training.save),
+        saved_when_stopped(guard, run, lambda done: training.save(done, keep=keeps(done))),
     ):
-        if training.unvalidated:  # it was stopped in the validation that belongs to its last step
-            is_best = training.validate(start - 1)
-            training.save(start, best=is_best, keep=keeps(start))
+        stopped = training.unvalidated  # in the validation that belongs to its last step
+        if stopped:
+            training.validate(start - 1)
+            training.save(start, keep=keeps(start))
         bar = tqdm(
             training.batches(part),
             total=config.schedule.steps,
@@ -145,7 +146,8 @@ def train(
             disable=not training.progress,
             file=sys.stdout,
         )
-        if camera.due(start) and start < config.schedule.steps and not camera.has(start):
+        at_end = start == config.schedule.steps
+        if camera.due(start, last=at_end) and (stopped or not at_end) and not camera.has(start):
             camera.take(training.model, start)
         training.model.train()
         for step, loaded in enumerate(bar, start):
@@ -162,14 +164,13 @@ def train(
                 camera.take(training.model, done)
             if on_step:
                 on_step(training.model, done)
-            is_best = False
             if validates:
                 bar.set_description("validating")
-                is_best = training.validate(step)
+                training.validate(step)
                 bar.set_description("training")
             due = save_every and done % save_every == 0 or 0 < 60 * save_minutes < time.monotonic() - saved_at
             if validates or keeps(done) or due:
-                training.save(done, best=is_best, keep=keeps(done))
+                training.save(done, keep=keeps(done))
                 saved_at = time.monotonic()
         return training.finish()
 
@@ -202,6 +203,8 @@ class _Training:
         self.start, self.best, self.skipped = 0, -1.0, 0
         self.unvalidated = False
         """Whether the validation that belongs to the last step is still to come."""
+        self.is_best = False
+        """Whether the last validation is the best so far, and no checkpoint says so yet."""
         self.validation: Evaluation | None = None
 
     def begin(self, state: dict | None, kept: KeptTokens) -> None:
@@ -308,8 +311,8 @@ class _Training:
         options = {"progress": bar_below, "what": "validating", "share": self.share}
         return evaluate_as(self.config, self.model, self.data.val, **options)
 
-    def validate(self, step: int) -> bool:
-        """Validate after a step and note the scores; whether it is the best so far."""
+    def validate(self, step: int) -> None:
+        """Validate after a step and note the scores."""
         self.validation = self._evaluation()
         scores = _final_numbers(self.validation, self.config)
         self._note({"step": step} | scores)
@@ -317,16 +320,20 @@ class _Training:
             for tag, picture in validation_pictures(self.model, self.data.val, self.config).items():
                 self.tracker.picture(step, tag, picture)
         score, before = scores.get("cam_miou", scores["map"]), self.best
-        self.best, self.unvalidated = max(before, score), False
-        return score > before
+        self.best, self.unvalidated, self.is_best = max(before, score), False, score > before
 
-    def save(self, done: int, **which: bool) -> None:
-        """Write a checkpoint after so many steps, where this is the first process; `which` as for `Run.save`."""
+    def save(self, done: int, *, keep: bool = False) -> None:
+        """Write a checkpoint after so many steps, where this is the first process; `keep` as for `Run.save`."""
         if self.share.first:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"config": self.config.to_dict(), "step": done, "best": self.best, "skipped": self.skipped}
             state |= {"teacher": self.teacher.module.state_dict()} if self.teacher is not None else {}
-            self.run.save(state | ({"unvalidated": True} if self.unvalidated else {}), **which)
+            self.run.save(state | ({"unvalidated": True} if self.unvalidated else {}), best=self.is_best, keep=keep)
+        self.is_best = False
+
+    def close(self) -> None:
+        """Close the tracker."""
+        self.tracker.close(whole=not self.unvalidated)
 
     def finish(self) -> Trained:
         """The model in evaluation mode, and the run marked as finished."""

@@ -39,8 +39,8 @@ class NoTracker:
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
         """Log an RGB picture."""
 
-    def close(self) -> None:
-        """Write what is left and end."""
+    def close(self, *, whole: bool = True) -> None:
+        """Write what is left and end. `whole`: nothing more belongs to the last step."""
 
 
 class TensorBoard(NoTracker):
@@ -65,7 +65,7 @@ class TensorBoard(NoTracker):
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
         self.writer.add_image(tag, picture, step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, *, whole: bool = True) -> None:
         if "writer" in self.__dict__:
             self.writer.close()
 
@@ -105,10 +105,10 @@ class Trackio(NoTracker):
     def picture(self, step: int, tag: str, picture: UInt8[np.ndarray, "H W 3"]) -> None:
         self._send(step, {tag: self.trackio.Image(picture)})
 
-    def close(self) -> None:
+    def close(self, *, whole: bool = True) -> None:
         if "opened" in self.__dict__:
             self.opened.finish()
-            write_whole(self.file, str(self.step))
+            write_whole(self.file, str(self.step if whole else self.step - 1))
 
     def _send(self, step: int, values: dict) -> None:
         if step <= self.sent:
