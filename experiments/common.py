@@ -105,7 +105,7 @@ def use_threads(n: int) -> None:
 
 
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
-    """Put one result into a record file: other variants stay, as do those seeds of this one that have today's recipe."""
+    """Put one result into a record file: other variants stay, as do this one's other seeds of today's recipe."""
     state = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"variants": {}}
     overrides = json.loads(json.dumps(overrides))  # tuples as the record gives them back
     others = runs_of(overrides, {run["run"]: run for run in state["variants"].get(name, {}).get("runs", [])})

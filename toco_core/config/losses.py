@@ -65,7 +65,7 @@ class LossConfig(Config):
     prototypes: float = option(
         0.0,
         """Weight of the contrast of patch tokens with the mean tokens of the batch's classes (SeCo, CVPR 2024;
-        `methods.prototypes`). 0: as published.""",
+        `methods.prototypes`). The batch must be in one piece: no `accumulate`, one process. 0: as published.""",
         at_least=0,
         added_later=True,
     )
