@@ -62,7 +62,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source, config, tmp_path, method):
     found = export(model, source, tmp_path / "out", config, method=method, progress=False)
-    assert (found.n_images, found.n_new) == (5, 5) and abs(sum(found.pixels.values()) - 1) < 1e-9
+    assert (found.n_images, found.n_new) == (5, 5) and abs(sum(found.pixels.values()) + found.ignored - 1) < 1e-9
     back = open_source(tmp_path / "out", "train")
     assert isinstance(back, VOCFolder) and back.names == source.names and back.class_names == source.class_names
     report = back.check()
@@ -78,8 +78,20 @@ def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source,
             present = {k + 1 for k in range(K) if LABELS[source.names[i]][k]}
             assert set(np.unique(mask)) <= {0, *present} | ({255} if method in ("par", "crf") else set())
     assert len(np.unique(np.concatenate([back.mask(i).ravel() for i in range(5)]))) > 1
-    assert_close(found.pixels["ignored"], shares[255] / shares.sum())
+    assert_close(found.ignored, shares[255] / shares.sum())
     assert (shares[255] > 0) == (method in ("par", "crf"))
+
+
+def test_a_class_called_ignored_keeps_its_share(model, source, config, tmp_path):
+    """That of 255 stood in its place."""
+    other = export(model, source, tmp_path / "other", config, images="none", progress=False)
+    most = max(source.class_names[1:], key=other.pixels.get)
+    own = source.subset(range(5))
+    own.class_names = tuple("ignored" if name == most else name for name in source.class_names)
+    found = export(model, own, tmp_path / "own", config, images="none", progress=False)
+    assert found.pixels["ignored"] == other.pixels[most] > 0 and found.ignored == other.ignored > 0
+    manifest = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    assert (manifest["pixels"], manifest["ignored"]) == (found.pixels, found.ignored)
 
 
 def test_labels_are_those_that_look_shows_and_evaluate_scores(model, source, config, tmp_path):

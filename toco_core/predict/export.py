@@ -61,7 +61,8 @@ class Exported(NamedTuple):
     folder: Path
     n_images: int
     n_new: int  # label maps made by this call; the others were there
-    pixels: dict[str, float]  # share of all pixels per class name, and "ignored"
+    pixels: dict[str, float]  # share of all pixels per class name
+    ignored: float  # share of those that are 255
 
 
 @loader_errors()
@@ -281,10 +282,10 @@ def write_lists(
     write_whole(folder / "classes.txt", "".join(f"{name}\n" for name in source.class_names))
     total = counts.sum()
     pixels = {name: float(counts[k] / total) for k, name in enumerate(source.class_names)}
-    pixels["ignored"] = float(counts[IGNORE] / total)
-    manifest = {"finished": True, "split": split, "settings": settings, "pixels": pixels, "sha256": files}
+    shares = {"pixels": pixels, "ignored": float(counts[IGNORE] / total)}
+    manifest = {"finished": True, "split": split, "settings": settings, **shares, "sha256": files}
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    return Exported(folder, len(source), n_new, pixels)
+    return Exported(folder, len(source), n_new, **shares)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
