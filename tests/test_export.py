@@ -25,7 +25,8 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo
-from toco_core.predict.export import METHODS, export, palette_png, voc_archive, weights_hash
+from toco_core.predict.export import METHODS, LabelMethod, export, palette_png, voc_archive, weights_hash
+from toco_core.runs.shipped import shipped_runs
 
 K = 3
 LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
@@ -80,6 +81,26 @@ def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source,
     assert len(np.unique(np.concatenate([back.mask(i).ravel() for i in range(5)]))) > 1
     assert_close(found.ignored, shares[255] / shares.sum())
     assert (shares[255] > 0) == (method in ("par", "crf"))
+
+
+def test_a_method_whose_head_was_not_trained_is_refused(model, source, config, tmp_path):
+    """The label maps were noise."""
+    without_decoder, without_classifier = override(config, seg=0.0), override(config, cls=0.0)
+    for method in METHODS:
+        lacking = without_decoder if method.startswith("seg") else without_classifier
+        with pytest.raises(ToCoError, match=f"method = '{method}' needs the (decoder|classifier), whose loss"):
+            export(model, source, tmp_path / "x", lacking, method=method, progress=False)
+    with pytest.raises(ToCoError, match="has weight 0 in this model: allowed is none"):
+        export(model, source, tmp_path / "x", override(without_decoder, cls=0.0), progress=False)
+    assert not (tmp_path / "x").exists()
+    made = export(model, source, tmp_path / "seg", without_classifier, progress=False).folder
+    assert json.loads((made / "manifest.json").read_text())["settings"]["method"] == "seg"
+
+
+def test_runs_with_a_classifier_are_labelled_by_par_where_no_method_is_given(config):
+    for one in (config, *(run.config() for run in shipped_runs().values())):
+        assert LabelMethod.of(None, one) == LabelMethod.of("par", one)
+        assert LabelMethod.of("seg", one).name == "seg"
 
 
 def test_a_class_called_ignored_keeps_its_share(model, source, config, tmp_path):

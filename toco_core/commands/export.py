@@ -62,7 +62,8 @@ def export_command(arguments: list[str]) -> int:
 def add_label_options(parser: argparse.ArgumentParser) -> None:
     """Add what `toco export` and `toco label` have in common: how labels are made, and where their images go."""
     methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
-    parser.add_argument("--method", default="par", choices=METHODS, help=f"{methods} (default par)")
+    default = "par; seg for a second network, whose classifiers were not trained"
+    parser.add_argument("--method", choices=METHODS, help=f"{methods} (default {default})")
     for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")

@@ -123,7 +123,8 @@ def cams(
         threshold: None: 0.5 for a run, 0.1 for an ImageNet head, of which the three most probable classes are shown.
         weights: a file for a timm name, in place of a download.
 
-    Raises ToCoError for a photograph, a model or a class that is not there.
+    Raises ToCoError for a photograph, a model or a class that is not there, and for a run whose classifier was not
+    trained, as a second network's.
     """
     opened = model if isinstance(model, (NamedModel, Classifier)) else _opened(model, weights, device)
     image = _pixels(photograph)
@@ -232,6 +233,11 @@ class _ImageView(NamedTuple):
 
 
 def _seen_by_run(opened: NamedModel, image: np.ndarray) -> _ImageView:
+    if not opened.config.loss.cls:
+        raise ToCoError(
+            f"model = {opened.name!r} has no trained classifier (cls = 0), so there are no CAMs: "
+            "`toco label --method seg` writes its segmentation"
+        )
     predictor = ImagePredictor(opened.model, opened.config, passes=passes_of(opened.model, opened.config))
     predictor.set_image(image)
     labels = opened.config.labels.pseudo_label_options()
