@@ -14,7 +14,7 @@ from voc_folder import CLASSES, smooth_image
 
 import toco_core
 from toco_core.cam import multi_scale_cam
-from toco_core.data import to_unit
+from toco_core.data import read_image, to_unit
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.predict.class_maps import cams, open_classifier, relevance
@@ -90,6 +90,34 @@ def test_the_picture(opened, photo, tmp_path):
     assert Image.open(found.save(tmp_path / "a.png")).size[1] == 322
     with pytest.raises(ToCoError, match="a.txt' cannot be written"):
         found.save(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB", "I;16"])
+@pytest.mark.parametrize("turn", [1, 3, 6])
+def test_a_picture_of_pil_is_seen_as_its_file(opened, tmp_path, mode, turn):
+    """16-bit grey was white, and what its camera wants turned lay on its side."""
+    pixels = smooth_image(13, 21, 8)
+    if mode == "I;16":
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256 + 77)
+    else:
+        picture = Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as again:
+        assert again.mode == mode
+        found = cams(again, opened).image
+    np.testing.assert_array_equal(found, read_image(tmp_path / "a.png"))
+    assert found.shape == ((21, 13, 3) if turn == 6 else (13, 21, 3)) and len(np.unique(found)) > 1
+
+
+def test_pictures_of_pil_that_have_no_pixels_in_rgb_are_told(opened, photo, tmp_path):
+    for mode in ("I", "F"):
+        with pytest.raises(ToCoError, match=f"photograph has mode '{mode}' of PIL, .*: RGB, L or I;16 is wanted"):
+            cams(Image.new(mode, (9, 7)), opened)
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:200])
+    with Image.open(tmp_path / "cut.png") as cut, pytest.raises(ToCoError, match="photograph cannot be decoded: "):
+        cams(cut, opened)
 
 
 def test_an_imagenet_head_gives_named_maps(head, photo, tmp_path):

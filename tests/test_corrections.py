@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -331,6 +332,30 @@ def test_archives_that_are_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TOCO_LIMITS", "archive_list_bytes=100")
     with pytest.raises(ToCoError, match="its list of files has .* bytes: at most 100 are read"):
         list(cvat.read_archive(tmp_path / "bomb.zip", NAMES, {"a": (2, 3)}))
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("kind", ["label-studio", "cvat"])
+def test_a_class_that_is_called_as_255_is_refused(labels, tmp_path, kind):
+    """Its pixels came back as 255."""
+    path = write_for_annotation(labels, kind)
+    if kind == "label-studio":
+        path = tmp_path / "exported.json"
+        path.write_text(json.dumps(as_exported(json.loads((labels / "label_studio.json").read_text()), {})))
+    own = tmp_path / "own"
+    shutil.copytree(labels, own)
+    (own / "classes.txt").write_text("background\ncat\nignored\nsheep\n")
+    message = "class 'ignored' is not allowed here: it is what 255 is called; rename the class"
+    for file in ("label_studio.json", "label_studio.xml", "cvat.zip"):
+        (own / file).unlink(missing_ok=True)
+    before = sorted(own.rglob("*"))
+    with pytest.raises(ToCoError, match=message):
+        write_for_annotation(own, kind)
+    with pytest.raises(ToCoError, match=message):
+        write_corrected(own, path, tmp_path / "new")
+    assert sorted(own.rglob("*")) == before and not (tmp_path / "new").exists()
 
 
 # ---- from the shell

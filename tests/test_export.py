@@ -25,7 +25,8 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo
-from toco_core.predict.export import METHODS, export, palette_png, voc_archive, weights_hash
+from toco_core.predict.export import METHODS, LabelMethod, export, palette_png, voc_archive, weights_hash
+from toco_core.runs.shipped import shipped_runs
 
 K = 3
 LABELS = {"img_0": [1, 0, 1], "img_1": [0, 1, 0], "img_2": [1, 1, 1], "img_3": [0, 0, 0], "img_4": [0, 1, 1]}
@@ -62,7 +63,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source, config, tmp_path, method):
     found = export(model, source, tmp_path / "out", config, method=method, progress=False)
-    assert (found.n_images, found.n_new) == (5, 5) and abs(sum(found.pixels.values()) - 1) < 1e-9
+    assert (found.n_images, found.n_new) == (5, 5) and abs(sum(found.pixels.values()) + found.ignored - 1) < 1e-9
     back = open_source(tmp_path / "out", "train")
     assert isinstance(back, VOCFolder) and back.names == source.names and back.class_names == source.class_names
     report = back.check()
@@ -78,8 +79,40 @@ def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source,
             present = {k + 1 for k in range(K) if LABELS[source.names[i]][k]}
             assert set(np.unique(mask)) <= {0, *present} | ({255} if method in ("par", "crf") else set())
     assert len(np.unique(np.concatenate([back.mask(i).ravel() for i in range(5)]))) > 1
-    assert_close(found.pixels["ignored"], shares[255] / shares.sum())
+    assert_close(found.ignored, shares[255] / shares.sum())
     assert (shares[255] > 0) == (method in ("par", "crf"))
+
+
+def test_a_method_whose_head_was_not_trained_is_refused(model, source, config, tmp_path):
+    """The label maps were noise."""
+    without_decoder, without_classifier = override(config, seg=0.0), override(config, cls=0.0)
+    for method in METHODS:
+        lacking = without_decoder if method.startswith("seg") else without_classifier
+        with pytest.raises(ToCoError, match=f"method = '{method}' needs the (decoder|classifier), whose loss"):
+            export(model, source, tmp_path / "x", lacking, method=method, progress=False)
+    with pytest.raises(ToCoError, match="has weight 0 in this model: allowed is none"):
+        export(model, source, tmp_path / "x", override(without_decoder, cls=0.0), progress=False)
+    assert not (tmp_path / "x").exists()
+    made = export(model, source, tmp_path / "seg", without_classifier, progress=False).folder
+    assert json.loads((made / "manifest.json").read_text())["settings"]["method"] == "seg"
+
+
+def test_runs_with_a_classifier_are_labelled_by_par_where_no_method_is_given(config):
+    for one in (config, *(run.config() for run in shipped_runs().values())):
+        assert LabelMethod.of(None, one) == LabelMethod.of("par", one)
+        assert LabelMethod.of("seg", one).name == "seg"
+
+
+def test_a_class_called_ignored_keeps_its_share(model, source, config, tmp_path):
+    """That of 255 stood in its place."""
+    other = export(model, source, tmp_path / "other", config, images="none", progress=False)
+    most = max(source.class_names[1:], key=other.pixels.get)
+    own = source.subset(range(5))
+    own.class_names = tuple("ignored" if name == most else name for name in source.class_names)
+    found = export(model, own, tmp_path / "own", config, images="none", progress=False)
+    assert found.pixels["ignored"] == other.pixels[most] > 0 and found.ignored == other.ignored > 0
+    manifest = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    assert (manifest["pixels"], manifest["ignored"]) == (found.pixels, found.ignored)
 
 
 def test_labels_are_those_that_look_shows_and_evaluate_scores(model, source, config, tmp_path):

@@ -1,10 +1,13 @@
 """The second network from a shell: edited label maps in, a folder out that `toco label` takes."""
 
+import csv
+import json
+
 import numpy as np
 import pytest
 import torch
 from killed_training import config_of
-from voc_folder import CLASSES, write_voc_folder
+from voc_folder import CLASSES, smooth_image, write_voc_folder
 
 from toco_core.__main__ import main
 from toco_core.analysis.second_stage import train_segmentation
@@ -12,6 +15,9 @@ from toco_core.commands.export import export_command as export
 from toco_core.config import override
 from toco_core.data import VOCFolder, read_mask
 from toco_core.data.files import palette_png
+from toco_core.errors import ToCoError
+from toco_core.predict.class_maps import cams
+from toco_core.predict.label import label_photographs
 from toco_core.predict.models import open_model
 from toco_core.train.loop import train
 
@@ -40,6 +46,63 @@ def test_edited_labels_reach_the_second_network(run, tmp_path, capsys):
     command = ["label", str(tmp_path / "second"), str(labels / "JPEGImages"), str(tmp_path / "new"), "--method", "seg"]
     assert main(command) == 0
     assert len(list((tmp_path / "new" / "SegmentationClass").glob("*.png"))) == 6
+
+
+@pytest.fixture(scope="module")
+def second(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("network") / "second"
+    assert main(["second", str(run.folder), run.config().data.dataset, str(folder), "--steps", "1"]) == 0
+    return folder
+
+
+def test_its_config_says_what_taught_it(run, second):
+    config = open_model(second).config
+    loss, before = config.loss, run.config()
+    assert (loss.cls, loss.aux_cls, loss.ptc, loss.ctc, loss.energy) == (0, 0, 0, 0, 0) and loss.seg > 0
+    assert config.model == before.model and config.schedule == before.schedule
+
+
+def test_it_labels_by_its_segmentation(run, second, tmp_path):
+    """Its classifiers are as they began: by default they chose classes, and their CAMs made the label maps."""
+    photos = f"{run.config().data.dataset}/JPEGImages"
+    for method in ([], ["--method", "seg"]):
+        assert main(["label", str(second), photos, str(tmp_path / "_".join(["by", *method])), *method]) == 0
+    made, wanted = (sorted((tmp_path / by / "SegmentationClass").iterdir()) for by in ("by", "by_--method_seg"))
+    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in wanted] and len(made) == 6
+    with open(tmp_path / "by" / "photographs.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, path in zip(rows, made, strict=True):
+        shown = [CLASSES[k] for k in np.unique(read_mask(path)) if 0 < k < 255]
+        assert row["tags"] == ";".join(shown) and row["chosen by"] == "segmentation"
+        assert [row[name] for name in CLASSES[1:]] == ["", "", ""]
+    again = label_photographs(str(second), photos, tmp_path / "by", progress=False)
+    assert (again.n_photographs, again.n_new) == (6, 0)
+
+
+def test_what_needs_its_classifiers_is_refused(run, second, tmp_path):
+    photos = f"{run.config().data.dataset}/JPEGImages"
+    for method in ("cam", "par", "crf"):
+        message = rf"error: method = '{method}' needs the classifier.* allowed is --method seg or --method seg_crf"
+        with pytest.raises(SystemExit, match=message):
+            main(["label", str(second), photos, str(tmp_path / "x"), "--method", method])
+    with pytest.raises(ToCoError, match=r"model = 'second' has no trained classifier \(cls = 0\).* --method seg"):
+        cams(smooth_image(20, 30, 1), second)
+    with pytest.raises(SystemExit, match="error: second has no trained classifier: .* --method seg"):
+        main(["page", str(second), f"{photos}/img_0.jpg", str(tmp_path / "x.html")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_second_networks_of_older_versions_are_known_by_their_card(run, second, tmp_path):
+    """They had the config of the first run."""
+    for name in ("model.safetensors", "README.md"):
+        (tmp_path / name).write_bytes((second / name).read_bytes())
+    facts = json.loads((second / "config.json").read_text())
+    facts["config"]["loss"] = run.config().to_dict()["loss"]
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    loss = open_model(tmp_path).config.loss
+    assert (loss.cls, loss.aux_cls) == (0, 0) and loss == open_model(second).config.loss
+    (tmp_path / "README.md").write_text("# Another network\n")
+    assert open_model(tmp_path).config.loss == run.config().loss
 
 
 def test_wrong_use_ends_in_one_line(run, tmp_path):

@@ -4,7 +4,7 @@ In the single stage of ToCo the decoder learns while its labels are still moving
 ordinary supervised training can begin anew from the pretrained backbone: cross-entropy, 255 ignored.
 
     toco second runs/<run> my_labels my_second         # backbone and sizes as that run, label maps of `my_labels`
-    toco label my_second new_photographs new_labels --method seg
+    toco label my_second new_photographs new_labels    # by its decoder, all that was trained
 
 `my_labels` is a folder of `toco_core.predict.export` or of `toco label`; its label maps may have been edited, with any
 program that keeps the numbers of a palette PNG.

@@ -4,6 +4,7 @@ import argparse
 
 from toco_core.commands import command_parser
 from toco_core.config import TrainConfig
+from toco_core.conventions import IGNORED
 from toco_core.data import Split, open_data, open_source
 from toco_core.data.split import joined
 from toco_core.predict.corrections import FORMATS, write_for_annotation
@@ -47,7 +48,8 @@ def export_command(arguments: list[str]) -> int:
             split=chosen.split, parts={name: part.names for name, part in parts.items()},
         )  # fmt: skip
         print(f"{found.folder}: {found.n_images} label maps, {found.n_new} of them new")
-        print(", ".join(f"{name} {100 * share:.1f} %" for name, share in found.pixels.items()))
+        shares = [*found.pixels.items(), (IGNORED, found.ignored)]
+        print(", ".join(f"{name} {100 * share:.1f} %" for name, share in shares))
         if chosen.format != "voc":
             print(write_for_annotation(found.folder, chosen.format, split=chosen.split))
         if chosen.archive:
@@ -60,7 +62,8 @@ def export_command(arguments: list[str]) -> int:
 def add_label_options(parser: argparse.ArgumentParser) -> None:
     """Add what `toco export` and `toco label` have in common: how labels are made, and where their images go."""
     methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
-    parser.add_argument("--method", default="par", choices=METHODS, help=f"{methods} (default par)")
+    default = "par; seg for a second network, whose classifiers were not trained"
+    parser.add_argument("--method", choices=METHODS, help=f"{methods} (default {default})")
     for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")

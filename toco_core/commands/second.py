@@ -5,12 +5,13 @@ from pathlib import Path
 from toco_core.analysis import second_stage
 from toco_core.analysis.second_stage import train_segmentation
 from toco_core.commands import command_parser
+from toco_core.config import override
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
 from toco_core.predict.models import open_model
-from toco_core.runs.hub import write_pretrained
+from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
 
-CARD = """# A second network
+CARD = """
 
 {backbone}, trained for {steps} steps by cross-entropy on the {n} label maps of `{labels}`, by toco_core.
 Classes: {classes}. Only the decoder was trained: `--method seg`.
@@ -32,6 +33,7 @@ def second_command(arguments: list[str]) -> int:
     source = open_source(chosen.labels, chosen.split)
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
-    card = CARD.format(**facts, classes=", ".join(source.class_names[1:]))
-    print(write_pretrained(chosen.folder, model.state_dict(), config, source.class_names, card))
+    card = SECOND + CARD.format(**facts, classes=", ".join(source.class_names[1:]))
+    taught = override(config, loss=SECOND_LOSS)
+    print(write_pretrained(chosen.folder, model.state_dict(), taught, source.class_names, card))
     return 0

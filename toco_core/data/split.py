@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from toco_core.conventions import IGNORE
+from toco_core.conventions import IGNORE, IGNORED
 from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_text
@@ -351,6 +351,16 @@ def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
         raise ToCoError(f"{source} names {len(names) - 1} classes besides background: 1..{IGNORE - 1} are allowed")
     refuse_twice(names, f"{source} names the class")
     return tuple(utf8(name, f"{source} names a class") for name in names)
+
+
+def label_names(class_names: Sequence[str]) -> dict[int, str]:
+    """Name the values of label maps above 0, for tools that know names only: the classes, and 255.
+
+    Raises ToCoError for a class that is called as the latter is.
+    """
+    if IGNORED in class_names[1:]:
+        raise ToCoError(f"class {IGNORED!r} is not allowed here: it is what {IGNORE} is called; rename the class")
+    return {k: name for k, name in enumerate(class_names) if k} | {IGNORE: IGNORED}
 
 
 def one_hot(present: Iterable[str], class_names: Sequence[str], source: Path | str) -> UInt8[np.ndarray, " K"]:

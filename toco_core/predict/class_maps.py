@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from toco_core.backbone import SHIPPED, build_timm, load_weights
@@ -116,14 +116,15 @@ def cams(
     """Show where a model sees which class in a photograph.
 
     Args:
-        photograph: a file, an array (uint8 H W 3, RGB), or a picture of PIL.
+        photograph: a file, an array (uint8 H W 3, RGB), or a picture of PIL, which is seen as its file would be.
         model: what `open_model` takes, or the name of a timm vision transformer whose weights hold an ImageNet head;
             or one that is open already (`open_model`, `open_classifier`).
         classes: names of those to show; None: those with a probability above `threshold`.
         threshold: None: 0.5 for a run, 0.1 for an ImageNet head, of which the three most probable classes are shown.
         weights: a file for a timm name, in place of a download.
 
-    Raises ToCoError for a photograph, a model or a class that is not there.
+    Raises ToCoError for a photograph, a model or a class that is not there, and for a run whose classifier was not
+    trained, as a second network's.
     """
     opened = model if isinstance(model, (NamedModel, Classifier)) else _opened(model, weights, device)
     image = _pixels(photograph)
@@ -187,10 +188,25 @@ def _kept(name: str, weights: str | None, device: str, _state: tuple) -> NamedMo
 def _pixels(photograph: str | Path | np.ndarray | Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(photograph, (str, Path)):
         return read_image(photograph)
-    pixels = np.asarray(photograph.convert("RGB") if isinstance(photograph, Image.Image) else photograph)
+    pixels = _of_picture(photograph) if isinstance(photograph, Image.Image) else np.asarray(photograph)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ToCoError(f"photograph is {pixels.dtype} {pixels.shape}: uint8 of H x W x 3 is wanted, or a file")
     return np.ascontiguousarray(pixels)
+
+
+def _of_picture(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Turn a picture of PIL upright and into RGB, as `read_image` does: 16-bit grey keeps its upper byte."""
+    if picture.mode in ("I", "F"):
+        raise ToCoError(
+            f"photograph has mode {picture.mode!r} of PIL, whose range is not known: RGB, L or I;16 is wanted"
+        )
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # the decoders' errors are of many types, and all of them mean the picture
+        raise ToCoError(f"photograph cannot be decoded: {error}") from error
 
 
 def _number(name: str, names: Sequence[str]) -> int:
@@ -217,6 +233,11 @@ class _ImageView(NamedTuple):
 
 
 def _seen_by_run(opened: NamedModel, image: np.ndarray) -> _ImageView:
+    if not opened.config.loss.cls:
+        raise ToCoError(
+            f"model = {opened.name!r} has no trained classifier (cls = 0), so there are no CAMs: "
+            "`toco label --method seg` writes its segmentation"
+        )
     predictor = ImagePredictor(opened.model, opened.config, passes=passes_of(opened.model, opened.config))
     predictor.set_image(image)
     labels = opened.config.labels.pseudo_label_options()

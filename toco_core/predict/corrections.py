@@ -44,7 +44,8 @@ def write_for_annotation(folder: Path | str, kind: str, *, split: str | None = N
     """Write the label maps of an exported folder for a tool of `FORMATS`, into that folder; the file for the tool.
 
     Label Studio finds the images where its local file storage has the folder that holds `folder` as its root
-    (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT). Raises ToCoError for an unknown tool, and for a folder without labels.
+    (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT). Raises ToCoError for an unknown tool, for a folder without labels, and for
+    a class called "ignored", as pixels of 255 are.
     """
     refuse_other(FORMATS, format=kind)
     source = _exported(folder, split)

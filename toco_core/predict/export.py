@@ -61,7 +61,8 @@ class Exported(NamedTuple):
     folder: Path
     n_images: int
     n_new: int  # label maps made by this call; the others were there
-    pixels: dict[str, float]  # share of all pixels per class name, and "ignored"
+    pixels: dict[str, float]  # share of all pixels per class name
+    ignored: float  # share of those that are 255
 
 
 @loader_errors()
@@ -72,7 +73,7 @@ def export(
     folder: Path | str,
     config: TrainConfig,
     *,
-    method: str = "par",
+    method: str | None = None,
     crf: Mapping | bool = True,
     split: str | None = None,
     parts: Mapping[str, Sequence[str]] | None = None,
@@ -83,8 +84,8 @@ def export(
     """Write label maps of every image of a split in VOC layout.
 
     Args:
-        method: one of `METHODS`. Sizes, scales and thresholds are those of `config`, as `look` and `evaluate_as` use
-            them.
+        method: one of `METHODS`; None: par, or seg where the classifier was not trained. Sizes, scales and thresholds
+            are those of `config`, as `look` and `evaluate_as` use them.
         crf: True, or fields of `refiners.crf.CRFSettings`, for the two methods with a CRF.
         split: name of the list that is written; None: the split's own name.
         parts: name -> images, of further lists.
@@ -93,10 +94,11 @@ def export(
             upright, as PNG.
         thresholds: `beta` of "cam", `beta_l` and `beta_h` of "par" and "crf"; None: those of `config.labels`.
 
-    Raises ToCoError for an unknown method, and for a folder that holds something else or an export of other settings.
+    Raises ToCoError for an unknown method, for one whose head was not trained, and for a folder that holds something
+    else or an export of other settings.
     """
     refuse_other(IMAGES, images=images)
-    how, config = LabelMethod.of(method, crf), with_thresholds(config, **thresholds)
+    how, config = LabelMethod.of(method, config, crf), with_thresholds(config, **thresholds)
     folder, split = Path(folder), split or source.split
     settings = _settings(model, source, config, how)
     with claimed(folder, settings, "export", "exports to"):
@@ -141,9 +143,19 @@ class LabelMethod(NamedTuple):
     """`CRFSettings`, where the method has a CRF."""
 
     @classmethod
-    def of(cls, name: str, crf: Mapping | bool = True) -> "LabelMethod":
-        """Raises ToCoError for an unknown name, and for one with a CRF without it."""
+    def of(cls, name: str | None, config: TrainConfig, crf: Mapping | bool = True) -> "LabelMethod":
+        """Check a method, or choose that of a model: par, or seg where the classifier's loss has weight 0.
+
+        Raises ToCoError for an unknown name, one with a CRF without it, and one that asks a head whose loss has weight
+        0: a second network has a trained decoder only.
+        """
+        name = name or ("par" if config.loss.cls else "seg")
         refuse_other(METHODS, method=name)
+        trained = [n for n in METHODS if (config.loss.seg if n.startswith("seg") else config.loss.cls) > 0]
+        if name not in trained:
+            head = "decoder, whose loss (seg)" if name.startswith("seg") else "classifier, whose loss (cls)"
+            allowed = " or ".join(f"--method {n}" for n in trained) or "none"
+            raise ToCoError(f"method = {name!r} needs the {head} has weight 0 in this model: allowed is {allowed}")
         options = checked_crf(crf) if name.endswith("crf") else None
         if name.endswith("crf") and options is None:
             raise ToCoError(f"method = {name!r} needs a CRF: crf = False is not allowed")
@@ -281,10 +293,10 @@ def write_lists(
     write_whole(folder / "classes.txt", "".join(f"{name}\n" for name in source.class_names))
     total = counts.sum()
     pixels = {name: float(counts[k] / total) for k, name in enumerate(source.class_names)}
-    pixels["ignored"] = float(counts[IGNORE] / total)
-    manifest = {"finished": True, "split": split, "settings": settings, "pixels": pixels, "sha256": files}
+    shares = {"pixels": pixels, "ignored": float(counts[IGNORE] / total)}
+    manifest = {"finished": True, "split": split, "settings": settings, **shares, "sha256": files}
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    return Exported(folder, len(source), n_new, pixels)
+    return Exported(folder, len(source), n_new, **shares)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

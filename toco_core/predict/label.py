@@ -6,12 +6,13 @@
     my_labels/SegmentationClass/<name>.png       label maps, and what else makes a data set in VOC layout of the folder,
                                                  with COCO's RLE: see `export`
     my_labels/overlays/<name>.jpg                each label map over its photograph, the classes named below it
-    my_labels/photographs.csv                    file, classes, who chose them, the classifier's probabilities
+    my_labels/photographs.csv                    file, classes, who chose them, a trained classifier's probabilities
     my_labels/skipped.txt                        photographs that cannot be used, and why
 
 Which classes a photograph shows is known from its tags, in a list of tags or a folder per class (see
 `data.layouts.tags`). Of a photograph without tags the classifier chooses: the classes with a probability above
-`threshold`. A label map has no other classes than these, but for the methods "seg" and "seg_crf", which need none.
+`threshold`. A label map has no other classes than these, but for the methods "seg" and "seg_crf", which need none. Of a
+second network only these two are allowed, and there the classes of a photograph are those that its label map shows.
 
 Any folder will do, with folders in it. An interrupted call goes on where it stopped; a later one labels what is new or
 has changed.
@@ -98,7 +99,7 @@ def label_photographs(
     photographs: Path | str,
     folder: Path | str,
     *,
-    method: str = "par",
+    method: str | None = None,
     threshold: float = 0.5,
     tags: str = "auto",
     crf: Mapping | bool = True,
@@ -113,7 +114,7 @@ def label_photographs(
     Args:
         model: what `open_model` takes, or gives.
         photographs: a folder, with folders in it; a list of tags; or one photograph.
-        method: one of `export.METHODS`.
+        method: one of `export.METHODS`; None: par, or seg for a second network, whose classifier was not trained.
         threshold: of the classifier's probability, above which a photograph without tags has a class.
         tags: "auto" or "none", see `TAGS`.
         images, thresholds: as for `export`.
@@ -127,7 +128,8 @@ def label_photographs(
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
-    config, how = with_thresholds(opened.config, **thresholds), LabelMethod.of(method, crf)
+    config = with_thresholds(opened.config, **thresholds)
+    how = LabelMethod.of(method, config, crf)
     folder = Path(folder)
     found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
     if not found.photographs:
@@ -152,7 +154,9 @@ def label_photographs(
                     label, classes, scores = outcome
                     write_label(label_path(folder, photograph.name), label)
                     if overlays:
-                        names = {k: f"{opened.class_names[k]} {scores[k - 1]:.2f}" for k in classes}
+                        names = {k: opened.class_names[k] for k in classes}
+                        if scores is not None:
+                            names = {k: f"{name} {scores[k - 1]:.2f}" for k, name in names.items()}
                         _write_overlay(folder / "overlays" / f"{photograph.name}.jpg", image, label, names, opened)
                     log.add(photograph, classes, scores)
         except KeyboardInterrupt:
@@ -273,7 +277,7 @@ def _labels(
     opened: NamedModel, config: TrainConfig, photographs: Sequence[Photograph], how: LabelMethod, threshold: float
 ) -> Iterator[tuple]:
     """(photograph, image, ToCoError) or (photograph, image, (label map, the classes that it may have, the classifier's
-    probability of each of the K)), in order."""
+    probability of each of the K, None where it was not trained)), in order."""
     predictor = ImagePredictor(opened.model, config, passes=passes_of(opened.model, config))
     for photograph, image in _read_ahead(photographs):
         if isinstance(image, ToCoError):
@@ -281,10 +285,11 @@ def _labels(
             continue
         try:
             predictor.set_image(image)
-            scores, classes = predictor.class_scores(), photograph.classes
-            if classes is None:
+            scores, classes = predictor.class_scores() if config.loss.cls else None, photograph.classes
+            if classes is None and scores is not None:
                 classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
-            yield photograph, image, (how.label(predictor, classes), classes, scores)
+            label = how.label(predictor, classes)
+            yield photograph, image, (label, tuple(classes_in(label)) if classes is None else classes, scores)
         except ToCoError as error:
             yield photograph, image, error
 
@@ -342,9 +347,9 @@ class _Log:
         entry = self._entries.get(photograph.name)
         return entry is not None and (entry["file"], entry["tags"]) == _state(photograph)
 
-    def add(self, photograph: Photograph, classes: Sequence[int], scores: Float[np.ndarray, " K"]) -> None:
+    def add(self, photograph: Photograph, classes: Sequence[int], scores: Float[np.ndarray, " K"] | None) -> None:
         file, known = _state(photograph)
-        rounded = [round(float(score), 4) for score in scores]
+        rounded = None if scores is None else [round(float(score), 4) for score in scores]
         entry = {"file": file, "tags": known, "classes": list(classes), "scores": rounded}
         self._file.write(json.dumps({"name": photograph.name} | entry) + "\n")
         self._file.flush()
@@ -354,7 +359,7 @@ class _Log:
     def classes(self, photograph: Photograph) -> tuple[int, ...]:
         return tuple(self._entries[photograph.name]["classes"])
 
-    def scores(self, photograph: Photograph) -> list[float]:
+    def scores(self, photograph: Photograph) -> list[float] | None:
         return self._entries[photograph.name]["scores"]
 
 
@@ -400,8 +405,8 @@ def _write_tables(
         rows.writerow(["file", "tags", "chosen by", *class_names[1:]])
         for photograph in done:
             names = ";".join(class_names[k] for k in log.classes(photograph))
-            chosen = "classifier" if photograph.classes is None else "tags"
-            file = f"{photograph.name}{photograph.path.suffix}"
-            rows.writerow([file, names, chosen, *log.scores(photograph)])
+            scores, file = log.scores(photograph), f"{photograph.name}{photograph.path.suffix}"
+            chosen = "tags" if photograph.classes is not None else "segmentation" if scores is None else "classifier"
+            rows.writerow([file, names, chosen, *(scores or [""] * (len(class_names) - 1))])
         write_whole(folder / "photographs.csv", text.getvalue())
     write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))

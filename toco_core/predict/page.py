@@ -60,7 +60,7 @@ def page_html(
     mask_names: Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     settings: dict[str, Any] | None = None,
-    has: Sequence[str] = ("classifier", "auxiliary", "decoder"),
+    has: Sequence[str] | None = None,
 ) -> str:
     """Return the page of the image that was set, less than `MOST_BYTES` long.
 
@@ -70,12 +70,18 @@ def page_html(
         classes: those to begin with, 1..K; None: the labelled ones, else the predicted ones.
         settings: what to begin with: show, block, strength, beta, beta_l, beta_h, par_iterations; and what stays:
             par_dilations, cam_scales, flip.
-        has: the trained heads; without a decoder there is no segmentation.
+        has: the trained heads, of classifier, auxiliary and decoder; None: those whose loss has a weight in the config.
+            Without a decoder there is no segmentation.
 
     Raises ToCoError for a model without a trained classifier.
     """
+    if has is None:
+        loss = predictor.config.loss
+        weights = {"classifier": loss.cls, "auxiliary": loss.aux_cls, "decoder": loss.seg}
+        has = [head for head, weight in weights.items() if weight > 0]
     if "classifier" not in has or len(class_names) < 2:
-        raise ToCoError(f"{model or 'this model'} has no trained classifier: there is no CAM for a page")
+        other = "; `toco label --method seg` writes its segmentation" if "decoder" in has else ""
+        raise ToCoError(f"{model or 'this model'} has no trained classifier: there is no CAM for a page{other}")
     for side in SIDES:
         page = _filled(_content(predictor, side, title, class_names, model, mask, mask_names, classes, settings, has))
         if len(page.encode()) < MOST_BYTES:

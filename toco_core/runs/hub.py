@@ -22,7 +22,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from toco_core import __version__
-from toco_core.config import TrainConfig, override
+from toco_core.config import LossConfig, TrainConfig, override
 from toco_core.errors import ToCoError
 from toco_core.machine.files import read_tensors
 from toco_core.machine.hub import hub_reason, quick_hub
@@ -37,6 +37,10 @@ SCORES = {
     "pseudo_label": "pseudo label",
     "seg": "segmentation",
 }
+
+
+SECOND = "# A second network"  # how the card of one begins
+SECOND_LOSS = LossConfig(cls=0.0, aux_cls=0.0, ptc=0.0, ctc=0.0, seg=1.0, seg_start=0, energy=0.0)  # and what taught it
 
 
 class Pretrained(NamedTuple):
@@ -87,7 +91,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     """Read a folder that `save_pretrained` wrote, or fetch such a repository ("name/model") from the Hub.
 
     Nothing in the files is executed. Raises ToCoError where there is no such folder or repository, and where the
-    tensors are not those of the config.
+    tensors are not those of the config. Second networks that older versions wrote have their first run's losses in
+    their config: they are known by their card.
     """
     folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
     try:
@@ -97,6 +102,9 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
     found = read_tensors(folder / "model.safetensors", "source")
     model = loaded_model(f"source = {str(source)!r}", found, config, len(names) - 1)
+    card = folder / "README.md"
+    if card.is_file() and card.read_bytes().startswith(SECOND.encode()):
+        config = override(config, loss=SECOND_LOSS)
     return Pretrained(model.eval(), config, names)
 
 

@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from toco_core.conventions import IGNORE, IGNORED, voc_palette
+from toco_core.conventions import voc_palette
 from toco_core.data.files import MASK_SUFFIXES, decode_image, decode_mask, index_files, is_grey, picture_bytes
-from toco_core.data.split import BACKGROUND_NAMES, inside_name
+from toco_core.data.split import BACKGROUND_NAMES, inside_name, label_names
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import limit, open_archive, open_file, read_bytes, refuse_above
 
@@ -39,10 +39,10 @@ def write_archive(
     """Write (name, label map) pairs as an archive. Raises ToCoError for a class name that a label map cannot hold."""
     colours, names = voc_palette(), []
     lines = [HEAD]
-    for k, name in [*enumerate(class_names), (IGNORE, IGNORED)]:
+    for k, name in {0: "background", **label_names(class_names)}.items():
         if ":" in name or name.startswith("#") or not name.isprintable():
             raise ToCoError(f"class {name!r:.60} cannot stand in {MAP}: no ':', no '#' at its beginning")
-        lines.append(f"{name if k else 'background'}:{','.join(map(str, colours[k].tolist()))}::\n")
+        lines.append(f"{name}:{','.join(map(str, colours[k].tolist()))}::\n")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, label in labels:
             names.append(name)
@@ -99,7 +99,7 @@ class _Label(NamedTuple):
 
 
 def _labels(data: bytes, class_names: Sequence[str], where: str) -> list[_Label]:
-    numbers = {name: k for k, name in enumerate(class_names) if k} | {IGNORED: IGNORE}
+    numbers = {name: k for k, name in label_names(class_names).items()}
     numbers |= dict.fromkeys(BACKGROUND_NAMES, 0)
     found = []
     try:

@@ -22,8 +22,8 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from toco_core.conventions import IGNORE, IGNORED, voc_palette
-from toco_core.data.split import inside_name, without_suffix
+from toco_core.conventions import voc_palette
+from toco_core.data.split import inside_name, label_names, without_suffix
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json, refuse_above
 
@@ -39,7 +39,7 @@ AWAY = "only brush labels are read back: turn the region into a brush, or delete
 def config_xml(class_names: Sequence[str]) -> str:
     """The labelling interface of a project: a brush for each class, and one for what is not to be learned from."""
     colours = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in voc_palette().tolist()]
-    rows = [(name, colours[k]) for k, name in enumerate(class_names) if k] + [(IGNORED, colours[IGNORE])]
+    rows = [(name, colours[k]) for k, name in label_names(class_names).items()]
     labels = "\n".join(f"    <Label value={quoteattr(name)} background={quoteattr(colour)}/>" for name, colour in rows)
     return (
         '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
@@ -51,7 +51,7 @@ def tasks_json(
     labels: Iterable[tuple[str, str, UInt8[np.ndarray, "H W"]]], class_names: Sequence[str], *, model: str
 ) -> str:
     """Tasks of (name, address of the image, label map); each label map is a prediction of `model`."""
-    named = {k: name for k, name in enumerate(class_names) if k} | {IGNORE: IGNORED}
+    named = label_names(class_names)
     tasks = []
     for name, image, label in labels:
         regions = [
@@ -105,7 +105,7 @@ def read_tasks(
     tasks = read_json(path, "annotation_bytes")
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ToCoError(f"{path} is no export of Label Studio: a list of tasks is wanted, as its format JSON gives it")
-    numbers = {name: k for k, name in enumerate(class_names) if k} | {IGNORED: IGNORE}
+    numbers = {name: k for k, name in label_names(class_names).items()}
     seen: set[str] = set()
     for place, task in enumerate(tasks, start=1):
         where = f"{path}: task {place}"
