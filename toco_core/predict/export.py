@@ -176,7 +176,9 @@ def label_maps(
     known = source if how.needs_labels else _Unlabelled(source)
     predictor = ImagePredictor(model, config, passes=passes_of(model, config))
     with model.evaluating():
-        for item in evaluation_items(known, size=eval_size(config), workers=config.data.workers, native=True):
+        for item in evaluation_items(
+            known, size=eval_size(config), workers=config.data.workers, native=True, masks=False
+        ):
             predictor.set_item(item)
             yield item.name, how.label(predictor)
 
