@@ -153,6 +153,16 @@ def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, 
         label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
 
 
+def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
+    (photos / "a.jpg").rename(photos / "a.png.jpg")
+    (photos / "e.jpg").rename(photos / "a.jpg")
+    out = label_photographs(opened, photos, tmp_path / "out", progress=False).folder
+    back = VOCFolder(out, "train")
+    assert back.names == ("a", "a.png", "c d", "sub/b") and back.check(progress=False).n_masks == 4
+    coco = COCOFolder(out / "annotations" / "instances_train.json", unlabelled=True)
+    assert sorted(coco.names) == sorted(back.names)
+
+
 @pytest.mark.parametrize("images", ["copy", "link", "none"])
 def test_a_photograph_that_has_changed_takes_the_place_of_the_one_before(opened, photos, tmp_path, images, monkeypatch):
     """Of its own suffix or of another one, also where the call is cut between the label and the picture."""
