@@ -175,6 +175,27 @@ def test_the_command(root, tmp_path, capsys):
     assert how_to_get("photos") == ""
 
 
+def test_the_command_takes_a_test_part_without_masks(root, capsys):
+    """It ended before it looked at any split."""
+    save(root, 9, scene(83, 106, 1))  # image 1 again
+    write_list(root, "val", ["img_6", "img_7"])
+    write_list(root, "test", ["img_8"])
+    (root / "SegmentationClass" / "img_8.png").unlink()
+    assert main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "test: 1 images, 0 masks, no image labels\n" in told and "train: 6 images, 6 masks, 0 of no" in told
+    (root / "SegmentationClass" / "img_9.png").unlink()
+    write_list(root, "test", ["img_8", "img_9"])
+    assert main([str(root)]) == 1
+    told = capsys.readouterr().out
+    assert "leaks between splits: 1\n  test/img_9 = train/img_1\n" in told  # whether labels differ is not known
+    save(root, 9, scene(107, 74, 9))
+    assert main([str(root)]) == 1
+    assert "unreadable: 1" in (told := capsys.readouterr().out) and "img_8.jpg has no mask to derive" in told
+    write_list(root, "val", ["img_8"])
+    assert main([str(root)]) == 1 and "img_8.jpg has no mask img_8.png" in capsys.readouterr().out
+
+
 def test_the_command_where_no_image_can_be_read(tmp_path, capsys):
     """The checker's own job ended in a ValueError of NumPy's."""
     for i in range(2):

@@ -75,6 +75,7 @@ class SplitSurvey(NamedTuple):
     n_masks: int
     unreadable: tuple[str, ...]  # what is wrong with each of the others
     outside: tuple[str, ...] = ()  # names of images that are links out of the data set
+    labelled: bool = True  # off: there is neither a mask nor anything else that labels its images
 
 
 class DuplicatePair(NamedTuple):
@@ -83,7 +84,7 @@ class DuplicatePair(NamedTuple):
     one: tuple[str, str]  # split, name
     other: tuple[str, str]
     bits: int  # in which their fingerprints differ; -1 where every pixel is equal
-    same_labels: bool
+    same_labels: bool  # or those of one are unknown
 
 
 class Survey(NamedTuple):
@@ -119,9 +120,10 @@ class Survey(NamedTuple):
         lines = []
         for part in self.parts:
             named = zip(part.class_names[1:], part.images_per_class.tolist(), strict=True)
+            labels = f"{part.n_without_class} of no class; " + ", ".join(f"{name} {n}" for name, n in named)
             lines.append(
-                f"{part.split}: {len(part.names)} images, {part.n_masks} masks, {part.n_without_class} of no class; "
-                + ", ".join(f"{name} {n}" for name, n in named)
+                f"{part.split}: {len(part.names)} images, {part.n_masks} masks, "
+                f"{labels if part.labelled else 'no image labels'}"
             )
         lines.append(f"unreadable: {len(self.unreadable)}" + "".join(f"\n  {m}" for m in self.unreadable))
         outside = [f"{part.split}/{name}" for part in self.parts for name in part.outside]
@@ -152,13 +154,16 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
             progress=progress,
         )
         good = [i for i, (_, error) in enumerate(outcomes) if error is None]
-        rows = source.subset(good).image_labels if good else np.zeros((0, source.n_classes), np.uint8)
+        labelled = source.n_masks > 0 or source.label_source != "masks"
+        rows = (
+            source.subset(good).image_labels if good and labelled else np.zeros((len(good), source.n_classes), np.uint8)
+        )
         for row, i in zip(rows, good, strict=True):
             _, bits, digest = outcomes[i][0]
             prints.append(bits)
             exact.append(digest)
             origin.append((source.split, source.names[i]))
-            labels.append(row)
+            labels.append(row if labelled else None)
         parts.append(
             SplitSurvey(
                 split=source.split,
@@ -170,12 +175,11 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
                 n_masks=source.subset(good).n_masks if good else 0,
                 unreadable=tuple(str(error) for _, error in outcomes if error is not None),
                 outside=tuple(source.names[i] for i in source.outside()),
+                labelled=labelled,
             )
         )
     same = [
-        DuplicatePair(
-            origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j]))
-        )
+        DuplicatePair(origin[i], origin[j], -1 if exact[i] == exact[j] else bits, _agree(labels[i], labels[j]))
         for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), GRID * GRID // 64), near)
     ]
     return Survey(tuple(parts), tuple(same))
@@ -202,8 +206,15 @@ def near_pairs(prints: UInt64[np.ndarray, "N words"], near: int) -> list[tuple[i
 
 def _looked_at(source: Split, index: int) -> tuple[tuple[int, int], np.ndarray, bytes]:
     size = source._check_one(index)[0]
+    if source.n_masks and source.label_source == "masks" and source.mask_source(index) is None:
+        raise ToCoError(f"{source.image_path(index)} has no mask to derive its image labels from")
     image = source.image(index)
     return size, fingerprint(image), hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+
+
+def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Whether two rows of labels are equal, as far as both are known."""
+    return one is None or other is None or bool(np.array_equal(one, other))
 
 
 def inventory(dataset: Path | str) -> Inventory:
