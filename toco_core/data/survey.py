@@ -6,7 +6,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +15,21 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
+from toco_core.data.layouts import coco
 from toco_core.data.layouts.sbd import sbd_folder
 from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.data.source import Layout, recognise
-from toco_core.data.split import Split
+from toco_core.data.split import Split, one_spelling, without_suffix
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_bytes, read_json
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
-NESTED = ({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"})
+NESTED = (
+    *({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"}),
+    {"val", coco.VAL_PART},
+)
+OF_OTHERS = {"all", "corrected"}  # what `toco export --split all` and `toco corrected` list besides other lists
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
 SBD_HOME = (
     "SBD, benchmark.tgz from www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours, "
@@ -97,14 +102,11 @@ class Survey(NamedTuple):
     def leaks(self) -> tuple[DuplicatePair, ...]:
         """Pairs of which one is in another split than the other: what is scored was learned from.
 
-        VOC's lists that hold each other by design (`NESTED`) share their images.
+        Lists that hold each other by design (`NESTED`, `OF_OTHERS`) share their images, and what comes twice in the
+        longer one is a duplicate there.
         """
-        return tuple(
-            pair
-            for pair in self.same
-            if pair.one[0] != pair.other[0]
-            and not (pair.one[1] == pair.other[1] and {pair.one[0], pair.other[0]} in NESTED)
-        )
+        names = {part.split: set(part.names) for part in self.parts}
+        return tuple(pair for pair in self.same if pair.one[0] != pair.other[0] and not _is_shared(pair, names))
 
     @property
     def duplicates(self) -> tuple[DuplicatePair, ...]:
@@ -212,6 +214,13 @@ def _looked_at(source: Split, index: int) -> tuple[tuple[int, int], np.ndarray, 
     return size, fingerprint(image), hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
 
 
+def _is_shared(pair: DuplicatePair, names: Mapping[str, set[str]]) -> bool:
+    """Whether two lists hold each other by design, and both pictures are in one of them; `names` are those of each."""
+    lists = {pair.one[0], pair.other[0]}
+    by_design = lists in NESTED or lists & OF_OTHERS
+    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in lists)
+
+
 def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:
     """Whether two rows of labels are equal, as far as both are known."""
     return one is None or other is None or bool(np.array_equal(one, other))
@@ -278,15 +287,26 @@ def _coco_entries(layout: Layout) -> list[InventoryItem]:
         entries.append(InventoryItem(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
         entries.append(InventoryItem(f"{path.name}: annotations", counts["annotations"], None, ""))
         entries.append(InventoryItem(f"{path.name}: categories", counts["categories"], None, ""))
-        folders = [root / year, root / "images" / year] if root.is_dir() else []
-        there = max((len(index_files(folder, IMAGE_SUFFIXES)) for folder in folders), default=0)
-        if folders:
-            entries.append(InventoryItem(f"{year}/", there, counts["images"], f"{COCO_HOME}/{year}.zip"))
+        if root.is_dir():
+            folder, there = _images_of(path, root, content["images"])
+            how = f"{COCO_HOME}/{year}.zip" if year in full else ""
+            entries.append(InventoryItem(folder, there, counts["images"], how))
     if official and root.is_dir():
         for year in sorted(set(full) - {p.stem.removeprefix("instances_") for p in paths}):
             how = f"images.cocodataset.org/annotations/annotations_trainval2014.zip and {COCO_HOME}/{year}.zip"
             entries.append(InventoryItem(f"annotations/instances_{year}.json", 0, 1, how))
     return entries
+
+
+def _images_of(path: Path, root: Path, images: Iterable) -> tuple[str, int]:
+    """The folder with the images that an annotation file names, the usual one if there is none, and how many it has."""
+    named = {without_suffix(str(image.get("file_name"))) for image in images if isinstance(image, dict)}
+    named = {one_spelling(name) for name in named}
+    for below in coco.image_folders(path):
+        there = named & {one_spelling(name) for name in index_files(root / below, IMAGE_SUFFIXES)}
+        if there:
+            return f"{below}/", len(there)
+    return f"{coco.image_folders(path)[0]}/", 0
 
 
 def _other_entries(layout: Layout) -> list[InventoryItem]:
