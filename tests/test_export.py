@@ -396,6 +396,15 @@ def test_supervised_training_needs_masks(config, tmp_path):
         train_segmentation(config, bare, steps=1, progress=False)
 
 
+def test_supervised_training_stretches_no_mask(config, tmp_path):
+    root = write_voc_folder(tmp_path / "voc", n=1)
+    path = root / "SegmentationClass" / "img_0.png"
+    with Image.open(path) as mask:
+        mask.transpose(Image.Transpose.ROTATE_90).save(path)
+    with pytest.raises(ToCoError, match="img_0.png is 30 x 20 but its image img_0.jpg is 20 x 30"):
+        train_segmentation(config, VOCFolder(root, "train"), steps=1, progress=False)
+
+
 def test_sizes_of_the_tests_differ():
     assert len(set(SIZES)) == 4
 

@@ -153,6 +153,46 @@ def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, 
         label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
 
 
+def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
+    (photos / "a.jpg").rename(photos / "a.png.jpg")
+    (photos / "e.jpg").rename(photos / "a.jpg")
+    out = label_photographs(opened, photos, tmp_path / "out", progress=False).folder
+    back = VOCFolder(out, "train")
+    assert back.names == ("a", "a.png", "c d", "sub/b") and back.check(progress=False).n_masks == 4
+    coco = COCOFolder(out / "annotations" / "instances_train.json", unlabelled=True)
+    assert sorted(coco.names) == sorted(back.names)
+
+
+@pytest.mark.parametrize("images", ["copy", "link", "none"])
+def test_a_photograph_that_has_changed_takes_the_place_of_the_one_before(opened, photos, tmp_path, images, monkeypatch):
+    """Of its own suffix or of another one, also where the call is cut between the label and the picture."""
+    out = label_photographs(opened, photos, tmp_path / "out", progress=False).folder
+    pictures = out / "JPEGImages"
+    untouched = (pictures / "e.jpg").stat().st_mtime_ns
+    for path in (photos / "a.jpg", photos / "sub" / "b.png"):
+        path.unlink(missing_ok=True)
+        Image.fromarray(smooth_image(13, 19, 40)).save(path)
+    (photos / "sub" / "b.jpg").unlink()
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(labelling, "place_image", cut)
+        patched.setattr(labelling, "remove_image", cut, raising=False)
+        label_photographs(opened, photos, out, progress=False, images=images)
+    assert (pictures / "sub" / "b.jpg").is_file()  # the old one stays until the new one is there
+    assert label_photographs(opened, photos, out, progress=False, images=images).n_new == 2
+    left = {path.relative_to(pictures).as_posix() for path in pictures.rglob("*.*")}
+    assert left == {"c d.jpg", "e.jpg"} | ({"a.jpg", "sub/b.png"} if images != "none" else set())
+    assert (pictures / "e.jpg").stat().st_mtime_ns == untouched
+    if images != "none":
+        back = VOCFolder(out, "train")
+        for i, name in enumerate(back.names):
+            np.testing.assert_array_equal(back.image(i), read_image(next(photos.glob(f"{name}.*"))))
+        assert back.check(progress=False).smallest == (13, 19)
+
+
 def test_a_folder_per_class_is_tags_where_it_has_the_names_of_classes(photos):
     for name, folder in (("x", "cat"), ("y", "background"), ("z", "dog/deep")):
         (photos / folder).mkdir(parents=True)

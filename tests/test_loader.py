@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from voc_folder import SIZES, rectangle_mask, write_voc_folder
 
 from toco_core.data import VOCFolder, evaluation_items, to_unit, training_batches, training_views
@@ -136,6 +137,20 @@ def test_a_broken_image_is_named(tmp_path, workers):
     assert "\n" not in str(caught.value)
     with pytest.raises(ToCoError, match=r"img_3.jpg is truncated"):
         list(evaluation_items(folder, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mask_of_another_size_is_named_and_not_stretched(tmp_path, workers):
+    """A photograph that its camera wants turned, with a mask drawn on its pixels as they are stored."""
+    root = write_voc_folder(tmp_path / "data", n=3)
+    path = root / "JPEGImages" / "img_1.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    with pytest.raises(ToCoError, match="img_1.png is 33 x 21 but its image img_1.jpg is 21 x 33: a mask has the size"):
+        list(evaluation_items(VOCFolder(root, "train"), size=16, workers=workers))
+    assert [item.mask for item in evaluation_items(VOCFolder(root, "train"), masks=False)] == [None] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

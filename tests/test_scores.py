@@ -11,12 +11,12 @@ from voc_folder import write_voc_folder
 
 import toco_core.evaluation.scores as scoring
 from toco_core.config import override
-from toco_core.data import VOCFolder, evaluation_items
+from toco_core.data import VOCFolder, evaluation_items, open_train_val
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as, look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
 from toco_core.evaluation.protocols import assess
-from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, score_run, scored_run
+from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, reported_part, score_run, scored_run
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.opened import open_run
@@ -212,6 +212,17 @@ def test_without_a_test_part_val_is_reported(tmp_path):
     found = scored_run(config_of(root, tmp_path / "runs"), progress=False).scores
     assert isinstance(found, RunScores) and found.part == "val"
     assert all(found.val[name] == found.miou[name] for name in ("cam", "aux_cam", "seg"))
+
+
+def test_a_test_part_without_masks_is_not_reported(tmp_path):
+    root = write_voc_folder(tmp_path / "voc", n=8, splits={"train": range(4), "val": (4, 5), "test": (6, 7)})
+    data = open_train_val(root)
+    assert reported_part(data)[0] == "test"
+    for i in (6, 7):
+        (root / "SegmentationClass" / f"img_{i}.png").unlink()
+    assert reported_part(data) == ("val", data.val)
+    found = scored_run(config_of(root, tmp_path / "runs"), progress=False).scores
+    assert found.part == "val" and found.protocol.startswith("val: ")
 
 
 def test_nearest_equals_torch():

@@ -69,6 +69,40 @@ def test_lists_that_hold_each_other_by_design_are_no_leak(root):
     assert {(p.one[0], p.other[0]) for p in found.leaks} == {("train", "extra"), ("trainval", "extra")}
 
 
+@pytest.mark.parametrize("longer, shorter", [("trainval", "train"), ("all", "train"), ("train", "corrected")])
+def test_what_comes_twice_in_the_longer_list_is_no_leak(root, longer, shorter):
+    """Pictures 0 and 3 are the same; only with another list, val, does one of them leak."""
+    save(root, 3, scene(80, 110, 0))
+    for split, numbers in {longer: (0, 1, 3), shorter: (0, 1), "val": (3, 6)}.items():
+        write_list(root, split, [f"img_{i}" for i in numbers])
+    assert [p.one[0] for p in looked_over(root, (longer, shorter)).duplicates] == [longer]
+    assert not looked_over(root, (longer, shorter)).leaks
+    leaks = looked_over(root, (longer, shorter, "val")).leaks
+    assert ((shorter, "img_0"), ("val", "img_3")) in [(p.one, p.other) for p in leaks]
+
+
+def test_what_the_package_itself_writes_has_no_leak(root, capsys):
+    """The lists of `toco export --split all`, and the one of `toco corrected`."""
+    write_list(root, "all", [f"img_{i}" for i in range(10)])
+    write_list(root, "corrected", ["img_2", "img_7"])
+    assert main([str(root)]) == 0 and "leaks between splits: 0" in capsys.readouterr().out
+
+
+def test_a_part_of_cocos_val_has_no_leak(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "own", {"train": range(4), "val": range(4, 24)})
+    for path in sorted(root.glob("*2014/*.jpg")):  # their sides stay
+        with Image.open(path) as image:
+            size = image.size
+        Image.fromarray(scene(size[1], size[0], int(path.stem[-12:]))).save(path, quality=92)
+    assert len(open_source(root, "val_part")) < len(open_source(root, "val"))
+    assert main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "splits train, val, val_part" in told and "leaks between splits: 0" in told
+    copied = root / "train2014" / "COCO_train2014_000000000001.jpg"  # of the size of image 4
+    copied.write_bytes((root / "val2014" / "COCO_val2014_000000000004.jpg").read_bytes())
+    assert main([str(root)]) == 1 and "= val/COCO_val2014_000000000004" in capsys.readouterr().out
+
+
 def test_equal_pixels_are_known(root):
     data = (root / "JPEGImages" / "img_2.jpg").read_bytes()
     (root / "JPEGImages" / "img_7.jpg").write_bytes(data)
@@ -151,12 +185,35 @@ def test_inventory_of_other_layouts(tmp_path):
     (tmp_path / "coco/val2014/COCO_val2014_000000000005.jpg").unlink()
     (missing,) = inventory(tmp_path / "coco").missing
     assert missing.what == "val2014/" and missing.how == "images.cocodataset.org/zips/val2014.zip"
+    (tmp_path / "coco/val2014").rename(tmp_path / "coco/elsewhere")
+    (missing,) = inventory(tmp_path / "coco").missing
+    assert (missing.what, missing.found) == ("val2014/", 0)
     classes = inventory(write_images(tmp_path / "photos", ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]))
     assert {e.what: e.found for e in classes.entries} == {
         "images": 3, "cat/": 2, "dog/": 1, "masks/ (optional)": 0, "classes.txt (optional)": 0,
     }  # fmt: skip
     with pytest.raises(ToCoError, match="does not exist"):
         inventory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("below", ["images", "images/train", "train", "."])
+def test_the_folders_of_your_own_coco(tmp_path, below, capsys):
+    """Whatever folder the reader takes, and nothing that is not MS COCO's comes from there."""
+    root = write_coco_folder(tmp_path / "own", {"train": range(4), "val": (4, 5)})
+    for split in ("train", "val"):
+        folder = root / below.replace("train", split)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (root / f"{split}2014").iterdir():
+            path.rename(folder / path.name)
+        (root / f"{split}2014").rmdir()
+        (root / "annotations" / f"instances_{split}2014.json").rename(root / "annotations" / f"instances_{split}.json")
+    assert len(open_source(root, "train", unlabelled=True)) == 4
+    assert main([str(root), "--names-only"]) == 0
+    told = capsys.readouterr().out
+    assert "missing" not in told and "get:" not in told
+    next(path for path in root.rglob("*.jpg") if "train2014" in path.name).unlink()
+    (missing,) = inventory(root).missing
+    assert (missing.what, missing.found, missing.expected, missing.how) == (f"{below}/", 3, 4, "")
 
 
 def test_the_command(root, tmp_path, capsys):
@@ -173,6 +230,27 @@ def test_the_command(root, tmp_path, capsys):
     assert main([str(tmp_path / "VOC2012")]) == 1
     assert f"{len(VOC_CLASSES) - 1} classes: VOCtrainval" in capsys.readouterr().out
     assert how_to_get("photos") == ""
+
+
+def test_the_command_takes_a_test_part_without_masks(root, capsys):
+    """It ended before it looked at any split."""
+    save(root, 9, scene(83, 106, 1))  # image 1 again
+    write_list(root, "val", ["img_6", "img_7"])
+    write_list(root, "test", ["img_8"])
+    (root / "SegmentationClass" / "img_8.png").unlink()
+    assert main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "test: 1 images, 0 masks, no image labels\n" in told and "train: 6 images, 6 masks, 0 of no" in told
+    (root / "SegmentationClass" / "img_9.png").unlink()
+    write_list(root, "test", ["img_8", "img_9"])
+    assert main([str(root)]) == 1
+    told = capsys.readouterr().out
+    assert "leaks between splits: 1\n  test/img_9 = train/img_1\n" in told  # whether labels differ is not known
+    save(root, 9, scene(107, 74, 9))
+    assert main([str(root)]) == 1
+    assert "unreadable: 1" in (told := capsys.readouterr().out) and "img_8.jpg has no mask to derive" in told
+    write_list(root, "val", ["img_8"])
+    assert main([str(root)]) == 1 and "img_8.jpg has no mask img_8.png" in capsys.readouterr().out
 
 
 def test_the_command_where_no_image_can_be_read(tmp_path, capsys):

@@ -119,6 +119,16 @@ def test_lists_with_flags_suffixes_and_spaces(root):
     assert VOCFolder(root, "mixed").names == ("img_0", "img_1", "my photo 2", "img_3")
 
 
+def test_a_suffix_that_belongs_to_a_name_stays(root):
+    for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
+        (root / folder / f"img_2{suffix}").rename(root / folder / f"img_1.png{suffix}")
+    write_list(root, "mixed", ["img_1.png", "img_1", "/JPEGImages/img_3.jpg /SegmentationClass/img_3.png"])
+    source = VOCFolder(root, "mixed")
+    assert source.names == ("img_1.png", "img_1", "img_3")
+    assert [source.image(i).shape[:2] for i in range(3)] == [SIZES[2], SIZES[1], SIZES[3]]
+    assert source.check(progress=False).n_masks == 3
+
+
 def test_unicode_names_in_either_composition(root):
     for file in (root / "JPEGImages" / "img_0.jpg", root / "SegmentationClass" / "img_0.png"):
         file.rename(file.with_stem("caf\u00e9"))

@@ -99,8 +99,7 @@ def _batch(source: Split, config: TrainConfig, step: int) -> tuple[torch.Tensor,
     for position in range(step * config.schedule.batch_size, (step + 1) * config.schedule.batch_size):
         index = int(sample_order(len(source), config.seed, position // len(source))[position % len(source)])
         image, mask = crop_with_mask(
-            source.image(index),
-            source.mask(index),
+            *source.pair(index),
             crop_size=config.data.crop_size,
             scale_range=config.data.scale_range,
             scale_relative=config.data.scale_relative,

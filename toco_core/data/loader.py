@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from toco_core.data.augment import resize, training_views
 from toco_core.data.files import map_files
+from toco_core.data.split import Split
 from toco_core.errors import ToCoError
 
 
@@ -113,20 +114,22 @@ def evaluation_items(
     workers: int = 0,
     start_method: str | None = None,
     native: bool = False,
+    masks: bool = True,
 ) -> Iterator[EvalItem]:
     """Every image once, in the order of the list, at native size or stretched to `size` (square, or (H, W)).
 
-    `native` keeps the image at native size, too.
+    `native` keeps the image at native size, too. Without `masks` none is read, as where nothing is scored.
 
     Shrinking averages areas, enlarging is bilinear. Masks are never resized: scores are taken at native size.
-    Raises ToCoError, naming the file, where an image or mask cannot be read.
+    Raises ToCoError, naming the file, where an image or mask cannot be read, or where a mask of a `Split` has not the
+    size of its image.
     """
     _check_at_least(0, workers=workers)
     target = (size, size) if isinstance(size, int) else size
     if target is not None:
         _check_at_least(1, size=min(target))
     loader = DataLoader(
-        _EvaluationSamples(source, target, native),
+        _EvaluationSamples(source, target, native, masks),
         batch_size=None,
         collate_fn=_same,
         **_worker_options(workers, start_method),
@@ -214,8 +217,8 @@ class _TrainingSamples(Dataset):
 
 
 class _EvaluationSamples(Dataset):
-    def __init__(self, source: ImageSource, size: tuple[int, int] | None, native: bool):
-        self.source, self.size, self.native = source, size, native
+    def __init__(self, source: ImageSource, size: tuple[int, int] | None, native: bool, masks: bool):
+        self.source, self.size, self.native, self.masks = source, size, native, masks
         self.labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32)
 
     def __len__(self) -> int:
@@ -224,10 +227,15 @@ class _EvaluationSamples(Dataset):
     def __getitem__(self, index: int):
         name = self.source.names[index]
         try:
-            image, mask = self.source.image(index), self.source.mask(index)
+            image, mask = _pair(self.source, index) if self.masks else (self.source.image(index), None)
         except Exception as error:  # noqa: BLE001
             return _failure(name, error)
         return eval_item(name, image, mask, self.labels[index][None], size=self.size, native=self.native)
+
+
+def _pair(source: ImageSource, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Image and mask; of a `Split` checked to be of one size."""
+    return source.pair(index) if isinstance(source, Split) else (source.image(index), source.mask(index))
 
 
 def eval_item(

@@ -70,6 +70,11 @@ def open_source(dataset: Path | str, split: str = "train", *, broken: str = "sto
     return source.readable() if broken == "leave out" else source
 
 
+def open_unscored(dataset: Path | str, split: str) -> Split:
+    """Open one split whose images may all be without masks, in any of the layouts: a test part may have none."""
+    return open_source(dataset, split, **({"require_masks": False} if recognise(dataset).kind == "VOC" else {}))
+
+
 @contextlib.contextmanager
 def _reading(dataset: Path | str) -> Iterator[None]:
     """What the system says about a folder that cannot be read, or a name that none can have, in our words."""

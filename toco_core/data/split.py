@@ -62,8 +62,8 @@ class Split:
 
     Attributes: `root`, `split`, `names`, `class_names` (background first), `n_classes` (K, foreground only),
     `class_source` and `label_source` (where names and labels come from, in words), `left_out` (what is wrong with each
-    file that `readable` dropped). Item i has `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, and
-    `image_labels[i]`, K numbers in {0, 1}.
+    file that `readable` dropped). Item i has `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, both
+    of one size from `pair(i)`, and `image_labels[i]`, K numbers in {0, 1}.
 
     A reader sets these, `_images` (a file per item) and `_masks` (what `mask` draws from, or None), and defines `mask`,
     `_mask_name` and, where labels are not known on opening, `_label_row`.
@@ -122,6 +122,16 @@ class Split:
     def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
         """Class values of one item, 255 = ignore; None where there is no mask."""
         raise NotImplementedError
+
+    def pair(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"] | None]:
+        """Image and mask of one item. Raises ToCoError where they differ in size: nothing is stretched to fit."""
+        image, mask = self.image(index), self.mask(index)
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise ToCoError(
+                f"{self._mask_name(index)} is {mask.shape[0]} x {mask.shape[1]} but its image "
+                f"{self._images[index].name} is {image.shape[0]} x {image.shape[1]}: a mask has the size of its image"
+            )
+        return image, mask
 
     def _mask_name(self, index: int) -> str:
         """Where the mask of one item comes from, for messages."""
@@ -210,15 +220,10 @@ class Split:
 
     def _check_one(self, index: int) -> tuple[tuple[int, int], np.ndarray | None, int]:
         """(H, W), label row, number of void pixels."""
-        height, width = self.image(index).shape[:2]
-        mask = self.mask(index)
+        image, mask = self.pair(index)
+        height, width = image.shape[:2]
         if mask is None:
             return (height, width), None, 0
-        if mask.shape != (height, width):
-            raise ToCoError(
-                f"{self._mask_name(index)} is {mask.shape[0]} x {mask.shape[1]} but its image "
-                f"{self._images[index].name} is {height} x {width}: a mask has the size of its image"
-            )
         counts = self._count_values(mask, index)
         return (height, width), (counts[1 : self.n_classes + 1] > 0).astype(np.uint8), int(counts[IGNORE])
 

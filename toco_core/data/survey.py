@@ -6,7 +6,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +15,21 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
+from toco_core.data.layouts import coco
 from toco_core.data.layouts.sbd import sbd_folder
 from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.data.source import Layout, recognise
-from toco_core.data.split import Split
+from toco_core.data.split import Split, one_spelling, without_suffix
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_bytes, read_json
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
-NESTED = ({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"})
+NESTED = (
+    *({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"}),
+    {"val", coco.VAL_PART},
+)
+OF_OTHERS = {"all", "corrected"}  # what `toco export --split all` and `toco corrected` list besides other lists
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
 SBD_HOME = (
     "SBD, benchmark.tgz from www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours, "
@@ -75,6 +80,7 @@ class SplitSurvey(NamedTuple):
     n_masks: int
     unreadable: tuple[str, ...]  # what is wrong with each of the others
     outside: tuple[str, ...] = ()  # names of images that are links out of the data set
+    labelled: bool = True  # off: there is neither a mask nor anything else that labels its images
 
 
 class DuplicatePair(NamedTuple):
@@ -83,7 +89,7 @@ class DuplicatePair(NamedTuple):
     one: tuple[str, str]  # split, name
     other: tuple[str, str]
     bits: int  # in which their fingerprints differ; -1 where every pixel is equal
-    same_labels: bool
+    same_labels: bool  # or those of one are unknown
 
 
 class Survey(NamedTuple):
@@ -96,14 +102,11 @@ class Survey(NamedTuple):
     def leaks(self) -> tuple[DuplicatePair, ...]:
         """Pairs of which one is in another split than the other: what is scored was learned from.
 
-        VOC's lists that hold each other by design (`NESTED`) share their images.
+        Lists that hold each other by design (`NESTED`, `OF_OTHERS`) share their images, and what comes twice in the
+        longer one is a duplicate there.
         """
-        return tuple(
-            pair
-            for pair in self.same
-            if pair.one[0] != pair.other[0]
-            and not (pair.one[1] == pair.other[1] and {pair.one[0], pair.other[0]} in NESTED)
-        )
+        names = {part.split: set(part.names) for part in self.parts}
+        return tuple(pair for pair in self.same if pair.one[0] != pair.other[0] and not _is_shared(pair, names))
 
     @property
     def duplicates(self) -> tuple[DuplicatePair, ...]:
@@ -119,9 +122,10 @@ class Survey(NamedTuple):
         lines = []
         for part in self.parts:
             named = zip(part.class_names[1:], part.images_per_class.tolist(), strict=True)
+            labels = f"{part.n_without_class} of no class; " + ", ".join(f"{name} {n}" for name, n in named)
             lines.append(
-                f"{part.split}: {len(part.names)} images, {part.n_masks} masks, {part.n_without_class} of no class; "
-                + ", ".join(f"{name} {n}" for name, n in named)
+                f"{part.split}: {len(part.names)} images, {part.n_masks} masks, "
+                f"{labels if part.labelled else 'no image labels'}"
             )
         lines.append(f"unreadable: {len(self.unreadable)}" + "".join(f"\n  {m}" for m in self.unreadable))
         outside = [f"{part.split}/{name}" for part in self.parts for name in part.outside]
@@ -152,13 +156,16 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
             progress=progress,
         )
         good = [i for i, (_, error) in enumerate(outcomes) if error is None]
-        rows = source.subset(good).image_labels if good else np.zeros((0, source.n_classes), np.uint8)
+        labelled = source.n_masks > 0 or source.label_source != "masks"
+        rows = (
+            source.subset(good).image_labels if good and labelled else np.zeros((len(good), source.n_classes), np.uint8)
+        )
         for row, i in zip(rows, good, strict=True):
             _, bits, digest = outcomes[i][0]
             prints.append(bits)
             exact.append(digest)
             origin.append((source.split, source.names[i]))
-            labels.append(row)
+            labels.append(row if labelled else None)
         parts.append(
             SplitSurvey(
                 split=source.split,
@@ -170,12 +177,11 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
                 n_masks=source.subset(good).n_masks if good else 0,
                 unreadable=tuple(str(error) for _, error in outcomes if error is not None),
                 outside=tuple(source.names[i] for i in source.outside()),
+                labelled=labelled,
             )
         )
     same = [
-        DuplicatePair(
-            origin[i], origin[j], -1 if exact[i] == exact[j] else bits, bool(np.array_equal(labels[i], labels[j]))
-        )
+        DuplicatePair(origin[i], origin[j], -1 if exact[i] == exact[j] else bits, _agree(labels[i], labels[j]))
         for i, j, bits in near_pairs(np.array(prints, np.uint64).reshape(len(prints), GRID * GRID // 64), near)
     ]
     return Survey(tuple(parts), tuple(same))
@@ -202,8 +208,22 @@ def near_pairs(prints: UInt64[np.ndarray, "N words"], near: int) -> list[tuple[i
 
 def _looked_at(source: Split, index: int) -> tuple[tuple[int, int], np.ndarray, bytes]:
     size = source._check_one(index)[0]
+    if source.n_masks and source.label_source == "masks" and source.mask_source(index) is None:
+        raise ToCoError(f"{source.image_path(index)} has no mask to derive its image labels from")
     image = source.image(index)
     return size, fingerprint(image), hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+
+
+def _is_shared(pair: DuplicatePair, names: Mapping[str, set[str]]) -> bool:
+    """Whether two lists hold each other by design, and both pictures are in one of them; `names` are those of each."""
+    lists = {pair.one[0], pair.other[0]}
+    by_design = lists in NESTED or lists & OF_OTHERS
+    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in lists)
+
+
+def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Whether two rows of labels are equal, as far as both are known."""
+    return one is None or other is None or bool(np.array_equal(one, other))
 
 
 def inventory(dataset: Path | str) -> Inventory:
@@ -267,15 +287,26 @@ def _coco_entries(layout: Layout) -> list[InventoryItem]:
         entries.append(InventoryItem(f"{path.name}: images", counts["images"], full.get(year) if real else None, ""))
         entries.append(InventoryItem(f"{path.name}: annotations", counts["annotations"], None, ""))
         entries.append(InventoryItem(f"{path.name}: categories", counts["categories"], None, ""))
-        folders = [root / year, root / "images" / year] if root.is_dir() else []
-        there = max((len(index_files(folder, IMAGE_SUFFIXES)) for folder in folders), default=0)
-        if folders:
-            entries.append(InventoryItem(f"{year}/", there, counts["images"], f"{COCO_HOME}/{year}.zip"))
+        if root.is_dir():
+            folder, there = _images_of(path, root, content["images"])
+            how = f"{COCO_HOME}/{year}.zip" if year in full else ""
+            entries.append(InventoryItem(folder, there, counts["images"], how))
     if official and root.is_dir():
         for year in sorted(set(full) - {p.stem.removeprefix("instances_") for p in paths}):
             how = f"images.cocodataset.org/annotations/annotations_trainval2014.zip and {COCO_HOME}/{year}.zip"
             entries.append(InventoryItem(f"annotations/instances_{year}.json", 0, 1, how))
     return entries
+
+
+def _images_of(path: Path, root: Path, images: Iterable) -> tuple[str, int]:
+    """The folder with the images that an annotation file names, the usual one if there is none, and how many it has."""
+    named = {without_suffix(str(image.get("file_name"))) for image in images if isinstance(image, dict)}
+    named = {one_spelling(name) for name in named}
+    for below in coco.image_folders(path):
+        there = named & {one_spelling(name) for name in index_files(root / below, IMAGE_SUFFIXES)}
+        if there:
+            return f"{below}/", len(there)
+    return f"{coco.image_folders(path)[0]}/", 0
 
 
 def _other_entries(layout: Layout) -> list[InventoryItem]:

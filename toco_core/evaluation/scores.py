@@ -10,7 +10,8 @@ answers at once. The scores are mIoU in percent of
                   it leaves open count as missed
     seg           the decoder's segmentation
 
-Where the data set has no part "test", the scores are of val, on which the thresholds were chosen: a little too high.
+Where the data set has no part "test" with masks, the scores are of val, on which the thresholds were chosen: a little
+too high.
 """
 
 import math
@@ -22,8 +23,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from toco_core.config import TrainConfig
-from toco_core.data import Split, TrainVal, open_data, open_source, split_names
+from toco_core.data import Split, TrainVal, open_data, split_names
 from toco_core.data.fingerprint import differences, split_fingerprint
+from toco_core.data.source import open_unscored
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts, Scores
@@ -46,7 +48,7 @@ class RunScores(NamedTuple):
     """Scores of one run, in percent."""
 
     part: str
-    """"test", or "val" where the data set has no test part."""
+    """"test", or "val" where the data set has no test part with masks."""
     protocol: str
     beta: float
     aux_beta: float
@@ -93,7 +95,7 @@ def scored_run(
 def reported_part(data: TrainVal) -> tuple[str, Split]:
     """The part that results are told of, and its name: "test" where there is one with masks, else "val"."""
     if "test" in split_names(data.val.root):
-        test = open_source(data.val.root, "test")
+        test = open_unscored(data.val.root, "test")
         if test.n_masks:
             return "test", test
     return "val", data.val

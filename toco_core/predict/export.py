@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE, classes_in
-from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_mask
-from toco_core.data.files import palette_png
+from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_image, read_mask
+from toco_core.data.files import IMAGE_SUFFIXES, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError, refuse_other
@@ -113,7 +113,7 @@ def export(
         if images != "none":
             tell_outside(source)
             for i, name in enumerate(source.names):
-                place_image(source.image_path(i), source, i, folder / "JPEGImages", name, link=images == "link")
+                place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link")
         return write_lists(folder, source, split, settings, len(missing), parts=parts)
 
 
@@ -188,7 +188,9 @@ def label_maps(
     known = source if how.needs_labels else _Unlabelled(source)
     predictor = ImagePredictor(model, config, passes=passes_of(model, config))
     with model.evaluating():
-        for item in evaluation_items(known, size=eval_size(config), workers=config.data.workers, native=True):
+        for item in evaluation_items(
+            known, size=eval_size(config), workers=config.data.workers, native=True, masks=False
+        ):
             predictor.set_item(item)
             yield item.name, how.label(predictor)
 
@@ -235,19 +237,33 @@ def write_label(path: Path, label: np.ndarray) -> None:
     write_whole(path, palette_png(label))
 
 
-def place_image(original: Path, source: Split, index: int, folder: Path, name: str, *, link: bool) -> None:
-    """The image beside its label: the same file, or upright where the file only says how to turn it."""
+def place_image(original: Path, folder: Path, name: str, *, link: bool, replace: bool = False) -> None:
+    """Place the image beside its label: the same file, or upright where the file only says how to turn it.
+
+    A picture of that name that is there stays, or, with `replace`, goes once the new one is written.
+    """
     with Image.open(original) as header:
         upright = header.getexif().get(ORIENTATION, 1) == 1
     target = folder / f"{name}{original.suffix.lower() if upright else '.png'}"
-    if target.is_file():
+    if target.is_file() and not replace:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not upright:
+    if upright:
+        place_file(original, target, link=link)
+    else:
         with io.BytesIO() as file:
-            Image.fromarray(source.image(index)).save(file, "PNG")
-            return write_whole(target, file.getvalue())
-    place_file(original, target, link=link)
+            Image.fromarray(read_image(original)).save(file, "PNG")
+            write_whole(target, file.getvalue())
+    if replace:
+        remove_image(folder, name, but=target)
+
+
+def remove_image(folder: Path, name: str, *, but: Path | None = None) -> None:
+    """Remove the pictures of that name, with whatever suffix, but one."""
+    for suffix in IMAGE_SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        if path != but:
+            path.unlink(missing_ok=True)
 
 
 def write_lists(

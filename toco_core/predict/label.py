@@ -15,7 +15,7 @@ Which classes a photograph shows is known from its tags, in a list of tags or a 
 second network only these two are allowed, and there the classes of a photograph are those that its label map shows.
 
 Any folder will do, with folders in it. An interrupted call goes on where it stopped; a later one labels what is new or
-has changed.
+has changed, and puts its picture in the place of the one of before.
 """
 
 import csv
@@ -47,6 +47,7 @@ from toco_core.predict.export import (
     LabelMethod,
     label_path,
     place_image,
+    remove_image,
     with_thresholds,
     write_label,
     write_lists,
@@ -139,7 +140,7 @@ def label_photographs(
     settings |= {"weights": weights_hash(opened.model)}
     with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
-        log = _Log(folder / LOG)
+        pictures, log = folder / "JPEGImages", _Log(folder / LOG)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
         skipped = dict(found.skipped)
         bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
@@ -158,6 +159,10 @@ def label_photographs(
                         if scores is not None:
                             names = {k: f"{name} {scores[k - 1]:.2f}" for k, name in names.items()}
                         _write_overlay(folder / "overlays" / f"{photograph.name}.jpg", image, label, names, opened)
+                    if images == "none":
+                        remove_image(pictures, photograph.name)
+                    else:
+                        place_image(photograph.path, pictures, photograph.name, link=images == "link", replace=True)
                     log.add(photograph, classes, scores)
         except KeyboardInterrupt:
             done = len(found.photographs) - len(todo) + log.n_new
@@ -171,8 +176,8 @@ def label_photographs(
             raise ToCoError(f"none of the photographs of {photographs} can be used: {reason}")
         source = _Labelled(Path(photographs), split, opened.class_names, done, [log.classes(p) for p in done])
         if images != "none":
-            for i, photograph in enumerate(done):
-                place_image(photograph.path, source, i, folder / "JPEGImages", photograph.name, link=images == "link")
+            for photograph in done:
+                place_image(photograph.path, pictures, photograph.name, link=images == "link")
         _write_tables(folder, done, log, opened.class_names, skipped)
         write_lists(folder, source, split, settings, log.n_new)
     counts = source.image_labels.sum(0).tolist()

@@ -82,7 +82,7 @@ def measured_by_block(
     measure: B N D tokens -> B values, or B rows of them (`token_similarity`, `high_frequency_energy`, ...).
     The first `n_images` of a split are taken, each at `crop_size` square; tokens as in `tokens_by_block`.
     """
-    items = evaluation_items(source.subset(range(min(n_images, len(source)))), size=config.data.crop_size)
+    items = evaluation_items(source.subset(range(min(n_images, len(source)))), size=config.data.crop_size, masks=False)
     images = torch.cat([item.image for item in items]).to(model.classifier.weight.device)
     return torch.stack([measure(t).mean(0) for t in tokens_by_block(model, model.normalise(to_unit(images)))])
 

@@ -72,7 +72,7 @@ class Film:
         """The images, and what is written of them once."""
         if self._items is None:
             source = self._source.spread(IMAGES, labelled=True)
-            self._items = list(evaluation_items(source, size=eval_size(self.config), native=True))
+            self._items = list(evaluation_items(source, size=eval_size(self.config), native=True, masks=False))
             images = [_small(item.native[0].permute(1, 2, 0).numpy()) for item in self._items]
             left = np.cumsum([0, *(image.shape[1] for image in images)]).tolist()
             boxes = [[x, *image.shape[:2]] for x, image in zip(left, images, strict=False)]

@@ -54,7 +54,7 @@ def pooled_tokens(
     """What the final and the auxiliary classifier read of every image of a split: two n D, float32; with the pooling
     `cam_topk`, which has no such vector, all tokens, n N D in bfloat16."""
     found, device, pooling = ([], []), model.classifier.weight.device, model.config.pooling
-    items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers)
+    items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers, masks=False)
     bar = tqdm(items, total=len(source), desc="warm start", unit="image", disable=not progress, leave=False)
     with model.evaluating():
         for batch in in_batches(bar, ENCODED_AT_ONCE):

@@ -376,16 +376,21 @@ def _counts(text: bytes) -> Int64[np.ndarray, " R"]:
     return values
 
 
-def _find_images(file_names: Sequence[str], path: Path, root: Path) -> list[Path]:
-    """The files, in whichever of the usual folders holds the first of them."""
+def image_folders(path: Path) -> tuple[str, ...]:
+    """The usual folders of the images that an annotation file names, the first one that has them counts."""
     full = path.stem.removeprefix("instances_")
     short = re.sub(r"_?20\d\d$", "", full)
+    return tuple(dict.fromkeys([full, f"images/{full}", short, f"images/{short}", "images", "JPEGImages", "."]))
+
+
+def _find_images(file_names: Sequence[str], path: Path, root: Path) -> list[Path]:
+    """The files, in whichever of the usual folders holds the first of them."""
     bases = [root] if root.is_dir() else [path.parent, path.parent.parent]
-    below = [full, f"images/{full}", short, f"images/{short}", "images", "JPEGImages", "."]
+    below = image_folders(path)
     folders = [base / name for base in bases for name in below]
     folder = next((f for f in folders if (f / file_names[0]).is_file()), None)
     if folder is None:
-        tried = ", ".join(dict.fromkeys(below[:-1]))
+        tried = ", ".join(below[:-1])
         raise ToCoError(f"{file_names[0]}, named in {path.name}, is in none of the folders {tried} of {bases[0]}")
     there = {one_spelling(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.suffix}
     missing = [name for name in file_names if one_spelling(name) not in there]

@@ -192,9 +192,10 @@ def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tupl
             continue
         columns = line.split()
         if one_spelling(line) in images or len(columns) == 1:
-            names.append(_plain_name(line, path, number))
+            names.append(_plain_name(line, images, path, number))
             continue
-        names.append(_plain_name(columns[0], path, number))  # more columns: masks (train_aug) or flags (Main/*.txt)
+        # more columns: masks (train_aug) or flags (Main/*.txt)
+        names.append(_plain_name(columns[0], images, path, number))
         folder = columns[1].lstrip("/").partition("/")[0]
         if folder.startswith("SegmentationClass"):
             inside_name(folder, f"{path} line {number}", "the data set")
@@ -231,12 +232,16 @@ def _augmented_names(root: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _plain_name(entry: str, path: Path, number: int) -> str:
-    """A list entry as a name below JPEGImages; refuses everything that could lead out of the folder."""
+def _plain_name(entry: str, images: Mapping[str, Path], path: Path, number: int) -> str:
+    """Take a list entry as a name below JPEGImages; refuse everything that could lead out of the folder.
+
+    The suffix of an image file is left out, unless it belongs to the name of one of `images`.
+    """
     name = entry
     if name.startswith("/JPEGImages/"):  # the style of train_aug.txt, relative to the folder although it looks absolute
         name = name.removeprefix("/JPEGImages/")
-    return without_suffix(inside_name(name, f"{path} line {number}", "JPEGImages"))
+    name = inside_name(name, f"{path} line {number}", "JPEGImages")
+    return name if one_spelling(name) in images else without_suffix(name)
 
 
 def _find_classes(
