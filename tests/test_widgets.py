@@ -33,6 +33,7 @@ from toco_core.labels import region_mask
 from toco_core.model import ToCo
 from toco_core.runs.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
+from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScoring, count, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
@@ -501,6 +502,51 @@ def test_crf_comes_later_and_is_drawn(explorer):
     explorer.settle()
     assert explorer.session.analysis(0).has_crf() and "computed" not in explorer.notes.value
     assert (explorer.session.label(0) != before).any()
+
+
+def slow_crf(monkeypatch, begun, go_on):
+    """A CRF that begins, waits, and only then computes."""
+    computed = Analysis.segmentation
+
+    def slow(analysis, *, with_crf=False):
+        if with_crf and not analysis.has_crf():
+            begun.set()
+            assert go_on.wait(30)
+        return computed(analysis, with_crf=with_crf)
+
+    monkeypatch.setattr(Analysis, "segmentation", slow)
+
+
+def test_another_image_while_the_crf_runs(explorer, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    slow_crf(monkeypatch, begun, go_on)
+    explorer.controls.of["show"].value = "segmentation"
+    explorer.controls.of["crf"].value = True
+    assert begun.wait(30)
+    explorer.go(1)
+    assert explorer.tiles.canvases[0].picture == draw.encoded(explorer.session.view(0, "image").picture)
+    assert "being computed" in explorer.numbers.value and "being computed" in explorer.notes.value
+    go_on.set()
+    explorer.settle()
+    session = explorer.session
+    assert session.analysis(0).has_crf() and explorer.notes.value == "" and "mean IoU" in explorer.numbers.value
+    assert explorer.tiles.canvases[0].picture == draw.encoded(session.view(0).picture)
+
+
+def test_an_error_of_the_crf_is_told(explorer, monkeypatch):
+    explorer.controls.of["show"].value = "segmentation"
+    computed = Analysis.segmentation
+
+    def broken(analysis, *, with_crf=False):
+        if with_crf:
+            raise RuntimeError("no memory")
+        return computed(analysis)
+
+    monkeypatch.setattr(Analysis, "segmentation", broken)
+    explorer.controls.of["crf"].value = True
+    explorer.settle()
+    assert "no dense CRF" in explorer.notes.value and "no memory" in explorer.notes.value
+    assert not explorer.controls.of["crf"].value and "mean IoU" in explorer.numbers.value
 
 
 def test_crops_are_placed_by_clicks(explorer):
