@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import os
 import shlex
 import threading
 import time
@@ -765,6 +766,51 @@ def test_broken_model_is_told_and_the_old_one_stays(explorer, tmp_path):
     assert "the checkpoint is gone" in explorer.notes.value and explorer.model.value == "model"
     explorer.controls.of["strength"].value = 0.2
     assert explorer.notes.value == ""
+
+
+def test_a_second_model_of_the_same_name_has_its_own(folder, tmp_path):
+    backbone = "plain_vit(image=64, patch=32, width=64, depth=12, heads=1, mlp=64)"
+    config = override(make_subject().config, backbone=backbone, layer=10)
+    paths = [tmp_path / parent / "seed0.pth" for parent in ("exp_a", "exp_b")]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        path.parent.mkdir()
+        save_release(ToCo(config.model, 3), path)
+    subjects = Subjects()
+    assert subjects.add(open_subject(paths[0])) == "seed0.pth" == subjects.add(open_subject(paths[0]))
+    subjects.add(paths[1].name, lambda spec=str(paths[1]): open_subject(spec))  # as the notebook does
+    assert subjects.names == ("seed0.pth", "seed0.pth (exp_b)")
+    explorer = Explorer(Session(open_pictures(folder), subjects))
+    explorer.open_model.value = str(paths[1])
+    explorer.open.click()
+    session = explorer.session
+    assert explorer.model.value == session.subject(0).name == "seed0.pth (exp_b)"
+    assert session.spec(0) == str(paths[1]) and len(subjects.names) == 2
+    session.restore({"compare": str(paths[0])})
+    assert session.spec(1) == str(paths[0]) and session.subject(1) is not session.subject(0)
+    unknown = Subjects()
+    unknown.add(open_subject(paths[0]))
+    unknown.add("seed0.pth", lambda: open_subject(paths[1]))
+    assert unknown.find(str(paths[1])) == "seed0.pth (2)" and unknown.find("nowhere/seed0.pth") == "seed0.pth"
+    os.utime(paths[1], (1, 1))  # as if the run had gone on
+    assert subjects.add(open_subject(paths[1])) == "seed0.pth (2)"
+    assert subjects.add(make_subject()) == "model" and subjects.add(make_subject(seed=1)) == "model (2)"
+
+
+def test_a_second_folder_of_the_same_name_has_its_own(session, tmp_path):
+    folders = [tmp_path / parent / "photos" for parent in ("first", "second")]
+    for seed, loose in enumerate(folders):
+        loose.mkdir(parents=True)
+        picture = np.random.default_rng(seed).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(loose / "a.png")
+    explorer, seen = Explorer(session), []
+    for loose in (*folders, folders[0]):  # beside "photos [val]"
+        explorer.open_data.value = str(loose)
+        explorer.open.click()
+        seen.append((explorer.data.value, session.picture.image.copy()))
+    assert explorer.notes.value.count("no labels") == 1 and session.pictures.names == ("a",)
+    assert [name for name, _ in seen] == ["photos", "photos (second)", "photos"]
+    assert (seen[0][1] == seen[2][1]).all() and (seen[0][1] != seen[1][1]).any()
 
 
 def test_large_photographs_are_reduced(tmp_path):

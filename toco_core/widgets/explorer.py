@@ -30,7 +30,7 @@ from toco_core.widgets.panels import SPREAD, TokenPanel, WhyPanel
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import Session
-from toco_core.widgets.subjects import DECODER, open_subject
+from toco_core.widgets.subjects import DECODER, open_subject, own_name
 from toco_core.widgets.tiles import Tiles
 
 WRAP = {"flex_flow": "row wrap", "align_items": "center"}
@@ -116,7 +116,7 @@ class Explorer(w.VBox):
         if "dataset" in found:
             self._show_data(found["dataset"])
         if "model" in found:
-            self.session.use(found["model"], side=0)
+            self.session.use(self.session.subjects.find(found["model"]), side=0)
         self.session.restore(found)
         self._went()
 
@@ -264,7 +264,7 @@ class Explorer(w.VBox):
         self._went()
 
     def _show_data(self, name: str) -> None:
-        titles = [title for title in self.datasets if name in (title, title.rpartition(" [")[0])]
+        titles = [name] if name in self.datasets else [t for t in self.datasets if name == t.rpartition(" [")[0]]
         if not titles:
             raise ToCoError(f"dataset = {name!r:.90} is not offered here: one of {', '.join(self.datasets)}")
         self.session.show_pictures(self.datasets[titles[0]]())
@@ -288,10 +288,18 @@ class Explorer(w.VBox):
             self.session.use(name)
         if data:
             pictures = open_pictures(data, self.open_split.value.strip() or "val")
-            self.datasets[pictures.title], self._data_places[pictures.title] = (lambda: pictures), data
-            self._show_data(pictures.title)
+            name = self._name_of(pictures, data)
+            self.datasets[name], self._data_places[name] = (lambda: pictures), data
+            self._show_data(name)
         self._fill()
         self.redraw()
+
+    def _name_of(self, pictures: Pictures, data: str) -> str:
+        """Their title; where images of another folder have it, a name of their own."""
+        title = pictures.title
+        alike = [name for name in self.datasets if name == title or name.startswith(f"{title} (")]
+        known = [name for name in alike if self.datasets[name]().beside(pictures)]
+        return known[0] if known else own_name(title, Path(data).resolve().parent.name, self.datasets)
 
     def _compare(self, on: bool) -> None:
         self.session.compare(on)
