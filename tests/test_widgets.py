@@ -470,6 +470,59 @@ def test_search_and_worst_first(explorer):
     assert len(set(iou.values())) > 2
 
 
+@pytest.fixture
+def scoring_waits(monkeypatch):
+    """Scoring waits at its third image until this is set."""
+    go_on, scored = threading.Event(), SplitScoring._one
+
+    def one(scoring, *task):
+        assert task[-1] < 2 or go_on.wait(30)
+        return scored(scoring, *task)
+
+    monkeypatch.setattr(SplitScoring, "_one", one)
+    yield go_on
+    go_on.set()
+
+
+def test_scores_of_other_images_are_not_told(explorer, scoring_waits, tmp_path):
+    write_voc_folder(tmp_path / "two", splits={"train": range(6), "val": range(6)})
+    explorer.datasets["two"] = lambda: open_pictures(tmp_path / "two")
+    explorer.score.click()
+    explorer.visit("dataset=two")
+    scoring_waits.set()
+    explorer.settle()
+    assert explorer.split_numbers.value == "" and explorer.finder.iou == {} and explorer.stop.disabled
+    assert not any(item["mark"] for item in explorer.finder.film.items)
+    explorer.score.click()
+    explorer.settle()
+    assert "6 of 6 images" in explorer.split_numbers.value and explorer.stop.disabled
+
+
+def test_scores_are_told_of_what_was_scored(explorer, scoring_waits):
+    """Whatever is looked at in the meantime."""
+    session = explorer.session
+    session.subjects.add(make_subject("zoo", seed=3, class_names=("background", "zebra", "yak", "cat")))
+    explorer.compare.value, explorer.side.value = True, 1
+    explorer.score.click()
+    explorer.compare.value = False
+    explorer.model.value = "zoo"
+    scoring_waits.set()
+    explorer.settle()
+    assert explorer.scoring.error is None and explorer.stop.disabled
+    found = explorer.split_numbers.value
+    assert "6 of 6 images: CAM of model" in found and "dog" in found and "zebra" not in found
+
+
+def test_an_error_while_scores_are_told_is_kept(session, subject):
+    def broken(_):
+        raise ValueError("nobody listens")
+
+    settings, joint = session.sides[0].settings, session.joint(0)
+    scoring = SplitScoring(subject, session.pictures, settings, joint, broken).start()
+    scoring.thread.join(30)
+    assert str(scoring.error) == "nobody listens" and scoring.over
+
+
 def test_compare_two_models_with_linked_sliders(explorer):
     explorer.compare.value = True
     explorer.side.value = 1

@@ -269,8 +269,7 @@ class Explorer(w.VBox):
             raise ToCoError(f"dataset = {name!r:.90} is not offered here: one of {', '.join(self.datasets)}")
         self.session.show_pictures(self.datasets[titles[0]]())
         self.data_name = titles[0]
-        self._stop_scoring()
-        self.split_numbers.put()
+        self._forget_scoring()
         self.tiles.forget()
         self.finder.begin_anew()
         self._went()
@@ -356,34 +355,40 @@ class Explorer(w.VBox):
         if self.scoring and self.scoring.running:
             raise ToCoError("the split is being scored already: stop it first")
         session, side = self.session, self.session.active
-        what = f"{session.sides[side].settings.show} of {session.sides[side].subject}"
-        self.stop.disabled = False
-        self.progress.max, self.progress.layout.visibility = len(session.pictures), "visible"
+        subject, settings, joint = session.subject(side), session.sides[side].settings, session.joint(side)
+        what = f"{settings.show} of {session.sides[side].subject}"
+        self.progress.max, self.progress.layout.visibility = session.pictures.n_listed, "visible"
 
         def tell(found: SplitScores) -> None:
+            self._give_way()
+            if self.scoring is not scoring:  # other images were opened: what is found of these is of no use
+                return
+            self.stop.disabled = scoring.over
             self.finder.iou = found.iou
             self.progress.value = found.done
-            names, problem = session.joint(side).names, self.scoring.error
-            title = f"{found.done} of {found.total} images: {what}"
+            title, problem = f"{found.done} of {found.total} images: {what}", scoring.error
             skipped = f"{len(found.skipped)} skipped, first: {found.skipped[0]}" if found.skipped else ""
             notes = [word for word in (f"scoring stopped: {problem}" if problem else "", skipped) if word]
-            self.split_numbers.put(report.numbers_html(found.numbers, names, title), report.notes_html(notes))
-            if self.scoring.over:
-                self.stop.disabled = True
+            self.split_numbers.put(report.numbers_html(found.numbers, joint.names, title), report.notes_html(notes))
+            if scoring.over:
                 self.finder.fill()  # with the IoU on each thumbnail
 
-        self.scoring = SplitScoring(
-            session.subject(side),
-            session.pictures,
-            session.sides[side].settings,
-            session.joint(side),
-            tell,
-            give_way=self._give_way,
-        ).start()
+        scoring = SplitScoring(subject, session.pictures, settings, joint, tell, give_way=self._give_way)
+        self.scoring, self.stop.disabled = scoring, False
+        scoring.start()
 
     def _stop_scoring(self) -> None:
         if self.scoring:
             self.scoring.stop()
+
+    def _forget_scoring(self) -> None:
+        """End it as after other images were opened; it tells no more."""
+        self._stop_scoring()
+        if self.scoring:
+            self._threads.append(self.scoring.thread)  # which still is at an image
+        self.scoring, self.stop.disabled = None, True
+        self.progress.value, self.progress.layout.visibility = 0, "hidden"
+        self.split_numbers.put()
 
     def _give_way(self) -> None:
         while self._busy and not (self.scoring and not self.scoring.running):
