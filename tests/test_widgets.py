@@ -4,6 +4,7 @@ import html.parser
 import io
 import json
 import os
+import re
 import shlex
 import threading
 import time
@@ -634,6 +635,29 @@ def test_saved_files(session, tmp_path):
 
 def files_below(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_labels_of_two_sides_are_two_files(session, tmp_path):
+    explorer = Explorer(session, folder=tmp_path / "here", may_save=True)
+    explorer.compare.value, explorer.side.value = True, 1
+    explorer.model.value = "other"
+    for side, name in ((0, "img_0-CAM-A-model-label.png"), (1, "img_0-CAM-B-other-label.png")):
+        explorer.side.value = side
+        explorer.keeping.label.click()
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "here" / name)), session.label(side))
+    assert len(files_below(tmp_path / "here")) == 2
+
+
+def test_legend_of_a_figure_names_the_colours_of_both_sides(session):
+    session.compare(True)
+    session.use(session.subjects.add(make_subject("zoo", seed=3, class_names=("background", "zebra", "yak"))), side=1)
+    session.use(session.subjects.add(make_subject("farm", class_names=("background", "horse", "cow", "cat"))), side=0)
+    session.set(show="CAM label", classes="all", beta=0.1)
+    (legend,) = report.figure(session).legends
+    found = {text.get_text() for text in legend.get_texts()}
+    shown = [{session.joint(i).names[k] for k in np.unique(session.label(i)) if 0 < k < 255} for i in (0, 1)]
+    assert {"A: horse / B: zebra", "A: cow / B: yak"} & found and all(shown)
+    assert {name for text in found for name in re.findall(r"\w+", text)} >= shown[0] | shown[1]
 
 
 def test_visitors_write_nowhere_else(session, tmp_path):
