@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from toco_core.backbone import SHIPPED
@@ -158,10 +159,10 @@ class Subjects:
             known = [other for other in self._makers if origin and self._origin(other) == origin]
             if known or self._open.get(name) is subject:
                 return (known or [name])[0]
-            place, wanted, found = Path(origin[0]) if origin else Path(), maker, self._origin(name)
-            elsewhere = place.is_absolute() and found[:1] != origin[:1]
+            place = Path(origin[0] if origin else "")
+            elsewhere = place.is_absolute() and self._origin(name)[:1] != origin[:1]
             name = own_name(name, place.parent.name if elsewhere else "", self._makers)
-            maker = lambda: replace(wanted(), name=name)  # noqa: E731
+            maker = partial(_renamed, maker, name)
         self._makers[name], self._origins[name] = maker, origin
         if isinstance(subject, Subject):
             self.get(name)
@@ -193,6 +194,10 @@ class Subjects:
         if name not in self._open:
             self._open[name] = self._makers[name]()
         return self._open[name]
+
+
+def _renamed(maker: Callable[[], Subject], name: str) -> Subject:
+    return replace(maker(), name=name)
 
 
 def _numbered(n_classes: int) -> tuple[str, ...]:
