@@ -48,6 +48,18 @@ def test_page_is_a_download_and_a_file_where_it_may_be(session, tmp_path, may_sa
     assert not may_save or path.read_bytes() == base64.b64decode(data)
 
 
+def test_pages_of_two_sides_are_two_files(session, tmp_path):
+    extras = Extras(session, folder=tmp_path / "explored", may_save=True)
+    session.compare(True)
+    session.use(session.subjects.add(make_subject("b/<other>", seed=1)), side=1)
+    for session.active in (0, 1):
+        extras.make_page.click()
+    assert sorted(path.name for path in (tmp_path / "explored").iterdir()) == [
+        "img_0-A-model.html",
+        "img_0-B-b_other_.html",
+    ]
+
+
 def test_what_cannot_be_made_is_told(tmp_path):
     subjects = Subjects()
     subjects.add(make_subject(has=frozenset()))

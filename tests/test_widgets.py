@@ -3,6 +3,8 @@
 import html.parser
 import io
 import json
+import os
+import re
 import shlex
 import threading
 import time
@@ -33,6 +35,7 @@ from toco_core.labels import region_mask
 from toco_core.model import ToCo
 from toco_core.runs.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
+from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.markup import Markup, Panel, element, joined
 from toco_core.widgets.scoring import SplitScoring, count, joint_classes, numbers
 from toco_core.widgets.settings import Settings, changed, papermill_line
@@ -468,6 +471,59 @@ def test_search_and_worst_first(explorer):
     assert len(set(iou.values())) > 2
 
 
+@pytest.fixture
+def scoring_waits(monkeypatch):
+    """Scoring waits at its third image until this is set."""
+    go_on, scored = threading.Event(), SplitScoring._one
+
+    def one(scoring, *task):
+        assert task[-1] < 2 or go_on.wait(30)
+        return scored(scoring, *task)
+
+    monkeypatch.setattr(SplitScoring, "_one", one)
+    yield go_on
+    go_on.set()
+
+
+def test_scores_of_other_images_are_not_told(explorer, scoring_waits, tmp_path):
+    write_voc_folder(tmp_path / "two", splits={"train": range(6), "val": range(6)})
+    explorer.datasets["two"] = lambda: open_pictures(tmp_path / "two")
+    explorer.score.click()
+    explorer.visit("dataset=two")
+    scoring_waits.set()
+    explorer.settle()
+    assert explorer.split_numbers.value == "" and explorer.finder.iou == {} and explorer.stop.disabled
+    assert not any(item["mark"] for item in explorer.finder.film.items)
+    explorer.score.click()
+    explorer.settle()
+    assert "6 of 6 images" in explorer.split_numbers.value and explorer.stop.disabled
+
+
+def test_scores_are_told_of_what_was_scored(explorer, scoring_waits):
+    """Whatever is looked at in the meantime."""
+    session = explorer.session
+    session.subjects.add(make_subject("zoo", seed=3, class_names=("background", "zebra", "yak", "cat")))
+    explorer.compare.value, explorer.side.value = True, 1
+    explorer.score.click()
+    explorer.compare.value = False
+    explorer.model.value = "zoo"
+    scoring_waits.set()
+    explorer.settle()
+    assert explorer.scoring.error is None and explorer.stop.disabled
+    found = explorer.split_numbers.value
+    assert "6 of 6 images: CAM of model" in found and "dog" in found and "zebra" not in found
+
+
+def test_an_error_while_scores_are_told_is_kept(session, subject):
+    def broken(_):
+        raise ValueError("nobody listens")
+
+    settings, joint = session.sides[0].settings, session.joint(0)
+    scoring = SplitScoring(subject, session.pictures, settings, joint, broken).start()
+    scoring.thread.join(30)
+    assert str(scoring.error) == "nobody listens" and scoring.over
+
+
 def test_compare_two_models_with_linked_sliders(explorer):
     explorer.compare.value = True
     explorer.side.value = 1
@@ -503,6 +559,51 @@ def test_crf_comes_later_and_is_drawn(explorer):
     assert (explorer.session.label(0) != before).any()
 
 
+def slow_crf(monkeypatch, begun, go_on):
+    """A CRF that begins, waits, and only then computes."""
+    computed = Analysis.segmentation
+
+    def slow(analysis, *, with_crf=False):
+        if with_crf and not analysis.has_crf():
+            begun.set()
+            assert go_on.wait(30)
+        return computed(analysis, with_crf=with_crf)
+
+    monkeypatch.setattr(Analysis, "segmentation", slow)
+
+
+def test_another_image_while_the_crf_runs(explorer, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    slow_crf(monkeypatch, begun, go_on)
+    explorer.controls.of["show"].value = "segmentation"
+    explorer.controls.of["crf"].value = True
+    assert begun.wait(30)
+    explorer.go(1)
+    assert explorer.tiles.canvases[0].picture == draw.encoded(explorer.session.view(0, "image").picture)
+    assert "being computed" in explorer.numbers.value and "being computed" in explorer.notes.value
+    go_on.set()
+    explorer.settle()
+    session = explorer.session
+    assert session.analysis(0).has_crf() and explorer.notes.value == "" and "mean IoU" in explorer.numbers.value
+    assert explorer.tiles.canvases[0].picture == draw.encoded(session.view(0).picture)
+
+
+def test_an_error_of_the_crf_is_told(explorer, monkeypatch):
+    explorer.controls.of["show"].value = "segmentation"
+    computed = Analysis.segmentation
+
+    def broken(analysis, *, with_crf=False):
+        if with_crf:
+            raise RuntimeError("no memory")
+        return computed(analysis)
+
+    monkeypatch.setattr(Analysis, "segmentation", broken)
+    explorer.controls.of["crf"].value = True
+    explorer.settle()
+    assert "no dense CRF" in explorer.notes.value and "no memory" in explorer.notes.value
+    assert not explorer.controls.of["crf"].value and "mean IoU" in explorer.numbers.value
+
+
 def test_crops_are_placed_by_clicks(explorer):
     explorer.controls.click_means.value = "places a crop"
     explorer.tiles.canvases[0].click = [0.2, 0.3, 1]
@@ -534,6 +635,29 @@ def test_saved_files(session, tmp_path):
 
 def files_below(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_labels_of_two_sides_are_two_files(session, tmp_path):
+    explorer = Explorer(session, folder=tmp_path / "here", may_save=True)
+    explorer.compare.value, explorer.side.value = True, 1
+    explorer.model.value = "other"
+    for side, name in ((0, "img_0-CAM-A-model-label.png"), (1, "img_0-CAM-B-other-label.png")):
+        explorer.side.value = side
+        explorer.keeping.label.click()
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "here" / name)), session.label(side))
+    assert len(files_below(tmp_path / "here")) == 2
+
+
+def test_legend_of_a_figure_names_the_colours_of_both_sides(session):
+    session.compare(True)
+    session.use(session.subjects.add(make_subject("zoo", seed=3, class_names=("background", "zebra", "yak"))), side=1)
+    session.use(session.subjects.add(make_subject("farm", class_names=("background", "horse", "cow", "cat"))), side=0)
+    session.set(show="CAM label", classes="all", beta=0.1)
+    (legend,) = report.figure(session).legends
+    found = {text.get_text() for text in legend.get_texts()}
+    shown = [{session.joint(i).names[k] for k in np.unique(session.label(i)) if 0 < k < 255} for i in (0, 1)]
+    assert {"A: horse / B: zebra", "A: cow / B: yak"} & found and all(shown)
+    assert {name for text in found for name in re.findall(r"\w+", text)} >= shown[0] | shown[1]
 
 
 def test_visitors_write_nowhere_else(session, tmp_path):
@@ -719,6 +843,51 @@ def test_broken_model_is_told_and_the_old_one_stays(explorer, tmp_path):
     assert "the checkpoint is gone" in explorer.notes.value and explorer.model.value == "model"
     explorer.controls.of["strength"].value = 0.2
     assert explorer.notes.value == ""
+
+
+def test_a_second_model_of_the_same_name_has_its_own(folder, tmp_path):
+    backbone = "plain_vit(image=64, patch=32, width=64, depth=12, heads=1, mlp=64)"
+    config = override(make_subject().config, backbone=backbone, layer=10)
+    paths = [tmp_path / parent / "seed0.pth" for parent in ("exp_a", "exp_b")]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        path.parent.mkdir()
+        save_release(ToCo(config.model, 3), path)
+    subjects = Subjects()
+    assert subjects.add(open_subject(paths[0])) == "seed0.pth" == subjects.add(open_subject(paths[0]))
+    subjects.add(paths[1].name, lambda spec=str(paths[1]): open_subject(spec))  # as the notebook does
+    assert subjects.names == ("seed0.pth", "seed0.pth (exp_b)")
+    explorer = Explorer(Session(open_pictures(folder), subjects))
+    explorer.open_model.value = str(paths[1])
+    explorer.open.click()
+    session = explorer.session
+    assert explorer.model.value == session.subject(0).name == "seed0.pth (exp_b)"
+    assert session.spec(0) == str(paths[1]) and len(subjects.names) == 2
+    session.restore({"compare": str(paths[0])})
+    assert session.spec(1) == str(paths[0]) and session.subject(1) is not session.subject(0)
+    unknown = Subjects()
+    unknown.add(open_subject(paths[0]))
+    unknown.add("seed0.pth", lambda: open_subject(paths[1]))
+    assert unknown.find(str(paths[1])) == "seed0.pth (2)" and unknown.find("nowhere/seed0.pth") == "seed0.pth"
+    os.utime(paths[1], (1, 1))  # as if the run had gone on
+    assert subjects.add(open_subject(paths[1])) == "seed0.pth (2)"
+    assert subjects.add(make_subject()) == "model" and subjects.add(make_subject(seed=1)) == "model (2)"
+
+
+def test_a_second_folder_of_the_same_name_has_its_own(session, tmp_path):
+    folders = [tmp_path / parent / "photos" for parent in ("first", "second")]
+    for seed, loose in enumerate(folders):
+        loose.mkdir(parents=True)
+        picture = np.random.default_rng(seed).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(loose / "a.png")
+    explorer, seen = Explorer(session), []
+    for loose in (*folders, folders[0]):  # beside "photos [val]"
+        explorer.open_data.value = str(loose)
+        explorer.open.click()
+        seen.append((explorer.data.value, session.picture.image.copy()))
+    assert explorer.notes.value.count("no labels") == 1 and session.pictures.names == ("a",)
+    assert [name for name, _ in seen] == ["photos", "photos (second)", "photos"]
+    assert (seen[0][1] == seen[2][1]).all() and (seen[0][1] != seen[1][1]).any()
 
 
 def test_large_photographs_are_reduced(tmp_path):

@@ -154,6 +154,32 @@ def test_a_curtain_divides_any_two_views(session):  # noqa: F811
     assert canvas.under == b""
 
 
+def test_a_curtain_outlives_comparing(session):  # noqa: F811
+    """Its tiles have a side's letter only while there are two."""
+    explorer = Explorer(session)
+    explorer.tiles.arrange.value = "curtain"
+    explorer.tiles.curtain[1].value = "seed label"
+    explorer.compare.value = True
+    assert session.curtain == ("image", "A: seed label") and session.curtain_tiles() == (
+        (0, "image"),
+        (0, "seed label"),
+    )
+    explorer.tiles.arrange.value = "side by side"
+    assert session.arrange == "side by side" and explorer.notes.value == ""
+    explorer.tiles.arrange.value = "curtain"
+    explorer.compare.value = False
+    assert session.curtain == ("image", "seed label")
+    explorer.compare.value = True
+    explorer.tiles.curtain[0].value = "B: CAM"
+    explorer.compare.value = False  # a tile that is not there any more
+    assert session.curtain == ("", "") and session.curtain_tiles() == ((0, "image"), (0, "CAM"))
+    explorer.tiles.arrange.value = "one"
+    assert session.arrange == "one" and explorer.notes.value == ""
+    again = Session(session.pictures, session.subjects)
+    again.restore(session.parameters())
+    assert again.arrange == "one"
+
+
 def test_arrangement_is_a_parameter(session):  # noqa: F811
     session.arrange_views("curtain", views="CAM, image", curtain="ground truth,CAM")
     found = session.parameters()

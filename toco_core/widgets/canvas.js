@@ -127,7 +127,7 @@ function render({ model, el }) {
     button("−", "zoom out (-)", () => zoom(1 / 1.5)),
     button("+", "zoom in (+, or the wheel with Ctrl)", () => zoom(1.5)),
     button("1:1", "whole picture (0)", () => look(1, 0.5, 0.5)),
-    button("⤢", "enlarge, or all views again (e)", () => send("enlarge", ++count)),
+    button("⤢", "enlarge, or all views again (e)", () => send("enlarge", next("enlarge"))),
   );
   const showPin = () => {
     const at = model.get("pin");
@@ -168,7 +168,7 @@ function render({ model, el }) {
     const inside = (value) => Math.min(Math.max(value, 0), 0.999999);
     return [inside((event.clientY - box.top) / box.height), inside((event.clientX - box.left) / box.width)];
   };
-  let count = 0;
+  const next = (name) => ([model.get(name)].flat().at(-1) ?? 0) + 1; // of all views that the model has or had
   const send = (name, value) => {
     model.set(name, value);
     model.save_changes();
@@ -199,7 +199,7 @@ function render({ model, el }) {
   frame.addEventListener("click", (event) => {
     if (event.target.closest(".toco-curtain")) return;
     image.focus({ preventScroll: true });
-    if (!from?.moved) send("click", [...where(event), ++count]);
+    if (!from?.moved) send("click", [...where(event), next("click")]);
     from = null;
   });
   frame.addEventListener(
@@ -215,9 +215,9 @@ function render({ model, el }) {
   const zooms = { "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => look(1, 0.5, 0.5) };
   image.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (keys[event.key]) send("step", [...keys[event.key], ++count]);
-    else if (event.key === "n" || event.key === "p") send("turn", [event.key === "n" ? 1 : -1, ++count]);
-    else if (group && event.key === "e") send("enlarge", ++count);
+    if (keys[event.key]) send("step", [...keys[event.key], next("step")]);
+    else if (event.key === "n" || event.key === "p") send("turn", [event.key === "n" ? 1 : -1, next("turn")]);
+    else if (group && event.key === "e") send("enlarge", next("enlarge"));
     else if (group && zooms[event.key]) zooms[event.key]();
     else return;
     event.preventDefault();

@@ -5,7 +5,7 @@ function render({ model, el }) {
   root.className = "toco-chips";
   root.setAttribute("role", "group");
   el.append(root);
-  let count = 0;
+  const next = () => (model.get("toggled").at(-1) ?? 0) + 1; // of all views that the model has or had
   const draw = () => {
     const focused = [...root.children].indexOf(document.activeElement);
     root.setAttribute("aria-label", model.get("label"));
@@ -25,7 +25,7 @@ function render({ model, el }) {
       button.append(Object.assign(document.createElement("span"), { textContent: item.name }));
       if (item.number) button.append(Object.assign(document.createElement("b"), { textContent: item.number }));
       button.addEventListener("click", () => {
-        model.set("toggled", [item.name, ++count]);
+        model.set("toggled", [item.name, next()]);
         model.save_changes();
       });
       root.append(button);

@@ -33,7 +33,7 @@ function render({ model, el }) {
   const images = (list) => [...(list ?? [])].filter((file) => file.type.startsWith("image/") || !file.type);
   button.addEventListener("click", () => input.click());
   input.addEventListener("change", () => {
-    send(input.files);
+    send([...input.files]); // a copy: emptying the input empties its list
     input.value = "";
   });
 
@@ -48,7 +48,7 @@ function render({ model, el }) {
     if (!over(event)) return;
     event.preventDefault();
     event.stopPropagation();
-    send(event.dataTransfer.files);
+    send([...event.dataTransfer.files]); // a copy: the list lives as long as the event
   };
   const paste = (event) => {
     const inside = explorer()?.contains(event.target) && !event.target.closest("input, textarea");

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import ipywidgets as w
 from toco_core.errors import ToCoError, in_a_line
 from toco_core.widgets import report
 from toco_core.widgets.address import address_parameters
+from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.canvas import Canvas, Door
 from toco_core.widgets.controls import CLICKS, Controls
 from toco_core.widgets.extras import Extras
@@ -28,7 +30,7 @@ from toco_core.widgets.panels import SPREAD, TokenPanel, WhyPanel
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import Session
-from toco_core.widgets.subjects import DECODER, open_subject
+from toco_core.widgets.subjects import DECODER, open_subject, own_name
 from toco_core.widgets.tiles import Tiles
 
 WRAP = {"flex_flow": "row wrap", "align_items": "center"}
@@ -68,6 +70,7 @@ class Explorer(w.VBox):
         self._busy = 0  # callbacks under way: the scoring thread gives way to them
         self._filling = False  # controls are being set to what the session says
         self._threads: list[threading.Thread] = []
+        self._crf_runs = False
         self._make_controls()
         self.finder = Finder(session, self._do, self.go)
         self.controls = Controls(session, self._do, fill=self._fill, on_change=lambda t: self.redraw(tokens=t))
@@ -113,15 +116,15 @@ class Explorer(w.VBox):
         if "dataset" in found:
             self._show_data(found["dataset"])
         if "model" in found:
-            self.session.use(found["model"], side=0)
+            self.session.use(self.session.subjects.find(found["model"]), side=0)
         self.session.restore(found)
         self._went()
 
     def settle(self, timeout: float = 60.0) -> None:
         """Wait for what runs in the background."""
         until = time.monotonic() + timeout
-        for thread in [*self._threads, *([self.scoring.thread] if self.scoring else [])]:
-            thread.join(max(0.0, until - time.monotonic()))
+        while time.monotonic() < until and (alive := [thread for thread in self._all_threads() if thread.is_alive()]):
+            alive[0].join(max(0.0, until - time.monotonic()))  # it may have started another one
 
     def figure(self):
         """What is shown, as a matplotlib figure."""
@@ -261,13 +264,12 @@ class Explorer(w.VBox):
         self._went()
 
     def _show_data(self, name: str) -> None:
-        titles = [title for title in self.datasets if name in (title, title.rpartition(" [")[0])]
+        titles = [name] if name in self.datasets else [t for t in self.datasets if name == t.rpartition(" [")[0]]
         if not titles:
             raise ToCoError(f"dataset = {name!r:.90} is not offered here: one of {', '.join(self.datasets)}")
         self.session.show_pictures(self.datasets[titles[0]]())
         self.data_name = titles[0]
-        self._stop_scoring()
-        self.split_numbers.put()
+        self._forget_scoring()
         self.tiles.forget()
         self.finder.begin_anew()
         self._went()
@@ -285,10 +287,18 @@ class Explorer(w.VBox):
             self.session.use(name)
         if data:
             pictures = open_pictures(data, self.open_split.value.strip() or "val")
-            self.datasets[pictures.title], self._data_places[pictures.title] = (lambda: pictures), data
-            self._show_data(pictures.title)
+            name = self._name_of(pictures, data)
+            self.datasets[name], self._data_places[name] = (lambda: pictures), data
+            self._show_data(name)
         self._fill()
         self.redraw()
+
+    def _name_of(self, pictures: Pictures, data: str) -> str:
+        """Their title; where images of another folder have it, a name of their own."""
+        title = pictures.title
+        alike = [name for name in self.datasets if name == title or name.startswith(f"{title} (")]
+        known = [name for name in alike if self.datasets[name]().beside(pictures)]
+        return known[0] if known else own_name(title, Path(data).resolve().parent.name, self.datasets)
 
     def _compare(self, on: bool) -> None:
         self.session.compare(on)
@@ -345,34 +355,40 @@ class Explorer(w.VBox):
         if self.scoring and self.scoring.running:
             raise ToCoError("the split is being scored already: stop it first")
         session, side = self.session, self.session.active
-        what = f"{session.sides[side].settings.show} of {session.sides[side].subject}"
-        self.stop.disabled = False
-        self.progress.max, self.progress.layout.visibility = len(session.pictures), "visible"
+        subject, settings, joint = session.subject(side), session.sides[side].settings, session.joint(side)
+        what = f"{settings.show} of {session.sides[side].subject}"
+        self.progress.max, self.progress.layout.visibility = session.pictures.n_listed, "visible"
 
         def tell(found: SplitScores) -> None:
+            self._give_way()
+            if self.scoring is not scoring:  # other images were opened: what is found of these is of no use
+                return
+            self.stop.disabled = scoring.over
             self.finder.iou = found.iou
             self.progress.value = found.done
-            names, problem = session.joint(side).names, self.scoring.error
-            title = f"{found.done} of {found.total} images: {what}"
+            title, problem = f"{found.done} of {found.total} images: {what}", scoring.error
             skipped = f"{len(found.skipped)} skipped, first: {found.skipped[0]}" if found.skipped else ""
             notes = [word for word in (f"scoring stopped: {problem}" if problem else "", skipped) if word]
-            self.split_numbers.put(report.numbers_html(found.numbers, names, title), report.notes_html(notes))
-            if self.scoring.over:
-                self.stop.disabled = True
+            self.split_numbers.put(report.numbers_html(found.numbers, joint.names, title), report.notes_html(notes))
+            if scoring.over:
                 self.finder.fill()  # with the IoU on each thumbnail
 
-        self.scoring = SplitScoring(
-            session.subject(side),
-            session.pictures,
-            session.sides[side].settings,
-            session.joint(side),
-            tell,
-            give_way=self._give_way,
-        ).start()
+        scoring = SplitScoring(subject, session.pictures, settings, joint, tell, give_way=self._give_way)
+        self.scoring, self.stop.disabled = scoring, False
+        scoring.start()
 
     def _stop_scoring(self) -> None:
         if self.scoring:
             self.scoring.stop()
+
+    def _forget_scoring(self) -> None:
+        """End it as after other images were opened; it tells no more."""
+        self._stop_scoring()
+        if self.scoring:
+            self._threads.append(self.scoring.thread)  # which still is at an image
+        self.scoring, self.stop.disabled = None, True
+        self.progress.value, self.progress.layout.visibility = 0, "hidden"
+        self.split_numbers.put()
 
     def _give_way(self) -> None:
         while self._busy and not (self.scoring and not self.scoring.running):
@@ -382,26 +398,27 @@ class Explorer(w.VBox):
 
     def redraw(self, *, tokens: bool = True) -> None:
         """Draw the sides, and what is known about patches where that has changed."""
-        if self._crf_is_pending():
-            return
-        self.tiles.draw()
+        waiting = self._waiting_for_crf()
+        self.tiles.draw(waiting)
         self.keeping.saved.put()  # what is saved is not what is shown any more
         self.controls.disable(self.tiles.visible())
-        self.numbers.put(*(self._numbers_table(i) for i in range(len(self.session.sides))))
+        self.numbers.put(*(self._numbers_table(i, i in waiting) for i in range(len(self.session.sides))))
         self.controls.tell_crops()
         if tokens:
             self.tokens.draw()
         self.why.draw()
         self._show_notes()
 
-    def _numbers_table(self, i: int) -> Markup:
+    def _numbers_table(self, i: int, waits: bool) -> Markup:
         session, settings = self.session, self.session.sides[i].settings
         what = "CAM label" if settings.show in ("image", "CAM") else settings.show
         title = f"{'AB'[i] if len(session.sides) == 2 else 'this image'}: {what}"
         title += f" at beta {settings.beta:g}" if what == "CAM label" else ""
-        missing = "no ground truth" if session.picture.mask is None else "nothing to score"
+        waits = waits and settings.show == "segmentation"
+        missing = "being computed" if waits else "nothing to score"
+        missing = "no ground truth" if session.picture.mask is None else missing
         try:
-            found = session.numbers(i)
+            found = None if waits else session.numbers(i)
         except ToCoError:
             found = None
         return report.numbers_html(found, session.joint(i).names, title, missing=missing)
@@ -410,29 +427,42 @@ class Explorer(w.VBox):
         notes = [self.problem] if self.problem else []
         self.notes.put(report.notes_html(list(dict.fromkeys([*notes, *self.tiles.notes]))))
 
-    def _crf_is_pending(self) -> bool:
-        """The dense CRF takes seconds: it runs beside, and what it has found is drawn when it is there."""
-        session = self.session
-        for i in sorted({tile.side for tile in self.tiles.visible() if tile.show == "segmentation"}):
-            if not (session.sides[i].settings.crf and DECODER in session.subject(i).has):
-                continue
-            analysis = session.analysis(i)
-            if analysis.has_crf():
-                continue
+    def _waiting_for_crf(self) -> frozenset[int]:
+        """The sides whose dense CRF is not there yet. It takes seconds: it runs beside, one at a time, and what it has
+        found is drawn when it is there."""
+        session, waiting = self.session, {}
+        for i in {tile.side for tile in self.tiles.visible() if tile.show == "segmentation"}:
+            if session.sides[i].settings.crf and DECODER in session.subject(i).has:
+                if not (analysis := session.analysis(i)).has_crf():
+                    waiting[i] = analysis
+        if waiting:
             self.problem = "the dense CRF is being computed ..."
-            self._show_notes()
+            if not self._crf_runs:
+                self._crf_runs, first = True, waiting[min(waiting)]
+                thread = threading.Thread(target=self._run_crf, args=(first,), name="dense CRF", daemon=True)
+                self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+                thread.start()
+        return frozenset(waiting)
 
-            def work(analysis=analysis) -> None:
+    def _run_crf(self, analysis: Analysis) -> None:
+        """Compute it and draw what is shown by then. An error switches it off, or it would be tried for ever."""
+        try:
+            try:
                 self._give_way()
                 analysis.segmentation(with_crf=True)
-                self.problem = ""
-                self.redraw(tokens=False)
+            finally:
+                self._crf_runs = False  # before drawing: another image may wait for its own by now
+            self.problem = ""
+            self.redraw(tokens=False)
+        except Exception as error:  # noqa: BLE001  a thread's error is shown in the widget
+            sides = self.session.sides
+            self.session.sides = [replace(side, settings=replace(side.settings, crf=False)) for side in sides]
+            self.problem = f"no dense CRF: {in_a_line(error)}"
+            self._fill()
+            self.redraw(tokens=False)
 
-            if not any(t.is_alive() for t in self._threads):
-                self._threads = [threading.Thread(target=work, name="dense CRF", daemon=True)]
-                self._threads[0].start()
-            return True
-        return False
+    def _all_threads(self) -> list[threading.Thread]:
+        return [*self._threads, *([self.scoring.thread] if self.scoring else [])]
 
     def _fill(self) -> None:
         """Set all controls to what the session says."""

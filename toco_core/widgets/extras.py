@@ -9,6 +9,7 @@ import ipywidgets as w
 
 from toco_core.errors import ToCoError
 from toco_core.widgets.gallery import Gallery
+from toco_core.widgets.keeping import side_word
 from toco_core.widgets.markup import Panel, element, joined
 from toco_core.widgets.page import session_page
 from toco_core.widgets.player import Player
@@ -79,7 +80,7 @@ class Extras(w.VBox):
     def _make_page(self) -> None:
         try:
             page = session_page(self.session, self.session.active)
-            name = f"{self.session.picture.name.replace('/', '_')}.html"
+            name = f"{self.session.picture.name.replace('/', '_')}{side_word(self.session)}.html"
             if self.may_save:
                 written(self.folder / name, lambda path: path.write_text(page, encoding="utf-8"))
             data = base64.b64encode(page.encode()).decode()

@@ -1,6 +1,7 @@
 """The part of the explorer with which something is taken along: a papermill line, a figure, a label."""
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Keeping:
 
     def _save_label(self) -> None:
         label = palette_png(self.session.label(self.session.active))
-        self._hand_over(f"{self._stem()}-label.png", lambda: label, "image/png")
+        self._hand_over(f"{self._stem()}{side_word(self.session)}-label.png", lambda: label, "image/png")
 
     def _hand_over(self, name: str, make: Callable[[], bytes], kind: str) -> None:
         """A file to the folder or to the browser, as the reader wishes."""
@@ -100,3 +101,11 @@ class Keeping:
     def _stem(self) -> str:
         show = self.session.sides[self.session.active].settings.show
         return f"{self.session.picture.name.replace('/', '_')}-{show.replace(' ', '_')}"
+
+
+def side_word(session: Session) -> str:
+    """The active side and its model, for the name of a file; nothing where there is one side."""
+    if len(session.sides) == 1:
+        return ""
+    name = re.sub(r"[^\w.-]+", "_", session.sides[session.active].subject)
+    return f"-{'AB'[session.active]}-{name[:60]}"

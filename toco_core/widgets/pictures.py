@@ -52,6 +52,10 @@ class Pictures:
         """Images of the data set; those that the reader brought come behind them."""
         return len(self._files)
 
+    def beside(self, others: "Pictures") -> bool:
+        """Whether the files of both lie in one folder."""
+        return self._files[0].resolve().parent == others._files[0].resolve().parent
+
     def bring(self, name: str, data: bytes) -> int:
         """Add a photograph, the bytes of a file, and return its number.
 

@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from toco_core.errors import ToCoError
@@ -43,7 +42,7 @@ def restore(session, values: Mapping[str, Any]) -> None:
     """Go where parameters lead: image, settings, patch, crop places, second model and its own settings.
 
     What is None or empty, and names that are not a session's, are passed over; the model is that of side A already,
-    and the one named by `compare` is known by the last part of its path. Raises ToCoError for a wrong value.
+    and the one named by `compare` is found as `Subjects.find` does. Raises ToCoError for a wrong value.
     """
     given = {name: value for name, value in values.items() if value not in (None, "")}
     if "image" in given:
@@ -57,7 +56,7 @@ def restore(session, values: Mapping[str, Any]) -> None:
     if "compare" in given or other:
         session.compare(True)
         if "compare" in given:
-            session.use(Path(str(given["compare"])).name, side=1)
+            session.use(session.subjects.find(str(given["compare"])), side=1)
         session.active, session.linked = 1, False
         try:
             session.set(**other)

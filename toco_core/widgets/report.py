@@ -1,6 +1,6 @@
 """What the explorer says in words and tables (HTML), and its figure for paper (matplotlib)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,12 +66,15 @@ def figure(session: Session) -> Figure:
     FigureCanvasAgg(made)
     axes = made.subplots(1, columns, gridspec_kw={"width_ratios": [1] * (columns - 1) + [0.9]})
     viz.show(axes[0], session.picture.image, session.picture.name)
-    labels = []
+    named: dict[int, dict[str, str]] = {}  # colour -> what it means on A, on B
     for i in sides:
         view, settings = session.view(i), session.sides[i].settings
         viz.show(axes[1 + i], view.picture, _title(session, i))
         if view.label is not None and settings.show not in ("image", "CAM"):
-            labels.append(view.label)
+            names = session.joint(i).names
+            for k in classes_in(view.label):
+                if k < len(names):
+                    named.setdefault(k, {})["AB"[i]] = names[k]
     tokens, settings = session.tokens(0), session.sides[0].settings
     picture = draw.similarity_picture(tokens.similarity, draw.shown_size(session.picture.image.shape[:2]), tokens.patch)
     viz.show(axes[-2], picture, f"similarity to the framed patch\nblock {settings.block}, −1 blue to 1 red")
@@ -86,11 +89,17 @@ def figure(session: Session) -> Figure:
     ax.set_box_aspect(0.8)
     if len(sides) == 2:
         ax.legend(fontsize=8)
-    if used := classes_in(*labels):
-        names = session.joint(0).names
-        viz.class_legend(made, names, [k for k in used if k < len(names)])
+    if named:
+        words = {k: _colour_name(names) for k, names in named.items()}
+        viz.class_legend(made, [words.get(k, "") for k in range(max(words) + 1)], sorted(words))
     viz.plain_text(made)
     return made
+
+
+def _colour_name(names: Mapping[str, str]) -> str:
+    """One name where the sides agree, else that of each."""
+    meant = set(names.values())
+    return meant.pop() if len(meant) == 1 else " / ".join(f"{side}: {name}" for side, name in names.items())
 
 
 def _title(session: Session, side: int) -> str:

@@ -5,7 +5,7 @@ function render({ model, el }) {
   table.className = "toco-table toco-rows";
   table.setAttribute("data-lm-suppress-shortcuts", "true"); // keys belong to the table, not to the notebook
   el.append(table);
-  let count = 0;
+  const next = () => (model.get("wanted").at(-1) ?? 0) + 1; // of all views that the model has or had
   const cell = (kind, text) => {
     const made = document.createElement(kind);
     made.textContent = text;
@@ -23,7 +23,7 @@ function render({ model, el }) {
       row.tabIndex = 0;
       row.setAttribute("aria-selected", i === model.get("chosen"));
       const want = () => {
-        model.set("wanted", [i, ++count]);
+        model.set("wanted", [i, next()]);
         model.save_changes();
       };
       row.addEventListener("click", want);

@@ -185,7 +185,10 @@ class SplitScoring:
         finally:
             self._stopped.set()
             atexit.unregister(self._end)
-            self._on_progress(self.result)
+            try:
+                self._on_progress(self.result)
+            except Exception as error:  # noqa: BLE001  who cannot hear of it finds it here
+                self.error = self.error or error
 
     def _one(self, subject, pictures, settings, joint, index):
         picture = pictures.picture(index)

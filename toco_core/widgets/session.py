@@ -155,20 +155,18 @@ class Session:
         self.sides[side] = SideChoice(name, replace(settings, cam="final") if subject.head else settings)
 
     def compare(self, on: bool) -> None:
-        """Two sides, the second one a copy at first; or one."""
+        """Two sides, the second one a copy at first; or one. A curtain keeps its tiles, or begins anew without them."""
+        named = self._named_tiles()
+        divided = [named[name] for name in self.curtain if name in named]
         if on and len(self.sides) == 1:
             self.sides.append(self.sides[0])
         elif not on:
             del self.sides[1:]
             self.active = 0
+        stay = len(divided) == 2 and all(tile.side < len(self.sides) for tile in divided)
+        self.curtain = (self.tile_name(divided[0]), self.tile_name(divided[1])) if stay else ("", "")
 
-    def arrange_views(
-        self,
-        arrange: Any = None,
-        *,
-        views: Any = None,
-        curtain: Any = None,
-    ) -> None:
+    def arrange_views(self, arrange: Any = None, *, views: Any = None, curtain: Any = None) -> None:
         """Choose how pictures are arranged (`ARRANGEMENTS`), which are side by side (of `SHOWN`), and the two names of
         tiles that a curtain divides; texts are names separated by commas. Raises ToCoError for others."""
         arrange = self.arrange if arrange is None else arrange
@@ -178,9 +176,8 @@ class Session:
         unknown = [view for view in chosen if view not in SHOWN]
         if unknown or not chosen:
             raise ToCoError(f"views = {views!r:.90} is not allowed: some of {', '.join(SHOWN)}")
-        pair = self.curtain if curtain is None else _names(curtain)
-        known = ("", *self.tile_names())
-        if len(pair) != 2 or any(name not in known for name in pair):
+        pair, known = self.curtain if curtain is None else _names(curtain), ("", *self.tile_names())
+        if curtain is not None and (len(pair) != 2 or any(name not in known for name in pair)):
             raise ToCoError(f"curtain = {curtain!r:.90} is not allowed: two of {', '.join(known[1:])}")
         self.arrange, self.curtain = arrange, (pair[0], pair[1])
         self.views = tuple(view for view in SHOWN if view in chosen)
@@ -284,8 +281,7 @@ class Session:
 
     def tile_names(self) -> list[str]:
         """Names of all tiles that there could be: those of a curtain."""
-        sides = range(len(self.sides))
-        return [self.tile_name(Tile(i, view)) for view in SHOWN for i in sides if i == 0 or view not in SHARED]
+        return list(self._named_tiles())
 
     def tile_name(self, tile: Tile) -> str:
         """The view; with a side's letter where two have it."""
@@ -304,9 +300,7 @@ class Session:
 
     def curtain_tiles(self) -> tuple[Tile, Tile]:
         """The two tiles that a curtain divides: by name, else the two sides, else the image and what is shown."""
-        tiles = [Tile(i, view) for i in range(len(self.sides)) for view in SHOWN if i == 0 or view not in SHARED]
-        named = {self.tile_name(tile): tile for tile in tiles}
-        show = self.sides[0].settings.show
+        named, show = self._named_tiles(), self.sides[0].settings.show
         first = Tile(0, show) if len(self.sides) == 2 else Tile(0, "image")
         last = Tile(len(self.sides) - 1, self.sides[-1].settings.show)
         if first == last:
@@ -423,6 +417,11 @@ class Session:
         return recall.describe(self)
 
     # ---- within
+
+    def _named_tiles(self) -> dict[str, Tile]:
+        sides = range(len(self.sides))
+        tiles = [Tile(i, view) for view in SHOWN for i in sides if i == 0 or view not in SHARED]
+        return {self.tile_name(tile): tile for tile in tiles}
 
     def _label_and_numbers(self, side: int, show: str | None) -> tuple[np.ndarray, Numbers | None]:
         """Of the last few settings they are kept: the numbers, the picture and the read-out ask for the same label."""

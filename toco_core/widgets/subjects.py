@@ -4,9 +4,11 @@ A subject is a finished run, a checkpoint of the published release, or a pretrai
 attention can be seen; where its weights hold an ImageNet head, also maps of the classes that the head knows.
 """
 
+import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from toco_core.backbone import SHIPPED
@@ -19,6 +21,7 @@ from toco_core.predict.class_maps import Classifier, open_classifier
 from toco_core.predict.head import head_model
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
+from toco_core.runs.packed import MODEL
 from toco_core.runs.release import from_release
 
 CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
@@ -35,6 +38,7 @@ class Subject:
     has: frozenset[str]
     head: Classifier | None = None  # of ImageNet, whose classes are ranked per image (`predict.head`)
     spec: str = ""  # what `open_subject` was given; the parameter of the notebook
+    origin: tuple = ()  # `origin_of` it; empty where it was made by hand
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False)  # one pass at a time
 
 
@@ -43,8 +47,8 @@ def of_run(opened: Opened, *, spec: str = "") -> Subject:
     loss = opened.config.loss
     has = {CLASSIFIER: loss.cls, AUXILIARY: loss.aux_cls, DECODER: loss.seg, PROJECTION: loss.ctc}
     trained = frozenset(head for head, weight in has.items() if weight > 0)
-    names = opened.data.train.class_names
-    return Subject(opened.run.folder.name, opened.model, opened.config, names, trained, spec=spec)
+    names, folder = opened.data.train.class_names, opened.run.folder
+    return Subject(folder.name, opened.model, opened.config, names, trained, spec=spec, origin=origin_of(folder))
 
 
 def of_release(path: str | Path) -> Subject:
@@ -54,7 +58,7 @@ def of_release(path: str | Path) -> Subject:
     config = override(voc(), layer=model.layer, dropped_border=True)
     names = VOC_CLASSES if model.n_classes == 20 else _numbered(model.n_classes)
     every = frozenset((CLASSIFIER, AUXILIARY, DECODER, PROJECTION))
-    return Subject(Path(path).name, model, config, names, every, spec=str(path))
+    return Subject(Path(path).name, model, config, names, every, spec=str(path), origin=origin_of(path))
 
 
 def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None = None) -> Subject:
@@ -65,7 +69,8 @@ def of_backbone(backbone: str, *, weights: str | None = None, layer: int | None 
     layer = min(layer or config.model.layer, model.depth)
     model.layer = layer
     config = override(config, layer=layer)
-    return Subject(f"{backbone} (pretrained)", model, config, ("background",), frozenset(), spec=backbone)
+    name, origin = f"{backbone} (pretrained)", origin_of(backbone, weights)
+    return Subject(name, model, config, ("background",), frozenset(), spec=backbone, origin=origin)
 
 
 def of_head(backbone: str, *, weights: str | None = None) -> Subject:
@@ -73,7 +78,8 @@ def of_head(backbone: str, *, weights: str | None = None) -> Subject:
     classifier = open_classifier(backbone, weights=weights, device="cpu")
     model, config = head_model(classifier)
     names = ("background", *(f"rank {k}" for k in range(1, model.n_classes + 1)))
-    return Subject(backbone, model, config, names, frozenset((CLASSIFIER,)), classifier, backbone)
+    known, origin = frozenset((CLASSIFIER,)), origin_of(backbone, weights)
+    return Subject(backbone, model, config, names, known, classifier, backbone, origin)
 
 
 def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
@@ -117,19 +123,65 @@ def finished_runs(folder: str | Path) -> list[Path]:
     return sorted(path for path in found if Run(path).finished and (path / "checkpoint.pt").is_file())
 
 
+def origin_of(spec: str | Path, weights: str | Path | None = None) -> tuple[str, str, tuple[int, ...]]:
+    """Tell one model from another: its place or name, its file of weights, and when its files were written."""
+    spec, weights = str(spec), str(weights or "")
+    files = [spec, *(os.path.join(spec, name) for name in ("checkpoint.pt", MODEL)), weights]
+    written = tuple(os.stat(file).st_mtime_ns for file in files if os.path.isfile(file))
+    return os.path.realpath(spec) if os.path.exists(spec) else spec, weights, written
+
+
+def own_name(name: str, folder: str, taken: Collection[str]) -> str:
+    """The name; where it is taken with its folder's behind it, or with a number."""
+    numbered = (f"{name} ({number})" for number in range(2, len(taken) + 3))
+    return next(free for free in (name, *([f"{name} ({folder})"] if folder else []), *numbered) if free not in taken)
+
+
 class Subjects:
     """Models by name, opened when they are first asked for."""
 
     def __init__(self):
         self._makers: dict[str, Callable[[], Subject]] = {}
         self._open: dict[str, Subject] = {}
+        self._origins: dict[str, tuple] = {}
 
     def add(self, subject: Subject | str, maker: Callable[[], Subject] | None = None) -> str:
-        """An open model, or a name and how to open it; returns the name. What has the name already stays."""
-        name = subject if isinstance(subject, str) else subject.name
-        if name not in self._makers:
-            self._makers[name] = maker or (lambda: subject)
+        """An open model, or a name and how to open it; returns the name that it has here. A model that is there stays,
+        another one of the same name gets a name of its own.
+
+        What a maker opens is its argument's default, as in `lambda spec=spec: open_subject(spec)`, else the name.
+        """
+        if isinstance(subject, str):
+            name, origin = subject, origin_of(next(iter(maker.__defaults__ or ()), subject))
+        else:
+            name, origin, maker = subject.name, subject.origin, lambda: subject
+        if name in self._makers:
+            known = [other for other in self._makers if origin and self._origin(other) == origin]
+            if known or self._open.get(name) is subject:
+                return (known or [name])[0]
+            place = Path(origin[0] if origin else "")
+            elsewhere = place.is_absolute() and self._origin(name)[:1] != origin[:1]
+            name = own_name(name, place.parent.name if elsewhere else "", self._makers)
+            maker = partial(_renamed, maker, name)
+        self._makers[name], self._origins[name] = maker, origin
+        if isinstance(subject, Subject):
+            self.get(name)
         return name
+
+    def find(self, spec: str) -> str:
+        """The name of the model that `spec` opens; where none is known to, `spec` as a name or its last part."""
+        place, last = origin_of(spec)[:1], Path(spec).name
+        for name in self._makers:
+            if self._origin(name)[:1] == place:
+                return name
+        alike = [name for name in self._makers if name == last or name.startswith(f"{last} (")]
+        for name in alike if len(alike) > 1 else ():  # what they are is known once they are open
+            if self.get(name).origin[:1] == place:
+                return name
+        return spec if spec in self._makers else last
+
+    def _origin(self, name: str) -> tuple:
+        return self._open[name].origin if name in self._open else self._origins[name]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,6 +194,10 @@ class Subjects:
         if name not in self._open:
             self._open[name] = self._makers[name]()
         return self._open[name]
+
+
+def _renamed(maker: Callable[[], Subject], name: str) -> Subject:
+    return replace(maker(), name=name)
 
 
 def _numbered(n_classes: int) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ function render({ model, el }) {
     caption.append(text("b", item.name), ...mark);
     return [frame, caption];
   };
-  let count = 0;
+  const next = () => (model.get("wanted").at(-1) ?? 0) + 1; // of all views that the model has or had
   const draw = () => {
     const at = [...root.children].indexOf(document.activeElement);
     const chosen = model.get("chosen");
@@ -35,7 +35,7 @@ function render({ model, el }) {
       button.tabIndex = item.index === chosen ? 0 : -1; // one stop of the tab key; arrows lead to the others
       button.append(...content(item));
       button.addEventListener("click", () => {
-        model.set("wanted", [item.index, ++count]);
+        model.set("wanted", [item.index, next()]);
         model.save_changes();
       });
       root.append(button);

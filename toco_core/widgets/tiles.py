@@ -1,6 +1,6 @@
 """The part of the explorer that shows the views: side by side, one alone, or two with a curtain between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,16 +70,17 @@ class Tiles:
         session = self.session
         return tuple(session.curtain_tiles() if session.arrange == "curtain" else session.tiles())
 
-    def draw(self) -> None:
-        """Draw the tiles of which something has changed; what takes longest comes last."""
+    def draw(self, waiting: Collection[int] = ()) -> None:
+        """Draw the tiles of which something has changed; what takes longest comes last. Of sides in `waiting` the
+        segmentation is not there yet: its tile shows the image."""
         session, in_row = self.session, self.session.arrange == "side by side"
         curtain = session.curtain_tiles() if session.arrange == "curtain" else ()
         self.shown = [curtain[0]] if curtain else session.tiles()
         for number in sorted(range(len(self.shown)), key=lambda i: self.shown[i].show == "pseudo label"):
             tile, canvas = self.shown[number], self._canvas(number)
-            looks = len(session.sides), *(session.look(part) for part in curtain or (tile,))
+            looks = len(session.sides), *((session.look(part), waits(part, waiting)) for part in curtain or (tile,))
             if self._drawn.get(number, (None,))[0] != looks:
-                self._drawn[number] = looks, self._draw(number, curtain or (tile,))
+                self._drawn[number] = looks, self._draw(number, curtain or (tile,), waiting)
             with canvas.hold_sync():
                 canvas.pin = list(session.place or ())
                 canvas.width = 0 if in_row or len(self.shown) > 1 else ALONE
@@ -150,10 +151,10 @@ class Tiles:
 
     # ---- what is seen
 
-    def _draw(self, number: int, tiles: Sequence[Tile]) -> tuple[str, ...]:
+    def _draw(self, number: int, tiles: Sequence[Tile], waiting: Collection[int]) -> tuple[str, ...]:
         """Draw one tile, or a curtain of two; returns the notes."""
         session, canvas = self.session, self.canvases[number]
-        views = [session.view(tile.side, tile.show) for tile in tiles]
+        views = [session.view(tile.side, "image" if waits(tile, waiting) else tile.show) for tile in tiles]
         with canvas.hold_sync():
             canvas.picture = draw.encoded(views[0].picture)
             canvas.under = draw.encoded(views[1].picture) if len(views) == 2 else b""
@@ -183,3 +184,8 @@ class Tiles:
             return head
         places = draw.labels_in(view.label)
         return joined([head, draw.label_key({k: names[k] for k in places if k < len(names)}, ignored=255 in places)])
+
+
+def waits(tile: Tile, waiting: Collection[int]) -> bool:
+    """Whether a tile's label is still being computed, see `Tiles.draw`."""
+    return tile.show == "segmentation" and tile.side in waiting
