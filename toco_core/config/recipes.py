@@ -45,8 +45,8 @@ def tiny() -> TrainConfig:
 
     The classifiers are fitted to the frozen tokens first and the lower eight blocks stay as they are, so that nothing
     that the backbone knows is bent by random heads. The auxiliary classifier reads the first block that is trained,
-    which is the best one on validation images. CTC is off: it gains a point here, for half as much time again (see
-    `docs/results.md`).
+    which is the best one on validation images. CTC is off: it gains less than half a point, for half as much time
+    again (see `docs/results.md`).
     """
     return TrainConfig(
         model=ModelConfig(
