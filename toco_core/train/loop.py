@@ -81,8 +81,8 @@ def train(
     """Train as `config` says, and validate. The run's folder follows from the config (see `runs.Run`).
 
     Args:
-        terms: of the objective, by name: `TERMS | {"mine": Term(...)}` adds one (see `objective`). Its source is part
-            of the run's name.
+        terms: of the objective, by name: `TERMS | {"mine": Term(...)}` adds one (see `objective`). What is your
+            own in it, source and values (see `runs.described`), is part of the run's name.
         data: the two splits, by default `open_data(config.data)`.
         on_record: called with each logged record, a dictionary that has "step" and either losses or validation scores.
         on_step: called after each step with the model and the number of steps that it has learned for. It may evaluate
