@@ -15,9 +15,9 @@ picture once: main image, second global view, local views, the scaled and mirror
 
     train(config, terms=TERMS | {"entropy": Term(entropy, weight=0.01, start=100)})
 
-It is in the curves, in the estimates of time and memory, and in the run's manifest; its source, and whatever of your
-own it reads, is part of the run's name. A term that stays has its row in `TERMS`, and its weight and first step as the fields `<name>` and `<name>_start`
-of `config.LossConfig` (`added_later=True`).
+It is in the curves, in the estimates of time and memory, and in the run's manifest; its source and what it reads are
+part of the run's name. A term that stays has its row in `TERMS`, and its weight and first step as the fields `<name>`
+and `<name>_start` of `config.LossConfig` (`added_later=True`).
 
 **A label source** is a function of a step, too, or a cached property of `Step`. A term that learns from one names it in
 `Term.label`; then it is made without a graph, once per step (`step.made(label)`), and, where a batch is computed in

@@ -1,4 +1,4 @@
-"""Terms of one's own in a run's name: a config does not hold them, so a digest of all that is one's own in them does."""
+"""Terms of one's own in a run's name: a config does not hold them, so a digest of what is one's own in them does."""
 
 import hashlib
 from collections.abc import Mapping
