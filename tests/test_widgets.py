@@ -33,6 +33,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.labels import region_mask
 from toco_core.model import ToCo
+from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
 from toco_core.runs.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
 from toco_core.widgets.analysis import Analysis
@@ -803,6 +804,28 @@ def test_checkpoint_of_the_release(folder, tmp_path):
     assert session.joint(0).names == CLASSES  # as many classes as the folder: the same in order
     assert session.view(0).notes == () and session.analysis(0).images.shape[-2:] == (448, 448)
     assert session.parameters()["image"] == "img_0" and opened.spec.endswith("release.pth")
+
+
+def test_what_toco_share_and_second_wrote(folder, tmp_path):
+    """Both open; of a second network the decoder alone was taught, and its label map is that of its logits."""
+    made = make_subject()
+    state, names = made.model.state_dict(), ("background", *made.class_names[1:])
+    write_pretrained(tmp_path / "shared", state, override(made.config, ctc=0.5), names, "a card")
+    write_pretrained(tmp_path / "second", state, override(made.config, loss=SECOND_LOSS), names, SECOND)
+    shared, second = (open_subject(tmp_path / name) for name in ("shared", "second"))
+    assert shared.has == EVERY and second.has == {DECODER}
+    assert [one.name for one in (shared, second)] == ["shared", "second"] and second.spec == str(tmp_path / "second")
+    subjects = Subjects()
+    subjects.add(second)
+    explorer = Explorer(Session(open_pictures(folder), subjects))
+    assert "no trained classifier" in explorer.notes.value
+    explorer.session.set(show="segmentation")
+    explorer.redraw()
+    others = Subjects()
+    others.add(made)
+    plain = Session(open_pictures(folder), others)
+    plain.set(show="segmentation")
+    assert np.array_equal(explorer.session.view(0).label, plain.view(0).label)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The models to look into, and what each of them can be asked.
 
-A subject is a finished run, a checkpoint of the published release, or a pretrained backbone. Of the last, tokens and
+A subject is a finished run, what `toco share` or `toco second` wrote, a checkpoint of the published release, or a
+pretrained backbone. Of the last, tokens and
 attention can be seen; where its weights hold an ImageNet head, also maps of the classes that the head knows.
 """
 
@@ -19,6 +20,7 @@ from toco_core.machine.torchvision_shim import make_importable
 from toco_core.model import ToCo
 from toco_core.predict.class_maps import Classifier, open_classifier
 from toco_core.predict.head import head_model
+from toco_core.predict.models import open_model
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
 from toco_core.runs.packed import MODEL
@@ -44,11 +46,21 @@ class Subject:
 
 def of_run(opened: Opened, *, spec: str = "") -> Subject:
     """A run; a head whose loss had weight 0 counts as not there."""
-    loss = opened.config.loss
-    has = {CLASSIFIER: loss.cls, AUXILIARY: loss.aux_cls, DECODER: loss.seg, PROJECTION: loss.ctc}
-    trained = frozenset(head for head, weight in has.items() if weight > 0)
-    names, folder = opened.data.train.class_names, opened.run.folder
-    return Subject(folder.name, opened.model, opened.config, names, trained, spec=spec, origin=origin_of(folder))
+    names, folder, has = opened.data.train.class_names, opened.run.folder, trained_heads(opened.config)
+    return Subject(folder.name, opened.model, opened.config, names, has, spec=spec, origin=origin_of(folder))
+
+
+def of_shared(folder: str | Path) -> Subject:
+    """A folder that `toco share` or `toco second` wrote."""
+    name, model, config, names, _ = open_model(folder)
+    return Subject(name, model, config, names, trained_heads(config), spec=str(folder), origin=origin_of(folder))
+
+
+def trained_heads(config: TrainConfig) -> frozenset[str]:
+    """The heads whose loss has a weight."""
+    loss = config.loss
+    weights = {CLASSIFIER: loss.cls, AUXILIARY: loss.aux_cls, DECODER: loss.seg, PROJECTION: loss.ctc}
+    return frozenset(head for head, weight in weights.items() if weight > 0)
 
 
 def of_release(path: str | Path) -> Subject:
@@ -83,13 +95,14 @@ def of_head(backbone: str, *, weights: str | None = None) -> Subject:
 
 
 def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
-    """A run's folder, a checkpoint file of the release, or the name of a backbone.
+    """A run's folder, one of `toco share` or `toco second`, a checkpoint file of the release, or a backbone's name.
 
     Raises ToCoError where `spec` is none of them, with what is allowed.
     """
     path = Path(spec)
     if (path / "config.json").is_file():
-        return of_run(open_run(path), spec=str(spec))
+        is_run = any((path / name).is_file() for name in ("checkpoint.pt", "metrics.jsonl"))
+        return of_run(open_run(path), spec=str(spec)) if is_run else of_shared(path)
     if path.is_dir():
         raise ToCoError(f"model = {str(spec)!r} is a folder without config.json: not the folder of a run")
     if path.is_file():
