@@ -32,15 +32,20 @@ def result(seed, value):
 
 def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(common, tmp_path):
     record = tmp_path / "records" / "x.json"
-    common.add_result(record, "why?", "a", {"par_dilations": (1, 2)}, result(1, 40.0))
-    common.add_result(record, "why?", "b", {}, result(0, 10.0))
-    state = common.add_result(record, "why?", "a", {"par_dilations": (1, 2)}, result(0, 50.0))
+
+    def put(name, fields, seed, value):
+        run = override(tiny(), **fields, seed=seed).short_hash()
+        return common.add_result(record, "why?", name, fields, result(seed, value) | {"run": run})
+
+    put("a", {"par_dilations": (1, 2)}, 1, 40.0)
+    put("b", {}, 0, 10.0)
+    state = put("a", {"par_dilations": (1, 2)}, 0, 50.0)
     assert json.loads(record.read_text()) == state
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [0, 1]
     steps = tiny().schedule.steps
     assert f"| a | {steps} | 2 | 45.0 ± 7.1 |" in state["table"][2]
     assert f"| b | {steps} | 1 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |" == state["table"][3]
-    state = common.add_result(record, "why?", "a", {"steps": 9}, result(2, 60.0))
+    state = put("a", {"lr": 1e-3}, 2, 60.0)
     assert [run["seed"] for run in state["variants"]["a"]["runs"]] == [2]  # other settings: nothing to average with
 
 
