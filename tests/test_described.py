@@ -2,10 +2,12 @@
 
 import enum
 import functools
+import os
 import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,13 +157,16 @@ def test_what_refers_to_itself_ends():
 
 
 def test_another_process_says_the_same():
-    text = "import test_described as t; from toco_core.runs.described import described as d; " \
-        "print(d([t.asks_a_helper, t.Scaled(3), {'b', 'a', 'c'}, t.KINDS]))"  # fmt: skip
+    code = """
+import test_described as t
+from toco_core.runs.described import described
+print(described([t.asks_a_helper, t.Scaled(3), {"b", "a", "c"}, t.KINDS]))
+"""
+    here, command = Path(__file__).parent, [sys.executable, "-c", code]
     runs = [
         subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0],
-            env={**__import__("os").environ, "PYTHONHASHSEED": seed},
+            command, capture_output=True, text=True, check=True, cwd=here, env=os.environ | {"PYTHONHASHSEED": seed}
         ).stdout
         for seed in ("1", "2")
-    ]  # fmt: skip
+    ]
     assert runs[0] == runs[1] and "return x * 3" in runs[0]

@@ -181,6 +181,11 @@ def count_pixels(label: Integer[Tensor, "B H W"]) -> Int[Tensor, "2"]:
     return torch.stack([half.sum() for half in _halves(label)])
 
 
+def count_known(label: Integer[Tensor, " ..."]) -> Int[Tensor, "1"]:
+    """Entries of a label that are not 255: what a plain mean runs over."""
+    return (label != IGNORE).sum()[None]
+
+
 def _halves(label: Integer[Tensor, "B H W"]) -> tuple[Bool[Tensor, "B H W"], Bool[Tensor, "B H W"]]:
     """Which pixels are background, which foreground; ignored ones are neither."""
     return label == 0, (label != 0) & (label != IGNORE)

@@ -354,8 +354,8 @@ TERMS: dict[str, Term] = {
     "seg": Term(seg, "pseudo_label", losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
     # not the paper's: in a run's records only where they count
-    "exchange": Term(methods.exchange, methods.exchanged, methods.count_exchanged),
-    "consistency": Term(methods.consistency, methods.unsure_choice, methods.count_unsure),
+    "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
+    "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")

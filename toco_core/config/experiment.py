@@ -81,10 +81,10 @@ class TrainConfig(Config):
     def check_parts(self, processes: int = 1) -> None:
         """Raise ToCoError where so many processes, or `accumulate`, cannot divide a batch."""
         self.schedule.images_at_once(processes)
-        needed = {"ctc_batch_negatives": self.loss.ctc_batch_negatives, "prototypes": self.loss.prototypes > 0}
-        for name in (name for name, whole in needed.items() if whole):
-            for parts, n in (("accumulate", self.schedule.accumulate), ("processes", processes)):
-                if n > 1:
+        whole = {"ctc_batch_negatives": self.loss.ctc_batch_negatives, "prototypes": self.loss.prototypes > 0}
+        for parts, n in (("accumulate", self.schedule.accumulate), ("processes", processes)):
+            for name, needed in whole.items():
+                if n > 1 and needed:
                     raise ToCoError(f"{parts} = {n} with {name} is not allowed: 1, it needs the batch in one piece")
 
     def short_hash(self, *, every_field: bool = False) -> str:

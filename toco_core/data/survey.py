@@ -26,9 +26,9 @@ from toco_core.machine.intake import read_bytes, read_json
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
 NESTED = (
-    *({"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"}),
+    {"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"},
     {"val", coco.VAL_PART},
-)
+)  # fmt: skip
 OF_OTHERS = {"all", "corrected"}  # what `toco export --split all` and `toco corrected` list besides other lists
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
 SBD_HOME = (

@@ -5,8 +5,8 @@ it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`.
 `docs/methods.md`.
 """
 
-from toco_core.methods.consistency import consistency, count_unsure, unsure_choice
-from toco_core.methods.exchange import count_exchanged, exchange, exchanged
+from toco_core.methods.consistency import consistency, unsure_choice
+from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 
-__all__ = ["consistency", "count_exchanged", "count_unsure", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toco_core.conventions import IGNORE
 from toco_core.labels import inside_box
+from toco_core.losses import count_known
 
 SURE = 0.5
 
@@ -22,11 +23,6 @@ def consistency_label(
     above `sure`; 255 elsewhere."""
     p, chosen = logits.detach().softmax(1).max(1)
     return chosen.masked_fill((label != IGNORE) | (p <= sure), IGNORE)
-
-
-def count_unsure(label: Int[Tensor, "B H W"]) -> Int[Tensor, "1"]:
-    """Pixels that `consistency_loss` takes its mean over."""
-    return (label != IGNORE).sum()[None]
 
 
 def consistency_loss(
@@ -46,7 +42,7 @@ def consistency_loss(
     results is that of the whole batch.
     """
     cost = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    (n,) = count_unsure(label) if pixels is None else pixels
+    (n,) = count_known(label) if pixels is None else pixels
     return parts * cost / n.clamp(min=1)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toco_core.conventions import IGNORE
+from toco_core.losses import count_known
 
 SURE = 0.5
 
@@ -28,11 +29,6 @@ def exchange_label(
     p, chosen = seg_logits.detach().float().masked_fill(~possible, -torch.inf).softmax(1).max(1)
     label = F.one_hot(chosen, seg_logits.shape[1]).movedim(-1, 1)[:, 1:]
     return label.masked_fill(~possible[:, 1:] | (p <= sure)[:, None], IGNORE)
-
-
-def count_exchanged(label: Int[Tensor, "B K h w"]) -> Int[Tensor, "1"]:
-    """Pairs of token and class that `exchange_loss` takes its mean over."""
-    return (label != IGNORE).sum()[None]
 
 
 def exchange_loss(
@@ -53,7 +49,7 @@ def exchange_loss(
     """
     counts = label != IGNORE
     cost = F.binary_cross_entropy_with_logits(cam_logits, (label == 1).to(cam_logits.dtype), reduction="none")
-    (n,) = count_exchanged(label) if pairs is None else pairs
+    (n,) = count_known(label) if pairs is None else pairs
     return parts * (cost * counts).sum() / n.clamp(min=1)
 
 

@@ -48,7 +48,7 @@ def is_model(name: str | Path) -> bool:
 
 def _opened(name: str | Path) -> NamedModel:
     path = Path(name)
-    if (path / "metrics.jsonl").is_file() or (path / "checkpoint.pt").is_file():
+    if Run(path).begun:
         return _of_run(Run(path))
     if (path / "config.json").is_file():
         found = from_pretrained(path)

@@ -46,6 +46,11 @@ class Run:
         self.saved: int | None = None
         """Steps done in the newest checkpoint that was saved or loaded here."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder is that of a run: it has a log or a checkpoint."""
+        return any((self.folder / name).is_file() for name in ("metrics.jsonl", "checkpoint.pt"))
+
     @classmethod
     def of(cls, config: TrainConfig, variant: str = "") -> "Run":
         """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".

@@ -356,7 +356,8 @@ def trained_run(
     Raises ToCoError as `train` does, also for a finished run of other data or other weights.
     """
     data = data or open_data(config.data)
-    run = (shipped_run(config) if not variant(terms, config) else None) or Run.of(config, variant(terms, config))
+    own = variant(terms, config)
+    run = (None if own else shipped_run(config)) or Run.of(config, own)
     if not run.finished:
         train(config, data=data, terms=terms, **options)
     run.refuse_other_data(data, config.model.weights_file)

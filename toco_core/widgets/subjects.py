@@ -1,8 +1,8 @@
 """The models to look into, and what each of them can be asked.
 
 A subject is a finished run, what `toco share` or `toco second` wrote, a checkpoint of the published release, or a
-pretrained backbone. Of the last, tokens and
-attention can be seen; where its weights hold an ImageNet head, also maps of the classes that the head knows.
+pretrained backbone. Of the last, tokens and attention can be seen; where its weights hold an ImageNet head, also maps
+of the classes that the head knows.
 """
 
 import os
@@ -101,8 +101,7 @@ def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
     """
     path = Path(spec)
     if (path / "config.json").is_file():
-        is_run = any((path / name).is_file() for name in ("checkpoint.pt", "metrics.jsonl"))
-        return of_run(open_run(path), spec=str(spec)) if is_run else of_shared(path)
+        return of_run(open_run(path), spec=str(spec)) if Run(path).begun else of_shared(path)
     if path.is_dir():
         raise ToCoError(f"model = {str(spec)!r} is a folder without config.json: not the folder of a run")
     if path.is_file():
