@@ -31,6 +31,7 @@ VOC = {
         "layer": 10,
         "aux_norm": False,
         "pooling": "max",
+        "aux_pooling": None,
         "proj_hidden": 2048,
         "proj_bottleneck": 256,
         "proj_dim": 1024,
@@ -249,6 +250,10 @@ def test_a_field_that_was_added_later_leaves_earlier_runs_their_hash():
     assert config.short_hash() == earlier
     assert override(config, aux_norm=True).short_hash() != earlier
     assert override(config, pooling="mean").short_hash() != earlier
+    assert override(config, aux_pooling="mean").short_hash() not in (
+        earlier,
+        override(config, pooling="mean").short_hash(),
+    )
     assert override(config, log_to="tensorboard").short_hash(every_field=True) == earlier
 
 

@@ -32,10 +32,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def some_model(seed=0) -> ToCo:
+def some_model(seed=0, **fields) -> ToCo:
     torch.manual_seed(seed)
     sizes = {"proj_hidden": 8, "proj_bottleneck": 6, "proj_dim": 5, "decoder_width": 7}
-    model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes), K)
+    model = ToCo(ModelConfig(backbone=BACKBONE, pretrained=False, layer=2, **sizes, **fields), K)
     stir(model, 0.3)
     return model
 
@@ -170,6 +170,8 @@ def test_another_model_or_split_or_folder_is_refused(model, source, tmp_path):
     evaluate(model, part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another weights: choose"):
         evaluate(some_model(1), part, **options, keep=tmp_path / "kept")
+    with pytest.raises(ToCoError, match="another network: choose"):
+        evaluate(some_model(aux_pooling="mean"), part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another image_files, image_labels, images, mask_files: choose"):
         evaluate(model, source.subset([1]), **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="is not empty and holds no evaluation"):

@@ -413,6 +413,18 @@ def test_pooling_is_all_that_the_option_changes():
         small_config(pooling="avg")
 
 
+@pytest.mark.parametrize("pooling, aux_pooling, taken", [("max", "mean", (1, 15)), ("topk", "max", (3, 1))])
+def test_the_auxiliary_classifier_may_read_its_tokens_in_a_way_of_its_own(pooling, aux_pooling, taken):
+    model = small_model(pooling=pooling, aux_pooling=aux_pooling)
+    assert model.config.poolings == (pooling, aux_pooling) and small_config(pooling=pooling).poolings == (pooling,) * 2
+    found = model(images(2, 24, 40))
+    parts = [(model.classifier, found.tokens.patch_tokens), (model.aux_classifier, found.tokens.aux_patch_tokens)]
+    for (head, tokens), k, logits in zip(parts, taken, (found.class_logits, found.aux_class_logits), strict=True):
+        assert_close(logits, torch.stack([head.weight @ slow.pooled(image, k) for image in tokens]))
+    with pytest.raises(ToCoError, match="aux_pooling = 'avg' is not allowed: one of max, mean, topk, cam_topk"):
+        small_config(aux_pooling="avg")
+
+
 @pytest.mark.parametrize("pooling", ["max", "mean", "topk"])
 def test_the_gradient_of_pooling_is_that_of_finite_differences(pooling):
     tokens = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)

@@ -209,10 +209,10 @@ class ToCo(nn.Module):
 
     def heads(self, tokens: Tokens, *, segmentation: bool = True) -> Output:
         """Class logits (`class_scores` of the patch tokens) and, unless left out, segmentation logits."""
-        pooling = self.config.pooling
+        pooling, aux_pooling = self.config.poolings
         return Output(
             class_logits=class_scores(tokens.patch_tokens, self.classifier, pooling),
-            aux_class_logits=class_scores(tokens.aux_patch_tokens, self.aux_classifier, pooling),
+            aux_class_logits=class_scores(tokens.aux_patch_tokens, self.aux_classifier, aux_pooling),
             # contiguous: channel by channel the maps are resized twice as fast as pixel by pixel
             seg_logits=self.decoder(tokens.patch_map).contiguous() if segmentation else None,
             tokens=tokens,

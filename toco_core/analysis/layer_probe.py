@@ -2,7 +2,7 @@
 
 Only block `layer` and the last one have classifiers. For any other block one is fitted afterwards, on frozen tokens and
 the same image-level labels: a bias-free linear function of the pooled patch tokens (their maximum, unless the model has
-another `pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, this is a constant per image
+another `pooling` or `aux_pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, this is a constant per image
 and fitting is a logistic regression with one solution; no seed, no schedule. (With the pooling `cam_topk`, where it is
 no constant, the probe is fitted as a warm start is.) Such a probe says what could be read from a block, not what the
 network itself reads there.
@@ -81,11 +81,11 @@ def fitted_classifier(
 def probe_classifiers(
     model: ToCo, source, config: TrainConfig, *, n_images: int | None = None, decay: float = 0.01
 ) -> dict[int, Tensor]:
-    """Block -> `fitted_classifier` on its patch tokens, pooled as the model does it, for every block of the encoder.
+    """Block -> `fitted_classifier` on its patch tokens, pooled as the auxiliary classifier does it, for every block of the encoder.
 
     source: a split whose image-level labels are read; its first `n_images` (None: all), each at `crop_size` square.
     """
-    features, labels, pooling = [], [], model.config.pooling
+    features, labels, pooling = [], [], model.config.poolings[1]
     for items, tokens, _ in _tokens_of_split(model, source, config, n_images):
         features.append([classifier_input(block, pooling) for block in tokens])
         labels += [item.image_labels for item in items]
@@ -102,7 +102,7 @@ def _warm_started(model: ToCo, tokens: Tensor, image_labels: Tensor) -> Float[Te
     classifier = torch.nn.Linear(model.width, model.n_classes, bias=False)
     torch.nn.init.normal_(classifier.weight, std=model.width**-0.5, generator=generator)
     classifier.to(tokens.device)
-    options = {"steps": PROBE_STEPS, "generator": generator, "pooling": model.config.pooling}
+    options = {"steps": PROBE_STEPS, "generator": generator, "pooling": "cam_topk"}
     with torch.enable_grad():
         fit_classifier(classifier, tokens, image_labels, **options)
     return classifier.weight.detach().to(model.classifier.weight.dtype)

@@ -42,6 +42,13 @@ class ModelConfig(Config):
         one_of=("max", "mean", "topk", "cam_topk"),
         added_later=True,
     )
+    aux_pooling: str | None = option(
+        None,
+        """How the auxiliary classifier reads its block's tokens, where that is another way than `pooling`. None: the
+        same one, as published.""",
+        one_of=("max", "mean", "topk", "cam_topk"),
+        added_later=True,
+    )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1, at_most=65536)
     proj_bottleneck: int = option(
         256, "Width of the projection head before its last, weight-normalised layer.", at_least=1, at_most=65536
@@ -80,6 +87,11 @@ class ModelConfig(Config):
     def weights_file(self) -> str | None:
         """The file that the encoder begins with; None where it begins with others or at random."""
         return self.weights if self.pretrained else None
+
+    @property
+    def poolings(self) -> tuple[str, str]:
+        """How the final classifier reads its tokens, and how the auxiliary one does."""
+        return self.pooling, self.aux_pooling or self.pooling
 
     def check(self):
         if not self.backbone:

@@ -390,6 +390,8 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
         precision = torch.get_autocast_dtype(device.type) if lowered else model.classifier.weight.dtype
     fields = ("backbone", "layer", "aux_norm", "pooling", "pos_embed_antialias")
     network = {name: getattr(model.config, name) for name in fields}
+    if model.config.aux_pooling:  # a later field: numbers kept before it are still those of today
+        network["aux_pooling"] = model.config.aux_pooling
     network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
     return {
         "device": device.type,

@@ -56,7 +56,7 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place
     for either, and the release's tools would compute other class logits from the same tensors.
     """
-    for name, known in (("pooling", "max"), ("aux_norm", False)):
+    for name, known in (("pooling", "max"), ("aux_pooling", None), ("aux_norm", False)):
         value = getattr(model.config, name)
         if value != known:
             raise ToCoError(f"{name} = {value!r} cannot be written in the release's layout: it knows {known!r} only")

@@ -41,9 +41,10 @@ def warm_start(
     """
     final, aux = pooled_tokens(model, source, config, autocast=autocast, progress=progress)
     labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32, device=final.device)
-    for tokens, classifier in ((final, model.classifier), (aux, model.aux_classifier)):
+    fitted = ((final, model.classifier), (aux, model.aux_classifier))
+    for (tokens, classifier), pooling in zip(fitted, model.config.poolings, strict=True):
         generator = torch.Generator().manual_seed(config.seed)
-        options = {"steps": config.schedule.warm_start_steps, "pooling": model.config.pooling, "generator": generator}
+        options = {"steps": config.schedule.warm_start_steps, "pooling": pooling, "generator": generator}
         fit_classifier(classifier, tokens, labels, **options)
 
 
@@ -53,14 +54,15 @@ def pooled_tokens(
 ) -> tuple[Tensor, Tensor]:
     """What the final and the auxiliary classifier read of every image of a split: two n D, float32; with the pooling
     `cam_topk`, which has no such vector, all tokens, n N D in bfloat16."""
-    found, device, pooling = ([], []), model.classifier.weight.device, model.config.pooling
+    found, device = ([], []), model.classifier.weight.device
     items = evaluation_items(source, size=config.data.crop_size, workers=config.data.workers, masks=False)
     bar = tqdm(items, total=len(source), desc="warm start", unit="image", disable=not progress, leave=False)
     with model.evaluating():
         for batch in in_batches(bar, ENCODED_AT_ONCE):
             with autocast():
                 tokens = model.encode(model.normalise(to_unit(torch.cat([item.image for item in batch]).to(device))))
-            for kept, patches in zip(found, (tokens.patch_tokens, tokens.aux_patch_tokens), strict=True):
+            read = (tokens.patch_tokens, tokens.aux_patch_tokens)
+            for kept, patches, pooling in zip(found, read, model.config.poolings, strict=True):
                 kept.append(classifier_input(patches.float(), pooling))
     return torch.cat(found[0]), torch.cat(found[1])
 
