@@ -23,6 +23,8 @@ SWEEPS = {
     "scales of the CAM": ("cam_scales", ((1.0,), (1.0, 0.5), (1.0, 1.5), (1.0, 0.5, 1.5))),
     "attention": ("attention_steps", (0, 1)),
     "pooling": ("pooling", ("max", "mean", "topk")),
+    "auxiliary pooling": ("aux_pooling", ("max", "mean", "topk")),
+    "upper threshold": ("beta_h", (0.4, 0.5, 0.6)),
     "dilation of the decoder": ("decoder_dilation", (1, 2, 5)),
     "precision": ("precision", ("fp32", "bf16")),
 }
