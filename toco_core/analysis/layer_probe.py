@@ -2,10 +2,10 @@
 
 Only block `layer` and the last one have classifiers. For any other block one is fitted afterwards, on frozen tokens and
 the same image-level labels: a bias-free linear function of the pooled patch tokens (their maximum, unless the model has
-another `pooling` or `aux_pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, this is a constant per image
-and fitting is a logistic regression with one solution; no seed, no schedule. (With the pooling `cam_topk`, where it is
-no constant, the probe is fitted as a warm start is.) Such a probe says what could be read from a block, not what the
-network itself reads there.
+another `aux_pooling`), which is the auxiliary classifier's form. Since the tokens are frozen, what is pooled is a
+constant per image and fitting is a logistic regression with one solution; no seed, no schedule. (With the pooling
+`cam_topk`, where it is no constant, the probe is fitted as a warm start is.) Such a probe says what could be read from
+a block, not what the network itself reads there.
 
 (Applying the final norm and classifier to an early block instead would assume that all blocks speak the last one's
 language; a poor map would then say nothing about the block.)
@@ -81,7 +81,7 @@ def fitted_classifier(
 def probe_classifiers(
     model: ToCo, source, config: TrainConfig, *, n_images: int | None = None, decay: float = 0.01
 ) -> dict[int, Tensor]:
-    """Block -> `fitted_classifier` on its patch tokens, pooled as the auxiliary classifier does it, for every block of the encoder.
+    """Block -> `fitted_classifier` on its patch tokens, pooled as for the auxiliary classifier, for every block.
 
     source: a split whose image-level labels are read; its first `n_images` (None: all), each at `crop_size` square.
     """
