@@ -114,7 +114,7 @@ def with_levels(picture: np.ndarray, value: np.ndarray, levels: Sequence[float])
     """Lines where the CAM crosses the levels: the lowest dotted by darkness, all on a dark rim."""
     picture = picture.copy()
     for level in levels:
-        lines, _ = cv2.findContours((value >= level).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        lines, _ = cv2.findContours((value >= level).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         cv2.drawContours(picture, lines, -1, DARK, 3)
         cv2.drawContours(picture, lines, -1, LIGHT if level == max(levels) else LOWER, 1)
     return picture
@@ -125,7 +125,7 @@ def with_regions(picture: np.ndarray, label: np.ndarray, *, colour=LIGHT) -> np.
     picture = picture.copy()
     for k in labels_in(label):
         if k:
-            lines, _ = cv2.findContours((label == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            lines, _ = cv2.findContours((label == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
             cv2.drawContours(picture, lines, -1, DARK, 3)
             cv2.drawContours(picture, lines, -1, colour, 1)
     return picture

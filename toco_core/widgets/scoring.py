@@ -5,6 +5,7 @@ class that only one of them knows can be missed or wrong, but never right.
 """
 
 import atexit
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,10 +39,11 @@ class Numbers(NamedTuple):
     n_images: int = 1
 
 
-def joint_classes(data: Sequence[str], model: Sequence[str]) -> Joint:
+@functools.lru_cache(maxsize=32)  # asked for many times a picture
+def joint_classes(data: tuple[str, ...], model: tuple[str, ...]) -> Joint:
     """Match classes by name. Where one side only counts its classes ("class 1" ...) and both have equally many, they
     are taken to be the same in order."""
-    data, model = tuple(data) or tuple(model), tuple(model)
+    data = data or model
     counted = [all(name == f"class {k}" for k, name in enumerate(names[1:], 1)) for names in (data, model)]
     if len(data) == len(model) and any(counted):
         model = data

@@ -35,6 +35,7 @@ from toco_core.widgets.settings import (
     fields_seen,
     papermill_line,
     settings_of,
+    showing,
     within,
 )
 from toco_core.widgets.subjects import CLASSIFIER, Subject, Subjects
@@ -255,7 +256,7 @@ class Session:
     def settings(self, side: int, show: str | None = None) -> Settings:
         """Those of a side, as they are or with another `show`."""
         settings = self.sides[side].settings
-        return settings if show in (None, settings.show) else replace(settings, show=show)
+        return settings if show in (None, settings.show) else showing(settings, show)
 
     def label(self, side: int, show: str | None = None) -> np.ndarray:
         """The label map of a side, uint8 at native size, in the numbers of `joint`; `show` None: what the side shows.

@@ -1,5 +1,6 @@
 """What is shown of an image, as one frozen record that refuses impossible values, and as a line for papermill."""
 
+import functools
 import numbers
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -86,6 +87,12 @@ def settings_of(config: TrainConfig, depth: int) -> Settings:
     shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig) if f.name in known}
     crops = {"crop_size": config.crops.local_size, "n_crops": config.crops.n_local or 4}
     return Settings(**shared, **crops, block=depth)
+
+
+@functools.lru_cache(maxsize=64)
+def showing(settings: Settings, show: str) -> Settings:
+    """The same with another `show`; kept, as every tile of every picture asks for it."""
+    return replace(settings, show=show)
 
 
 def within(settings: Settings, depth: int) -> Settings:
