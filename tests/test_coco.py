@@ -17,7 +17,7 @@ from growth import memory_growth
 from PIL import Image
 from pycocotools import mask as rle
 
-from toco_core.data import COCOFolder, open_train_val, split_names
+from toco_core.data import COCOFolder, open_source, open_train_val, split_names
 from toco_core.data.layouts import coco
 from toco_core.data.layouts.coco import _counts, _runs
 from toco_core.errors import ToCoError
@@ -86,6 +86,13 @@ def test_train_and_val_are_opened_together(root):
     write_json(root, "val", content)
     with pytest.raises(ToCoError, match="train has the classes cat, dog, sheep but val has cat, dog"):
         open_train_val(root)
+
+
+def test_images_may_lie_in_a_folder_of_vocs_name(root):
+    before = COCOFolder(root, "train").names
+    (root / "train2014").rename(root / "JPEGImages")
+    (root / "val2014").rename(root / "others")
+    assert open_source(root, "train").names == before
 
 
 def test_one_annotation_file_with_images_beside_it(tmp_path):

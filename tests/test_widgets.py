@@ -582,10 +582,13 @@ def test_another_image_while_the_crf_runs(explorer, monkeypatch):
     explorer.go(1)
     assert explorer.tiles.canvases[0].picture == draw.encoded(explorer.session.view(0, "image").picture)
     assert "being computed" in explorer.numbers.value and "being computed" in explorer.notes.value
+    words = explorer.session.read_out(0, 0.5, 0.5)  # does not wait for it either
+    assert words.startswith("row ") and "segmentation" not in words and "truth: " in words
     go_on.set()
     explorer.settle()
     session = explorer.session
     assert session.analysis(0).has_crf() and explorer.notes.value == "" and "mean IoU" in explorer.numbers.value
+    assert "segmentation: " in session.read_out(0, 0.5, 0.5)
     assert explorer.tiles.canvases[0].picture == draw.encoded(session.view(0).picture)
 
 

@@ -136,10 +136,12 @@ def _kind(dataset: Path | str) -> tuple[str, Path]:
         raise ToCoError(f"dataset {root} is a file that is neither .csv, .tsv nor .json; {ALLOWED}")
     if not root.is_dir():
         raise ToCoError(f"dataset folder {root} does not exist; {ALLOWED}")
-    if (root / "JPEGImages").is_dir() or (root / "ImageSets").is_dir():
+    if (root / "ImageSets").is_dir():
         return "VOC", root
-    if coco.is_coco_folder(root):
+    if coco.is_coco_folder(root):  # before JPEGImages: its images may lie in a folder of that name, too
         return "COCO", root
+    if (root / "JPEGImages").is_dir():
+        return "VOC", root
     listed = tags.tag_file(root)
     if listed is not None:
         return "list of tags", listed

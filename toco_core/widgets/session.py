@@ -381,13 +381,18 @@ class Session:
                 h, w = cam.shape
                 value = float(cam[min(int(y * h), h - 1), min(int(x * w), w - 1)])
                 words.append(f"{joint.names[joint.of_model[k]]} {value:.2f}")
-            if settings.show in LABELS:
+            if settings.show in LABELS and not self.waits_for_crf(side):
                 words.append(f"{settings.show}: {self.class_word(side, int(self.label(side)[row, column]))}")
         except ToCoError:
             pass
         if self.picture.mask is not None:
             words.append(f"truth: {self.class_word(side, int(self.picture.mask[row, column]))}")
         return " · ".join(words)
+
+    def waits_for_crf(self, side: int) -> bool:
+        """Whether what a side shows would need a dense CRF, which takes seconds, that is not there yet."""
+        settings = self.sides[side].settings
+        return settings.show == "segmentation" and settings.crf and not self.analysis(side).has_crf()
 
     def class_word(self, side: int, place: int) -> str:
         names = self.joint(side).names
