@@ -47,8 +47,9 @@ def images(n, side=48, seed=0):
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def test_tokens_and_gradients_are_those_of_the_whole_encoder():
-    model, pictures, kept = frozen_model(), images(3), KeptTokens()
+@pytest.mark.parametrize("layer", [8, 9, 11])  # 8: the auxiliary classifier reads the kept tokens themselves
+def test_tokens_and_gradients_are_those_of_the_whole_encoder(layer):
+    model, pictures, kept = frozen_model(layer=layer), images(3), KeptTokens()
 
     def gradients():
         model.zero_grad()
@@ -99,6 +100,8 @@ def test_what_is_asked_of_a_frozen_block_is_computed():
     with kept.of(model, blocks=8):
         assert torch.equal(model.encode(pictures, attend=(7, 12)).attention, wanted.attention)
         assert kept.computed == 0
+        model.encode(pictures, attend=(8, 12))  # the kept tokens lie behind the attention of block 8
+        assert kept.computed == 0
         model.encode(pictures, attend=(9, 12))
         assert kept.computed == 2
         assert len(model.inside(pictures).blocks) == 12
@@ -107,7 +110,7 @@ def test_what_is_asked_of_a_frozen_block_is_computed():
 def test_what_a_config_keeps():
     assert kept_blocks(small()) == 8
     assert kept_blocks(small(views_per_image=0)) == 0
-    assert kept_blocks(small(layer=8)) == 7
+    assert [kept_blocks(small(layer=layer)) for layer in (7, 8, 9)] == [7, 8, 8]
     assert kept_blocks(small(layer=11, attention_steps=1, attention_blocks=(12, 6))) == 5
     assert kept_blocks(small(layer=11, attention_steps=0, attention_blocks=(12, 6))) == 8
 

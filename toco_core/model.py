@@ -121,10 +121,11 @@ class ToCo(nn.Module):
         matrix products. Raises ToCoError for a block that is not there.
         `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         """
-        serves = keep and self.kept is not None and self.kept.serves((self.layer, *attend))
+        serves = keep and self.kept is not None and self.kept.serves(self.layer, attend)
         kept = self.kept if serves else None
         with self._attention_of(attend) as maps:
-            if self.graphs is not None and self.training and not attend:
+            behind = self.layer > (kept.blocks if kept is not None else 0)
+            if self.graphs is not None and self.training and not attend and behind:
                 x, grid, done = self._embedded(images, kept)
                 aux, x = self.graphs(x, done, self.layer - 1)
             else:
@@ -142,10 +143,12 @@ class ToCo(nn.Module):
         return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
 
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
-        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the first block
-        behind the kept ones on."""
+        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept
+        ones on."""
         encoder = self.encoder
         x, grid, done = self._embedded(images, kept)
+        if done:
+            yield done, x, grid
         rope = getattr(encoder, "rope", None)
         rope = None if rope is None else rotary_positions(rope, grid)
         for number, block in enumerate(encoder.blocks[done:], done + 1):

@@ -74,9 +74,9 @@ class KeptTokens:
         finally:
             model.kept = before
 
-    def serves(self, wanted: Iterable[int]) -> bool:
-        """Whether all of these blocks lie behind the kept ones."""
-        return min(wanted) > self.blocks
+    def serves(self, layer: int, attended: Iterable[int]) -> bool:
+        """Whether the tokens after block `layer` and the attention inside the others can be had behind the kept ones."""
+        return layer >= self.blocks and all(block > self.blocks for block in attended)
 
     @torch.no_grad()
     def tokens(self, model: ToCo, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], tuple[int, int]]:
@@ -101,10 +101,10 @@ class KeptTokens:
 
 
 def kept_blocks(config: TrainConfig) -> int:
-    """Behind how many blocks a config keeps tokens: the frozen ones before the first whose tokens or attention are
-    asked for; 0 where images are varied anew in every pass."""
-    first_wanted = min((config.model.layer, *config.labels.attended()))
-    return min(config.schedule.frozen_blocks, first_wanted - 1) if config.data.views_per_image else 0
+    """Behind how many blocks a config keeps tokens: the frozen ones up to that of the auxiliary classifier and before
+    the first whose attention is asked for; 0 where images are varied anew in every pass."""
+    before = (block - 1 for block in config.labels.attended())
+    return min(config.schedule.frozen_blocks, config.model.layer, *before) if config.data.views_per_image else 0
 
 
 def _pixels(image: Tensor) -> bytes:
