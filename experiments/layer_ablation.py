@@ -2,10 +2,10 @@
 
     python experiments/layer_ablation.py --seeds 0 1 2 --threads 1
 
-Expected: a teacher among the trained blocks below the last, 9 to 11; the last block teaches itself. `tiny()` trains the
-blocks from 9 on: blocks 7 and 8 read tokens that stay as the backbone left them, so that only the auxiliary classifier
-learns there. Cost: a run of `tiny()` for each block and seed. Writes experiments/records/layer_ablation.json, which
-`notebooks/layer_ablation.ipynb` shows.
+Expected: a teacher at a block between, late enough to know the classes and early enough for its tokens to differ; the
+last block teaches itself. `tiny()` trains the blocks from 9 on: blocks 7 and 8 read tokens that stay as the backbone
+left them, so that only the auxiliary classifier learns there. Cost: a run of `tiny()` for each block and seed. Writes
+experiments/records/layer_ablation.json, which `notebooks/layer_ablation.ipynb` shows.
 """
 
 from common import RECORDS, command_line, run_all, table
