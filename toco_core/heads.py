@@ -78,7 +78,7 @@ class Kept(Protocol):
     blocks: int
 
     def serves(self, layer: int, attended: Iterable[int]) -> bool:
-        """Whether the tokens after block `layer` and the attention inside the others can be had behind the kept ones."""
+        """Whether the tokens after block `layer` and the attention inside the others lie behind the kept ones."""
 
     def tokens(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """All tokens after the kept blocks, B T D, and the grid."""

@@ -75,7 +75,7 @@ class KeptTokens:
             model.kept = before
 
     def serves(self, layer: int, attended: Iterable[int]) -> bool:
-        """Whether the tokens after block `layer` and the attention inside the others can be had behind the kept ones."""
+        """Whether the tokens after block `layer` and the attention inside the others lie behind the kept ones."""
         return layer >= self.blocks and all(block > self.blocks for block in attended)
 
     @torch.no_grad()

@@ -42,6 +42,12 @@ def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     return ax
 
 
+def _from_zero(ax: plt.Axes) -> None:
+    """From 0 to a little above the highest curve, which flat ones would lie on."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines] or [np.ones(1)])
+    ax.set_ylim(0, 1.08 * (values[np.isfinite(values)].max(initial=0) or 1))
+
+
 @with_plain_text
 def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
     """mIoU of final CAM, auxiliary CAM and segmentation on the validation part against the step.
@@ -55,7 +61,8 @@ def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
             steps, values = [r["step"] + 1 for r in lines], [r[score] for r in lines]
             ax.plot(steps, values, "o-", color=colour, label=NAMES[score], ms=4)
     ylabel = "mIoU (%)" if masks or not lines else "mean average precision (%)"
-    ax.set(title="Validation", xlabel="step", ylabel=ylabel, ylim=(0, None))
+    ax.set(title="Validation", xlabel="step", ylabel=ylabel)
+    _from_zero(ax)
     if ax.lines:
         ax.legend()
     return ax
@@ -178,7 +185,8 @@ def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: S
         if published:
             share = [100 * point["step"] / published[-1]["step"] for point in published]
             ax.plot(share, [point[score] for point in published], "k--", lw=1.2, label="published")
-        ax.set(title=f"{NAMES[score][0].upper()}{NAMES[score][1:]}, validation", ylabel="mIoU (%)", ylim=(0, None))
+        ax.set(title=f"{NAMES[score][0].upper()}{NAMES[score][1:]}, validation", ylabel="mIoU (%)")
+        _from_zero(ax)
     axes[0].set(title="Total loss", ylabel="loss (terms weighted)")
     for ax in axes:
         ax.set_xlabel("share of the schedule (%)" if published else "step")
