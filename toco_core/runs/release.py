@@ -56,9 +56,9 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place
     for either, and the release's tools would compute other class logits from the same tensors.
     """
-    for name, known in (("pooling", "max"), ("aux_pooling", None), ("aux_norm", False)):
+    for name, known in (("pooling", "max"), ("aux_pooling", "max"), ("aux_norm", False)):
         value = getattr(model.config, name)
-        if value != known:
+        if value not in (None, known):  # an auxiliary pooling of None is the final one's
             raise ToCoError(f"{name} = {value!r} cannot be written in the release's layout: it knows {known!r} only")
     tensors = _to_layout(model.state_dict()) | model.release_extras
     return {("module." if module_prefix else "") + k: v.detach().cpu().clone() for k, v in tensors.items()}
