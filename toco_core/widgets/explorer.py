@@ -30,7 +30,7 @@ from toco_core.widgets.panels import SPREAD, TokenPanel, WhyPanel
 from toco_core.widgets.pictures import Pictures, open_pictures
 from toco_core.widgets.scoring import SplitScores, SplitScoring
 from toco_core.widgets.session import Session
-from toco_core.widgets.subjects import DECODER, open_subject, own_name
+from toco_core.widgets.subjects import open_subject, own_name
 from toco_core.widgets.tiles import Tiles
 
 WRAP = {"flex_flow": "row wrap", "align_items": "center"}
@@ -432,9 +432,8 @@ class Explorer(w.VBox):
         found is drawn when it is there."""
         session, waiting = self.session, {}
         for i in {tile.side for tile in self.tiles.visible() if tile.show == "segmentation"}:
-            if session.sides[i].settings.crf and DECODER in session.subject(i).has:
-                if not (analysis := session.analysis(i)).has_crf():
-                    waiting[i] = analysis
+            if session.crf_pending(i):
+                waiting[i] = session.analysis(i)
         if waiting:
             self.problem = "the dense CRF is being computed ..."
             if not self._crf_runs:

@@ -38,7 +38,7 @@ from toco_core.widgets.settings import (
     showing,
     within,
 )
-from toco_core.widgets.subjects import CLASSIFIER, Subject, Subjects
+from toco_core.widgets.subjects import CLASSIFIER, DECODER, Subject, Subjects
 from toco_core.widgets.why import Reasons, reasons
 
 KEPT = 16  # images whose passes are kept
@@ -381,7 +381,7 @@ class Session:
                 h, w = cam.shape
                 value = float(cam[min(int(y * h), h - 1), min(int(x * w), w - 1)])
                 words.append(f"{joint.names[joint.of_model[k]]} {value:.2f}")
-            if settings.show in LABELS and not self.waits_for_crf(side):
+            if settings.show in LABELS and not (settings.show == "segmentation" and self.crf_pending(side)):
                 words.append(f"{settings.show}: {self.class_word(side, int(self.label(side)[row, column]))}")
         except ToCoError:
             pass
@@ -389,10 +389,10 @@ class Session:
             words.append(f"truth: {self.class_word(side, int(self.picture.mask[row, column]))}")
         return " · ".join(words)
 
-    def waits_for_crf(self, side: int) -> bool:
-        """Whether what a side shows would need a dense CRF, which takes seconds, that is not there yet."""
-        settings = self.sides[side].settings
-        return settings.show == "segmentation" and settings.crf and not self.analysis(side).has_crf()
+    def crf_pending(self, side: int) -> bool:
+        """Whether a side's segmentation would need a dense CRF, which takes seconds, that is not there yet."""
+        wanted = self.sides[side].settings.crf and DECODER in self.subject(side).has
+        return wanted and not self.analysis(side).has_crf()
 
     def class_word(self, side: int, place: int) -> str:
         names = self.joint(side).names
