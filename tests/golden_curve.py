@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from small_config import stir
 
 from toco_core.config import (
     CropConfig,
@@ -71,9 +72,7 @@ def curve(dtype: torch.dtype = torch.float32, accumulate: int = 1) -> tuple[list
     schedule = settings.schedule
     torch.manual_seed(settings.seed)
     model = build_model(settings, K)
-    for parameter in model.parameters():  # far from its start, so that CAMs are not flat
-        torch.nn.init.normal_(parameter, std=0.2)
-        parameter.data += float(parameter.ndim == 1)
+    stir(model, 0.2)
     model = model.to(dtype).train()
     groups = parameter_groups(model, lr=schedule.lr, head_lr_scale=schedule.head_lr_scale, weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas)

@@ -164,7 +164,9 @@ def test_labels_are_those_of_python(page, predictor, show):
     table[:4] = 0, 2, 3, 1
     expected = table[expected]
     assert len(np.unique(expected)) > 1
-    assert (found == expected).mean() > 0.97, (found == expected).mean()
+    around = np.ones((3, 3), np.uint8)  # the page cuts maps of another size: borders may move by a pixel
+    calm = cv2.erode(expected, around) == cv2.dilate(expected, around)
+    assert calm.mean() > 0.5 and (found == expected)[calm].mean() > 0.995
 
 
 def test_scores_in_the_page(page, predictor, mask):

@@ -30,7 +30,7 @@ def quick_hub() -> Iterator[None]:
 
 def hub_reason(error: Exception) -> str:
     """What an error of the Hub's client means, in a line."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "the Hugging Face Hub cannot be reached, and its cache on this machine does not have the file"

@@ -143,6 +143,6 @@ def superpixels(image: np.ndarray, *, spacing: int = 12, smoothing: float = 2.0)
     markers = np.zeros(image.shape[:2], np.int32)
     rows, columns = (range(spacing // 2, n, spacing) for n in image.shape[:2])
     for number, (y, x) in enumerate(((y, x) for y in rows for x in columns), start=1):
-        cv2.circle(markers, (x, y), max(1, spacing // 6), number, -1)
+        cv2.circle(markers, (x, y), max(1, spacing // 6), (number,), -1)
     cells = cv2.watershed(grey, markers)
     return np.where(cells < 1, 0, cells)

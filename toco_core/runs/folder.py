@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.version
 
 from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
