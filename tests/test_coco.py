@@ -77,6 +77,18 @@ def test_splits_and_lists(root):
         COCOFolder(root, "test")
 
 
+def test_a_name_may_end_like_a_file(root):
+    """`a.jpg` is the name of the file `a.jpg.png`, in a list as in a split."""
+    content = read_json(root, "train")
+    before = content["images"][2]["file_name"]
+    (root / "train2014" / before).rename(root / "train2014" / "a.jpg.png")
+    content["images"][2]["file_name"] = "a.jpg.png"
+    write_json(root, "train", content)
+    for line in ("a.jpg", "a.jpg.png", "train2014/a.jpg.png"):
+        (root / "mine.txt").write_text(f"{line}\n")
+        assert COCOFolder(root, "mine").names == ("a.jpg",)
+
+
 def test_train_and_val_are_opened_together(root):
     pair = open_train_val(root)
     assert (len(pair.train), len(pair.val), pair.held_out) == (4, 3, False)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -314,6 +315,12 @@ def test_the_command(model, source, config, tmp_path, capsys):
         export_command([*everything[:-1], "0.05"])  # beta_l above beta_h
     with pytest.raises(ToCoError, match="split 'nope'"):
         export_command([str(run.folder), str(tmp_path / "out"), "--split", "nope"])
+    shutil.copy(source.image_path(4), source.root / "JPEGImages" / "new.jpg")  # a test part has images and nothing else
+    write_list(source.root, "test", ["new"])
+    assert export_command([str(run.folder), str(tmp_path / "test"), "--split", "test", "--method", "seg"]) == 0
+    assert VOCFolder(tmp_path / "test", "test").mask(0).shape == source.image(4).shape[:2]
+    with pytest.raises(ToCoError, match="new"):
+        export_command([str(run.folder), str(tmp_path / "cam"), "--split", "test", "--method", "cam"])
     formats_through_the_shell(run, tmp_path, capsys)
 
 

@@ -5,7 +5,8 @@ import argparse
 from toco_core.commands import command_parser
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORED
-from toco_core.data import Split, open_data, open_source
+from toco_core.data import Split, open_data
+from toco_core.data.source import open_unscored
 from toco_core.data.split import joined
 from toco_core.predict.corrections import FORMATS, write_for_annotation
 from toco_core.predict.export import IMAGES, METHODS, export, voc_archive
@@ -73,4 +74,4 @@ def split_of_run(config: TrainConfig, split: str) -> Split:
     """A split of the data set of a config; "train" and "val" are exactly the images that it trains and validates on."""
     data = open_data(config.data)
     known = {config.data.train_split: data.train, config.data.val_split: data.val}
-    return known[split] if split in known else open_source(config.data.dataset, split)
+    return known[split] if split in known else open_unscored(config.data.dataset, split)

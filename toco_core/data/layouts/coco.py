@@ -62,7 +62,7 @@ class COCOFolder(Split):
         path, content, listed = _annotation_file(self.root, split)
         self.class_names, class_of = _classes(content["categories"], path)
         self.class_source = path.name
-        wanted = None if listed is None else _listed_names(listed)
+        wanted = None if listed is None else _listed_names(listed, content)
         images = _images(content["images"], path, wanted, listed)
         objects = _objects(content["annotations"], images, class_of, path, partial=listed is not None)
         self.n_unlabelled = sum(not objects[number] for number in images)
@@ -159,10 +159,9 @@ def _annotation_file(root: Path, split: str) -> tuple[Path, dict, Path | None]:
         raise ToCoError(f"dataset folder {root} has no annotations/instances_*.json; {LAYOUT}")
     listed = next((path for path in _lists(root) if path.stem == split), None)
     if listed is not None:
-        names = _listed_names(listed)
         for path in files.values():
             content = _read_json(path)
-            if names <= {without_suffix(Path(str(image.get("file_name", ""))).name) for image in content["images"]}:
+            if _listed_names(listed, content) <= _known_names(content):
                 return path, content, listed
         raise ToCoError(f"{listed} names images that no one of {', '.join(p.name for p in files.values())} has")
     if split == VAL_PART and "val" in files:
@@ -172,11 +171,17 @@ def _annotation_file(root: Path, split: str) -> tuple[Path, dict, Path | None]:
     return files[split], _read_json(files[split]), None
 
 
-def _listed_names(path: Path) -> set[str]:
-    lines = [line for line in read_lines(path, "a list of names") if line]
+def _listed_names(path: Path, content: dict[str, list]) -> set[str]:
+    """The names in a list, which may have the suffix of the file, too; a name may itself end like a file's."""
+    lines = [line.split("/")[-1] for line in read_lines(path, "a list of names") if line]
     if not lines:
         raise ToCoError(f"{path} names no image")
-    return {without_suffix(line.split("/")[-1]) for line in lines}
+    known = _known_names(content)
+    return {line if line in known else without_suffix(line) for line in lines}
+
+
+def _known_names(content: dict[str, list]) -> set[str]:
+    return {without_suffix(Path(str(image.get("file_name", ""))).name) for image in content["images"]}
 
 
 def _read_json(path: Path) -> dict[str, list]:
