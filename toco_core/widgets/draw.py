@@ -14,7 +14,7 @@ import numpy as np
 from toco_core import viz
 from toco_core.conventions import IGNORE, voc_palette
 from toco_core.widgets.analysis import Crop
-from toco_core.widgets.markup import Markup, element, joined
+from toco_core.widgets.markup import Markup, drawing, element, joined
 
 SIDE = 448  # longer side of the picture, pixels
 DARK, LIGHT = (20, 20, 20), (255, 255, 255)
@@ -217,16 +217,7 @@ def curve_svg(curves: dict[str, np.ndarray], *, block: int, layer: int, width: i
     parts.append(element("text", joined(legend, " "), x=left, y=14))
     below = f"block (solid: chosen, dashed: auxiliary, {layer})"
     parts.append(element("text", below, x=(left + width - right) / 2, y=height - 8, text_anchor="middle"))
-    return element(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label="similarity by block",
-        style="font:11px sans-serif;fill:currentColor",
-    )
+    return drawing(*parts, width=width, height=height, label="similarity by block")
 
 
 def colour_bar(kind: str, *, top: float = 1.0) -> Markup:

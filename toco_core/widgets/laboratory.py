@@ -23,7 +23,7 @@ from toco_core.errors import ToCoError, in_a_line
 from toco_core.viz import RUN_COLOURS, titled_row
 from toco_core.widgets import draw
 from toco_core.widgets.canvas import RowTable
-from toco_core.widgets.markup import Markup, Panel, element
+from toco_core.widgets.markup import Markup, Panel, drawing, element
 
 RANGES = {  # what sliders offer: lowest, highest, step; never beyond what the field allows
     "ptc": (0.0, 4.0, 0.25),
@@ -287,16 +287,7 @@ def loss_svg(
         parts.append(element("polyline", points=drawn, fill="none", stroke=colour(number), stroke_width=thick))
     below = f"step ({term}, thick: run {chosen})" if lines else "step"
     parts.append(element("text", below, x=(left + width - right) / 2, y=height - 8, text_anchor="middle"))
-    return element(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=f"{term} loss of {len(lines)} runs",
-        style="font:11px sans-serif;fill:currentColor",
-    )
+    return drawing(*parts, width=width, height=height, label=f"{term} loss of {len(lines)} runs")
 
 
 def _value(config: TrainConfig, name: str) -> Any:

@@ -33,6 +33,13 @@ def element(tag: str, *parts: str, **attributes: str | float) -> Markup:
     return Markup(f"<{tag}{pairs}>{joined(parts)}</{tag}>")
 
 
+def drawing(*parts: str, width: int, height: int, label: str) -> Markup:
+    """An SVG in the text's colour, light or dark, no wider than its place; `label` is read aloud."""
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    style = "font:11px sans-serif;fill:currentColor;max-width:100%"
+    return element("svg", *parts, **size, role="img", aria_label=label, style=style)
+
+
 LINE_BREAK = Markup("<br>")
 
 

@@ -10,7 +10,7 @@ from toco_core.conventions import IGNORE
 from toco_core.predict.pixel import PARTrace, TokenPairs, decoder_probabilities, token_pairs, trace_par
 from toco_core.widgets import draw
 from toco_core.widgets.analysis import Analysis
-from toco_core.widgets.markup import Markup, element
+from toco_core.widgets.markup import Markup, drawing, element
 from toco_core.widgets.settings import Settings
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER
 
@@ -143,7 +143,7 @@ def _cam_chart(found: Reasons, settings: Settings, width: int = 300) -> Markup:
         at = f"{left + beta * span:.1f}"
         parts.append(element("line", x1=at, x2=at, y1=0, y2=height - 15, stroke="currentColor", stroke_dasharray="3 2"))
         parts.append(element("text", name, x=at, y=height - 4, text_anchor=anchor))
-    return _svg(parts, width, height, "CAM of each class against the thresholds")
+    return drawing(*parts, width=width, height=height, label="CAM of each class against the thresholds")
 
 
 def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
@@ -174,7 +174,7 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
         parts.append(element("text", _short(name), x=width - right + 5, y=f"{y:.1f}"))
     words = f"step 0 to {steps} of PAR; solid: beta_h, dashed: beta_l"
     parts.append(element("text", words, x=left - 26, y=height - 6))
-    return _svg(parts, width, height, "scores at the pixel after each step of PAR")
+    return drawing(*parts, width=width, height=height, label="scores at the pixel after each step of PAR")
 
 
 def _apart(heights: list[float], step: float, *, most: float) -> list[float]:
@@ -189,12 +189,6 @@ def _apart(heights: list[float], step: float, *, most: float) -> list[float]:
 
 def _short(name: str) -> str:
     return name if len(name) < 13 else name[:11] + "…"
-
-
-def _svg(parts: list[Markup], width: int, height: int, label: str) -> Markup:
-    style = "font:11px sans-serif;fill:currentColor;max-width:100%"
-    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
-    return element("svg", *parts, **size, role="img", aria_label=label, style=style)
 
 
 # ---- pictures
