@@ -65,7 +65,8 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in KEPT_CELL_METADATA and v})
         cell.id = _cell_id(cell, seen)
         if cell.cell_type == "code":
-            cell.outputs = [_normal_output(output) for output in _joined_streams(cell.outputs)]
+            outputs = [_normal_output(output) for output in _joined_streams(cell.outputs)]
+            cell.outputs = [o for o in outputs if o.output_type != "stream" or o.text.strip()]  # a bar that is gone
     return notebook
 
 

@@ -17,6 +17,7 @@ from toco_core.widgets.settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
+FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$", re.DOTALL)
 MAX_LINES, MAX_DEF, MAX_BYTES = 25, 12, 1_800_000
 MAX_PARAMETERS, MAX_IMPORTS = 40, 32  # lines: one for each; imports are out of the reader's sight
 
@@ -97,6 +98,15 @@ def test_cells_are_short_and_hold_no_library_code(path):
 
 
 @every_notebook
+def test_formulas_have_commands(path):
+    """A doubled backslash would begin a new line, and `mathcal` would be read as letters."""
+    formulas = [
+        found for cell in read(path).cells if cell.cell_type == "markdown" for found in FORMULA.findall(cell.source)
+    ]
+    assert [text for text in formulas if re.search(r"\\\\[A-Za-z|]", text)] == []
+
+
+@every_notebook
 def test_every_parameter_is_used_later(path):
     notebook = read(path)
     at = parameter_index(notebook)
@@ -138,8 +148,9 @@ def test_papermill_shows_type_and_help_of_every_parameter(path):
 def small_notebook():
     v4 = nbformat.v4
     stream = [v4.new_output("stream", name="stdout", text=text) for text in ("10%\r", "100%\n", "done\n")]
+    gone = v4.new_output("stream", name="stderr", text="50%\r     \r")
     view = v4.new_output("display_data", data={refresh.WIDGET_VIEW: {"model_id": "1f"}, "text/plain": "Button()"})
-    cell = v4.new_code_cell("print()", outputs=[stream[0], view, *stream[1:]], execution_count=1)
+    cell = v4.new_code_cell("print()", outputs=[stream[0], view, gone, *stream[1:]], execution_count=1)
     cell.metadata = {"tags": ["parameters"], "execution": {"iopub.execute_input": "2020"}, "papermill": {}}
     notebook = v4.new_notebook(cells=[cell, v4.new_code_cell("print()"), v4.new_markdown_cell("text")])
     notebook.metadata = {"widgets": {"state": {}}, "kernelspec": {"name": "mine"}, "language_info": {"version": "3.99"}}
