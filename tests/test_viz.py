@@ -171,6 +171,7 @@ def test_curves_of_nothing(ax):
 def test_training_figure():
     figure = viz.training_figure(RECORDS)
     assert [len(ax.lines) for ax in figure.axes] == [6, 3]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()  # one validation stands where it was
 
 
 def test_token_similarity(ax):
@@ -326,7 +327,7 @@ def test_compared_curves():
     assert [line.get_label() for line in loss.lines] == ["a", "b"] and [len(ax.lines) for ax in (cam, seg)] == [1, 1]
     assert points(loss.lines[1]) == [(0, 2.0), (10, 1.5)]
     assert points(aux_cam.lines[0]) == [(11, 25.5), (21, 35.5)] and cam.get_xlabel() == "step"
-    assert loss.lines[0].get_color() != loss.lines[1].get_color()
+    assert loss.lines[0].get_color() != loss.lines[1].get_color() and loss.get_xlim() == seg.get_xlim()
     assert isinstance(viz.compared_curves({"empty": ([], 10)}), plt.Figure)
 
 

@@ -70,8 +70,8 @@ def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
 
 @with_plain_text
 def training_figure(records: Sequence[dict]) -> plt.Figure:
-    """Losses and validation side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    """Losses and validation side by side, over the same steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
     loss_curves(axes[0], records)
     score_curves(axes[1], records)
     figure.tight_layout()
@@ -170,7 +170,7 @@ def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: S
     `runs`: name -> its records and its number of steps. With `published`, points with "step" and the three scores of
     which the last ends the schedule, the x axis is the share of the schedule, so that other lengths can be compared.
     """
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3))
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3), sharex=True)
     colours = name_colours(runs)
     for name, (records, steps) in runs.items():
         colour, unit = colours[name], 100 / steps if published else 1
