@@ -27,6 +27,19 @@ BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 META = torch.device("meta")
 
 
+def meta_knows_weight_norm() -> bool:
+    """PyTorch 2.6 computes what is behind the last layer of CTC's head with numbers only."""
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 3, device=META))
+    try:
+        layer(torch.zeros(1, 2, device=META)).sum().backward()
+    except NotImplementedError:
+        return False
+    return True
+
+
+whole_step = pytest.mark.skipif(not meta_knows_weight_norm(), reason="this PyTorch has no weight norm without numbers")
+
+
 class Waits(TorchDispatchMode):
     """Notes what `meta` itself lets pass but a GPU's host waits for: copies from the host that are not queued, and
     several values put where a mask says."""
@@ -95,6 +108,7 @@ def waits_of(config: TrainConfig) -> list[str]:
 
 
 @pytest.mark.slow
+@whole_step
 @pytest.mark.parametrize("release", [ReleaseBehaviour(), ReleaseBehaviour.release_exact()], ids=["ours", "release"])
 def test_a_step_waits_for_nothing(release):
     """All terms but the dense energy."""
@@ -102,11 +116,13 @@ def test_a_step_waits_for_nothing(release):
 
 
 @pytest.mark.slow
+@whole_step
 def test_a_step_in_parts_waits_for_nothing():
     assert waits_of(config_of(energy=0.0, batch_size=B, accumulate=B)) == []
 
 
 @pytest.mark.slow
+@whole_step
 def test_the_dense_energy_waits_for_its_lattices_only(monkeypatch):
     """How many vertices a lattice has depends on the image."""
     config = config_of()
@@ -162,6 +178,7 @@ class Doubles(TorchDispatchMode):
 
 
 @pytest.mark.slow
+@whole_step
 def test_a_device_without_float64_can_train(monkeypatch):
     """As on Apple's MPS. All terms but the dense energy, which `meta` has no lattice for."""
     config = config_of(energy=0.0)
