@@ -117,9 +117,9 @@ class Player(w.VBox):
 
     def _show(self) -> None:
         picture = self.movie.frame(self.at.value)
+        self.caption.put(element("b", self.movie.captions[self.at.value]))  # first: no picture has another's
         self.image.value = draw.encoded(picture)
         self.image.width = str(picture.shape[1])
-        self.caption.put(element("b", self.movie.captions[self.at.value]))
 
     def _work_ahead(self, movie: Movie) -> None:
         for i in range(len(movie)):
