@@ -44,9 +44,7 @@ class Film:
     """The camera: `take(model, step)` keeps a frame of a model that has learned for `step` steps."""
 
     def __init__(self, run: Run, source: Split, config: TrainConfig, *, every: int):
-        """`every`: steps between two frames; 0: no frame at all. Raises ToCoError for a negative number."""
-        if every < 0:
-            raise ToCoError(f"film = {every} is not allowed: steps between two frames, or 0")
+        """`every`: steps between two frames; 0: no frame at all."""
         self.folder, self.config, self.every = run.folder / FOLDER, config, every
         self._source, self._items = source, None
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig
 from toco_core.data import Batch, TrainVal, open_data
 from toco_core.data.fingerprint import data_fingerprint
+from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
@@ -105,6 +106,10 @@ def train(
     Raises ToCoError for what cannot work, before the first step where it can be known. A loss or a gradient that is not
     finite ends the run before it reaches the weights; `failures.load_failure` brings that step back.
     """
+    numbers = {"save_every": save_every, "save_minutes": save_minutes, "keep_every": keep_every}
+    for name, value in (numbers | {"skip_nonfinite": skip_nonfinite, "film": film}).items():
+        if not value >= 0:
+            raise ToCoError(f"{name} = {value} is not allowed: 0 or more")
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.check_parts(share.n)
