@@ -20,6 +20,7 @@ from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Objective, Term, objective
+from toco_core.runs.comparison import refuse_other_run
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
@@ -235,7 +236,7 @@ class _Training:
         if self.teacher is not None:
             load_teacher(self.teacher, state, self.run, self.data)
         if self.share.first:
-            self.run.refuse_other_data(self.data, self.config.model.weights_file)
+            refuse_other_run(self.run, self.config, self.data)
         self.start, self.unvalidated = state["step"], state.get("unvalidated") is True
         self.best, self.skipped = state.get("best", self.best), state.get("skipped", self.skipped)
 
@@ -365,7 +366,7 @@ def trained_run(
     run = (None if own else shipped_run(config)) or Run.of(config, own)
     if not run.finished:
         train(config, data=data, terms=terms, **options)
-    run.refuse_other_data(data, config.model.weights_file)
+    refuse_other_run(run, config, data)
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 
 
