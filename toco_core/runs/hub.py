@@ -115,8 +115,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
     try:
         facts = read_json(folder / "config.json")
-        names = tuple(utf8(str(name), "class_names") for name in facts["class_names"])
-        config = TrainConfig.from_dict(facts["config"])
+        names, config = tuple(map(str, facts["class_names"])), TrainConfig.from_dict(facts["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
     found = read_tensors(folder / "model.safetensors", "source")
