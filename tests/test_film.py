@@ -137,7 +137,7 @@ def refused(folder, words):
         ({"names": [], "boxes": []}, "0 names and 0 places"),
         ({"names": ["a"], "boxes": [[0, 0, 0]]}, r"no part \[0, 0, 0\]"),
         ({"names": ["a"], "boxes": [[0, 900, 2]]}, r"no part \[0, 900, 2\]"),
-        ({"names": ["a"], "boxes": [[0, 2.5, 2]]}, "integer"),
+        ({"names": ["a"], "boxes": [[-3, 2, 2]]}, r"no part \[-3, 2, 2\]"),
         ({"names": ["a"] * 100_000, "boxes": [[0, 2, 2]] * 100_000}, "100000 places"),
     ],
 )

@@ -175,7 +175,7 @@ def _cut(path: Path, boxes: Sequence[Sequence[int]]) -> list[UInt8[np.ndarray, "
     strip, parts = read_image(path), []
     for left, h, w in boxes:
         part = np.ascontiguousarray(strip[:h, left : left + w])
-        if not part.size or part.shape != (h, w, 3):
+        if left < 0 or not part.size or part.shape != (h, w, 3):
             raise ValueError(f"{path} has no part {[left, h, w]}")
         parts.append(part)
     return parts
