@@ -168,8 +168,13 @@ def test_a_folder_that_cannot_be_written_is_named(trained, tmp_path):
         hub.write_pretrained(folder, {"a": torch.ones(3)}, trained.run.config(), ["x"], "card")
     assert (folder / "model.safetensors").read_bytes() == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(ToCoError, match="cannot write to .*below: Not a directory"):
-        hub.save_pretrained(trained.run, tmp_path / "file" / "below")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ToCoError, match=f"cannot write to {place}: Not a directory"):
+            hub.save_pretrained(trained.run, place)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "model-0123abcd.part").write_text("half")
+    hub.save_pretrained(trained.run, tmp_path / "killed")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == set(hub.FILES)
 
 
 def test_a_hub_out_of_reach_is_one_line(trained, monkeypatch):

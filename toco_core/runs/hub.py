@@ -30,7 +30,7 @@ from toco_core.machine.files import read_tensors, refuse_wrong_keys
 from toco_core.machine.hub import hub_reason, quick_hub
 from toco_core.machine.intake import read_bytes, read_json
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import remove_parts, whole_file, writing
+from toco_core.machine.writing import PART, remove_parts, whole_file, writing
 from toco_core.model import ToCo, loaded_model, skeleton
 from toco_core.runs.folder import Run
 
@@ -92,17 +92,22 @@ def write_pretrained(
     facts = {"toco_core": __version__, "class_names": list(class_names), "config": _without_paths(config).to_dict()}
     contents = save(tensors, {"format": "pt"}), f"{json.dumps(facts, indent=2)}\n".encode(), card.encode()
     with alone(folder, "writes"), writing(folder), contextlib.ExitStack() as stack:
+        refuse_other_files(folder)
         remove_parts(folder)
-        if folder.exists() and not (folder.is_dir() and all(map(_written_before, folder.iterdir()))):
-            raise ToCoError(
-                f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in zip(FILES, contents, strict=True):
             file = stack.enter_context(whole_file(folder / name))
             file.write(content)
             file.flush()  # none takes its place before all have theirs on the disk
     return folder
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
+    with writing(folder):
+        there = list(folder.iterdir()) if folder.exists() else []
+    if any(path.is_dir() or path.name not in FILES and path.suffix != PART for path in there):
+        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
@@ -197,10 +202,6 @@ model, config, class_names = from_pretrained("<this folder or repository>")
 
 The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
 """
-
-
-def _written_before(path: Path) -> bool:
-    return path.name in FILES and not path.is_dir()
 
 
 def _without_paths(config: TrainConfig) -> TrainConfig:
