@@ -68,6 +68,8 @@ def test_fields_are_read_as_literals():
         (["tiny", "layr=9"], "there is no parameter 'layr': did you mean layer"),
         (["train", "tiny", "layer=0"], "layer = 0 is not allowed: at least 1, at most 1000"),
         (["train", "tiny", "--layer", "9"], "--layer is not allowed: fields are given as NAME=VALUE"),
+        (["train", "tiny", "recipe=tiny"], "there is no parameter 'recipe'"),
+        (["train", "tiny", "config=tiny"], "there is no parameter 'config'"),
         (["train", "tiny", "layer"], "'layer' is not allowed: NAME=VALUE is wanted"),
         (["export", "nowhere", "out"], "nowhere"),
         (["label", "nowhere", "photos", "out"], "nowhere"),

@@ -1,7 +1,10 @@
 """The film of a training: it changes no bit, survives interruptions, and becomes a moving picture."""
 
 import json
+import os
+import shutil
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -111,21 +114,54 @@ def test_what_is_no_film_is_refused(filmed, data, tmp_path):
         read_film(tmp_path)
     with pytest.raises(ToCoError, match="film = -1 is not allowed"):
         train(config_in(data, tmp_path), film=-1, progress=False)
-    folder = tmp_path / "run" / "film"
-    folder.mkdir(parents=True)
-    for name, content in files(filmed.run).items():
-        (folder / name).write_bytes(content)
-    read_film(tmp_path / "run")
-    for name, content in (("00000002.png", b"no picture"), ("film.json", b"{}")):
-        (folder / name).write_bytes(content)
-        with pytest.raises(ToCoError, match="is damaged, or no film"):
-            read_film(tmp_path / "run")
-        (folder / name).write_bytes(files(filmed.run)[name])
-    known = json.loads((folder / "film.json").read_text())
-    known["boxes"][0][1] = 900
-    (folder / "film.json").write_text(json.dumps(known))
-    with pytest.raises(ToCoError, match="is damaged, or no film"):
-        read_film(tmp_path / "run")
+
+
+@pytest.fixture
+def copied(filmed, tmp_path):
+    return shutil.copytree(filmed.run.folder, tmp_path / "run") / "film"
+
+
+def refused(folder, words):
+    began = time.process_time()
+    with pytest.raises(ToCoError, match=rf"is damaged, or no film \(.*{words}.*\): train the run anew with film=...$"):
+        read_film(folder.parent)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        (None, "'names'"),
+        ({"classes": 5}, "'int' object is not iterable"),
+        ({"names": 5}, "'int' object is not iterable"),
+        ({"names": [], "boxes": []}, "0 names and 0 places"),
+        ({"names": ["a"], "boxes": [[0, 0, 0]]}, r"no part \[0, 0, 0\]"),
+        ({"names": ["a"], "boxes": [[0, 900, 2]]}, r"no part \[0, 900, 2\]"),
+        ({"names": ["a"], "boxes": [[-3, 2, 2]]}, r"no part \[-3, 2, 2\]"),
+        ({"names": ["a"] * 100_000, "boxes": [[0, 2, 2]] * 100_000}, "100000 places"),
+    ],
+)
+def test_what_is_no_list_of_a_film_is_refused(copied, known, words):
+    path = copied / "film.json"
+    path.write_text(json.dumps({} if known is None else json.loads(path.read_text()) | known))
+    refused(copied, words)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pictures_of_a_film_pass_the_gate(copied):
+    """A pipe hung; a PNG of 76 KB and 625 million pixels was decoded, once for each image."""
+    frame, images = copied / "00000002.png", copied / "images.png"
+    kept = frame.read_bytes()
+    frame.write_bytes(b"no picture")
+    refused(copied, "00000002.png is not a readable")
+    frame.unlink()
+    os.mkfifo(frame)
+    refused(copied, "00000002.png cannot be read: it is a pipe")
+    frame.unlink()
+    frame.write_bytes(kept)
+    read_film(copied.parent)
+    Image.new("1", (25_000, 20_000)).save(images)
+    refused(copied, "images.png is 20000 x 25000: at most 128 x 512 are kept")
 
 
 def test_film_from_a_shell(filmed, tmp_path, capsys):

@@ -223,6 +223,26 @@ def test_other_weights_in_the_same_file_are_refused(config, tmp_path):
     trained_run(config, progress=False)  # nothing needs it any more
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_config_that_was_edited_is_refused(config, finished):
+    """Its folder's name told of the values of before, its config.json of others: both were believed."""
+    if finished:
+        train(config, progress=False)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, on_record=stop_at(3, raise_interrupt), progress=False)
+    path = Run.of(config).folder / "config.json"
+    was = json.loads(path.read_text())
+    path.write_text(json.dumps(was | {"loss": was["loss"] | {"ptc": 9.0}, "seed": 7}))
+    for again in (train, trained_run, scored_run):
+        with pytest.raises(ToCoError, match=f"{path} was edited: ptc = 9.0 is not .*, seed = 7 is not 0; train"):
+            again(config, progress=False)
+    path.write_text(json.dumps(was | {"log_interval": 3, "out_dir": "elsewhere"}))  # these name no run
+    train(config, progress=False)
+    path.unlink()  # nothing is left to compare
+    train(config, progress=False)
+
+
 def test_runs_of_before_are_compared_by_names_and_labels(config, root):
     run = train(config, progress=False).run
     manifest = run.manifest()

@@ -1,10 +1,13 @@
 """What is handed on is the run's model, readable without its data; the Hub itself is out of reach here."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from small_config import small_recipe
 from voc_folder import write_voc_folder
 
@@ -79,6 +82,99 @@ def test_what_cannot_be_handed_on_or_read_is_named(trained, tmp_path):
     (folder / "config.json").write_text(json.dumps(facts | {"class_names": ["background", "cat", "dog"]}))
     with pytest.raises(ToCoError, match=r"shared'.*classifier.weight is 3 x \d+ and not 2"):
         hub.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", ["pipe", "device", "holes", "deep"])
+def test_a_shared_config_passes_the_gate(trained, tmp_path, kind):
+    path = hub.save_pretrained(trained.run, tmp_path / "shared") / "config.json"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text("[" * 100_000)
+        os.truncate(path, (100 << 30) if kind == "holes" else 100_000)
+    with pytest.raises(ToCoError, match="shared' has no config.json of this package"):
+        hub.from_pretrained(path.parent)
+
+
+def test_a_shared_card_passes_the_gate(trained, tmp_path):
+    card = hub.save_pretrained(trained.run, tmp_path / "shared") / "README.md"
+    os.truncate(card, 100 << 30)
+    with pytest.raises(ToCoError, match="README.md has .* bytes: at most"):
+        hub.from_pretrained(card.parent)
+
+
+def copied(trained, folder, name=None, values=None):
+    """The run at another place, where a file of records has other values."""
+    shutil.copytree(trained.run.folder, folder)
+    if name:
+        known = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps(known | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *(("manifest.json", {"data": data}) for data in ([1], {}, {"classes": 5}, {"classes": [["a"], {}, None, 3]})),
+        ("manifest.json", {"versions": None}),
+        *(("metrics.json", {"map": score}) for score in ("high", None, [1], 10**400)),
+        ("metrics.json", {"cam_miou": [1]}),
+        *(("scores.json", scores) for scores in ({"miou": {"cam": 1.0}}, {"protocol": "p", "miou": [1]})),
+        *(("scores.json", {"protocol": "p", "miou": miou}) for miou in ({"other": 1.0}, {"cam": "x"})),
+    ],
+)
+def test_records_that_make_no_card_are_named(trained, tmp_path, name, values):
+    run = copied(trained, tmp_path / "run", name, values)
+    with pytest.raises(ToCoError, match="run: no card can be made of manifest.json, metrics.json and scores.json"):
+        hub.save_pretrained(run, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", "run has no checkpoint yet"),
+        ("damaged", "model.safetensors' cannot be read"),
+        ("other tensors", r"run: \d+ missing tensors .*1 unexpected tensor"),
+        ("more classes", r"run: .*classifier.weight is 3 x \d+ and not 8"),
+    ],
+)
+def test_a_run_without_its_weights_is_not_shared(trained, tmp_path, kind, message):
+    classes = {"data": {"classes": list("abcdefghi"), "train": 4, "val": 2}} if kind == "more classes" else {}
+    run = copied(trained, tmp_path / "run", "manifest.json", classes)
+    if kind != "more classes":
+        (run / "checkpoint.pt").unlink()
+        config = json.loads((run / "config.json").read_text())
+        config["model"] |= {"backbone": "scenes_vit_nano", "pretrained": True}
+        (run / "config.json").write_text(json.dumps(config))
+    if kind == "damaged":
+        (run / "model.safetensors").write_bytes(b"x" * 40)
+    if kind == "other tensors":
+        save_file({"a": torch.ones(3)}, run / "model.safetensors")
+    with pytest.raises(ToCoError, match=message):
+        hub.save_pretrained(run, tmp_path / "shared")
+
+
+def test_a_folder_that_cannot_be_written_is_named(trained, tmp_path):
+    folder = hub.save_pretrained(trained.run, tmp_path / "shared")
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    with pytest.raises(ToCoError, match="shared' holds other files"):  # before the weights are replaced
+        hub.write_pretrained(folder, {"a": torch.ones(3)}, trained.run.config(), ["x"], "card")
+    assert (folder / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ToCoError, match=f"cannot write to {place}: Not a directory"):
+            hub.save_pretrained(trained.run, place)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "model-0123abcd.part").write_text("half")
+    hub.save_pretrained(trained.run, tmp_path / "killed")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == set(hub.FILES)
 
 
 def test_a_hub_out_of_reach_is_one_line(trained, monkeypatch):

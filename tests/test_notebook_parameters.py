@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,11 @@ def test_the_recipe_can_be_chosen():
     assert notebook(recipe="tiny", dataset="my/cats").config() == override(tiny(), dataset="my/cats")
 
 
-def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ToCoError, match="recipe = 'big' is not allowed: one of auto, voc, coco, tiny, photographs"):
-        notebook(recipe="big").config()
+@pytest.mark.parametrize(("recipe", "shown"), [("big", "'big'"), ([1], r"\[1\]"), ({}, "{}"), (5, "5")])
+def test_an_unknown_recipe_is_refused(recipe, shown):
+    words = f"recipe = {shown} is not allowed: one of auto, voc, coco, tiny, photographs"
+    with pytest.raises(ToCoError, match=words):
+        notebook(recipe=recipe).config()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_one_value_is_a_list_of_one():
     assert as_list("weights", [0, 0.5, 2.0], float) == as_list("weights", "0, 0.5,2", float) == [0, 0.5, 2]
 
 
-@pytest.mark.parametrize("given", ["7,ten", "7,,9", [7, 7], [], "", None, [7.5]])
+@pytest.mark.parametrize("given", ["7,ten", "7,,9", [7, 7], [], "", None, [7.5], math.inf, [7, math.inf]])
 def test_a_wrong_list_is_refused(given):
     with pytest.raises(ToCoError, match="'' is not allowed: a list of different str values"):
         as_list("variants", "")

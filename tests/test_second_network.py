@@ -107,8 +107,9 @@ def test_second_networks_of_older_versions_are_known_by_their_card(run, second, 
 
 def test_wrong_use_ends_in_one_line(run, tmp_path):
     data = run.config().data.dataset
-    with pytest.raises(SystemExit, match="error: steps = 0 is not allowed: 1 or more"):
-        main(["second", str(run.folder), data, str(tmp_path / "x"), "--steps", "0"])
+    for steps in ("0", "-1", "99999999999999999999999"):
+        with pytest.raises(SystemExit, match=f"error: steps = {steps} is not allowed: at least 1, at most 1000000000"):
+            main(["second", str(run.folder), data, str(tmp_path / "x"), "--steps", steps])
     with pytest.raises(SystemExit, match="error: .*none is not there|error: run = "):
         main(["second", str(tmp_path / "none"), data, str(tmp_path / "x")])
     (tmp_path / "x").mkdir()

@@ -463,6 +463,16 @@ def test_what_cannot_work_is_refused_before_training(config, wrong, words):
     assert not Run.of(config).folder.parent.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, -1) for name in ("save_every", "keep_every", "skip_nonfinite", "film")), ("save_minutes", math.nan)],
+)
+def test_less_than_none_is_refused_before_training(config, monkeypatch, name, value):
+    monkeypatch.setattr(training, "objective", pytest.fail)
+    with pytest.raises(ToCoError, match=f"^{name} = {value} is not allowed: 0 or more$"):
+        train(config, progress=False, **{name: value})
+
+
 def test_an_out_dir_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(training, "objective", pytest.fail)

@@ -1026,6 +1026,8 @@ def test_markup_is_made_of_elements():
     assert made == (
         '<a class="k" title="&quot;&#x27;&lt;" text-anchor="end">&lt;b&gt;<i>x &amp; y</i></a>'
     ) and isinstance(made, Markup)
+    half = element("b", "caf\udce9", title="\ud800")  # of a character: a message of Jupyter cannot hold it
+    assert half == '<b title="?">caf?</b>'
     assert joined(["<", element("br"), "&"], "<>") == "&lt;&lt;&gt;<br></br>&lt;&gt;&amp;"
     panel = Panel()
     panel.put("<i>", element("b", "x"))

@@ -31,6 +31,7 @@ from toco_core.machine.locks import alone
 from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_whole
 from toco_core.predict.export import export, voc_archive
 from toco_core.runs.folder import Run
+from toco_core.runs.hub import save_pretrained, write_pretrained
 from toco_core.runs.opened import open_run
 from toco_core.train.loop import train
 
@@ -202,6 +203,7 @@ def test_three_at_once_do_not_disturb_each_other(trained, tmp_path):
     calls = {
         "export": lambda: export(found.model, source, tmp_path / "out", config, method="cam", progress=False),
         "keep": lambda: evaluate(found.model, source, size=32, keep=tmp_path / "kept", progress=False),
+        "share": lambda: save_pretrained(found.run, tmp_path / "shared"),
         "write": lambda: [write_whole(tmp_path / "one.json", f"{i}" * 1000) for i in range(40)],
     }
     for name, call in calls.items():
@@ -269,6 +271,7 @@ def test_a_full_disk_is_told_in_one_line(trained, root, tmp_path):
         ),
         "keep": lambda: evaluate(found.model, source, size=32, keep=tmp_path / "k", progress=False),
         "scores": lambda: score_run(open_run(folder), progress=False),
+        "share": lambda: save_pretrained(folder, tmp_path / "shared"),
         "tags": lambda: write_tag_list(tmp_path / "list" / "t", {"train": source}),
         "log": lambda: Run(folder).log({"step": 1, "words": "x" * 100}),
         "checkpoint": lambda: Run(folder).save({"model": {"a": torch.zeros(99)}, "optimizer": {}, "step": 1}),
@@ -286,6 +289,16 @@ def test_a_full_disk_is_told_in_one_line(trained, root, tmp_path):
 
     kind, message = limited(40, command)
     assert kind == "ToCoError" and "\n" not in message and "File too large" in message
+
+
+@POSIX
+def test_a_shared_folder_is_of_one_model_though_the_disk_is_full(tmp_path):
+    """The card did not fit: new weights stayed beside the card of the old ones."""
+    write_pretrained(tmp_path / "shared", {"a": torch.ones(3)}, tiny(), ["x"], "card")
+    before = {path: path.read_bytes() for path in (tmp_path / "shared").iterdir()}
+    other = {"a": torch.zeros(3)}, override(tiny(), seed=5), ["x"], "another card" * 2000
+    assert limited(9000, lambda: write_pretrained(tmp_path / "shared", *other))[0] == "ToCoError"
+    assert {path: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == before
 
 
 @POSIX

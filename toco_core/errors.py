@@ -22,7 +22,7 @@ def _one_line(text: str) -> str:
     return text if len(text) <= MOST else f"{text[: MOST - 500]} [...] {text[-490:]}"
 
 
-def refuse_other(allowed: Iterable[str], **given: str) -> None:
+def refuse_other(allowed: Iterable[str], **given: object) -> None:
     """Raise ToCoError for the first value that is none of the allowed ones."""
     for name, value in given.items():
         if value not in allowed:

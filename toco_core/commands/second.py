@@ -6,6 +6,7 @@ from toco_core.analysis import second_stage
 from toco_core.analysis.second_stage import train_segmentation
 from toco_core.commands import command_parser
 from toco_core.config import override
+from toco_core.config.fields import LARGEST
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
 from toco_core.predict.models import open_model
@@ -28,8 +29,8 @@ def second_command(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of training (default: the run's)")
     chosen = parser.parse_args(arguments)
     config = open_model(chosen.run).config
-    if chosen.steps is not None and chosen.steps < 1:
-        raise ToCoError(f"steps = {chosen.steps} is not allowed: 1 or more")
+    if chosen.steps is not None and not 1 <= chosen.steps <= LARGEST:
+        raise ToCoError(f"steps = {chosen.steps} is not allowed: at least 1, at most {LARGEST}")
     source = open_source(chosen.labels, chosen.split)
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}

@@ -120,7 +120,7 @@ class TrainConfig(Config):
         return override(self, dataset=dataset, weights=self.model.weights and _real_path(self.model.weights))
 
 
-def override(config: TrainConfig, **values: Any) -> TrainConfig:
+def override(config: TrainConfig, /, **values: Any) -> TrainConfig:
     """A copy with some fields changed, each named alone (`steps=200`); a section may be given whole
     (`loss=LossConfig(...)`).
 

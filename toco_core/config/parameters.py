@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from toco_core.config import RECIPES, TrainConfig, changed_batch, configured, did_you_mean, field_sections, override
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, refuse_other
 
 
 class Parameters:
@@ -58,8 +58,7 @@ class Parameters:
         recipe = values.pop("recipe", "auto")
         if recipe == "auto":
             recipe = "tiny" if values.get("dataset", "scenes") == "scenes" else "photographs"
-        if recipe not in RECIPES:
-            raise ToCoError(f"recipe = {recipe!r} is not allowed: one of auto, {', '.join(RECIPES)}")
+        refuse_other(("auto", *RECIPES), recipe=recipe)
         config = configured(RECIPES[recipe](), **values)
         if changed := changed_batch(config, RECIPES[recipe]()):
             print(changed)
@@ -107,7 +106,7 @@ def as_list(name: str, value: Any, kind: type = str) -> list:
     items = list(items) if isinstance(items, (list, tuple)) else [items]
     try:
         found = [kind(item) for item in items if item is not None]
-    except (TypeError, ValueError):
+    except (ArithmeticError, TypeError, ValueError):
         found = []
     cut = kind is int and any(isinstance(item, float) and item % 1 for item in items)  # 7.5 is no 7
     if not found or "" in found or cut or len(set(found)) < len(found):

@@ -141,7 +141,7 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
-def configured(recipe: TrainConfig, **values: Any) -> TrainConfig:
+def configured(recipe: TrainConfig, /, **values: Any) -> TrainConfig:
     """Change fields of a recipe as a user names them.
 
     Like `override`; but where `steps` is among them, the first steps of the terms, the warm-up and the interval of

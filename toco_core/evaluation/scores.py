@@ -32,6 +32,7 @@ from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts, Scores
 from toco_core.labels import pseudo_label, refined_labels
 from toco_core.model import ToCo
 from toco_core.predict.tokens import similarity_of_split
+from toco_core.runs.comparison import refuse_other_run
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened
 from toco_core.runs.shipped import shipped_run
@@ -83,7 +84,7 @@ def scored_run(
     """
     data, run = data or open_data(config.data), shipped_run(config) or Run.of(config)
     if run.finished:
-        run.refuse_other_data(data, config.model.weights_file)
+        refuse_other_run(run, config, data)
     found = _scores_of(run, data)
     if found is None:
         trained = train(config, data=data, progress=progress, kept=kept)

@@ -69,9 +69,7 @@ def _opened(name: str | Path) -> NamedModel:
 
 def _of_run(run: Run) -> NamedModel:
     """The last checkpoint of a run; its classes are in its manifest, else in its data set."""
-    config, state = run.config(), run.load()
-    if state is None:
-        raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+    config, state = run.config(), run.newest()
     names = _class_names(run, config)
     model = loaded_model(f"run = {str(run.folder)!r}", state["model"], config, len(names) - 1)
     return NamedModel(run.folder.resolve().name, model, config, names, state.get("step"))

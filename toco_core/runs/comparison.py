@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from toco_core.config import TrainConfig
+from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.runs.folder import Run
 
 MISSING = "-"
+PLACES = ("dataset", "weights")  # fields that may be written in several ways; what is there is compared
 
 
 def found_runs(folder: Path | str) -> list[Run]:
@@ -34,6 +36,20 @@ def config_differences(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str
     is written is no part of the experiment."""
     found = _differences({name: _flat(config.to_dict()) for name, config in configs.items()})
     return {field.rpartition(".")[2]: values for field, values in found.items() if field != "out_dir"}
+
+
+def refuse_other_run(run: Run, config: TrainConfig, data: TrainVal) -> None:
+    """Raise ToCoError where a run that was found by a config is not its: trained on other data or weights (see
+    `Run.refuse_other_data`), or with other values in its config.json. A run without one cannot be compared."""
+    if (run.folder / "config.json").is_file():
+        differs = config_differences({"found": run.config().named(), "wanted": config.named()})
+        words = [f"{f} = {v['found']!r} is not {v['wanted']!r}" for f, v in differs.items() if f not in PLACES]
+        if words:
+            raise ToCoError(
+                f"{run.folder / 'config.json'} was edited: {', '.join(words)}; train(..., resume=False) replaces that "
+                f"run, another out_dir keeps both"
+            )
+    run.refuse_other_data(data, config.model.weights_file)
 
 
 def manifest_differences(manifests: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:

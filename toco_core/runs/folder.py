@@ -222,6 +222,13 @@ class Run:
         names = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt"))
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def newest(self) -> dict:
+        """The last checkpoint. Raises ToCoError where there is none, and as `load`."""
+        state = self.load()
+        if state is None:
+            raise ToCoError(f"{self.folder} has no checkpoint yet: its training has not come to its first validation")
+        return state
+
     def _replace(self, name: str, state: dict, also: Sequence[str] = ()) -> None:
         with self._writing(), new_part(self.folder / name) as part:
             with open(part, "wb") as file:

@@ -13,6 +13,7 @@ README.md           the model card: scores with their protocol, data set, versio
 No data set is needed to read one. Paths of the machine that trained are left out: of a data set its name is kept.
 """
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,15 @@ from torch import Tensor
 
 from toco_core import __version__
 from toco_core.config import LossConfig, TrainConfig, override
-from toco_core.errors import ToCoError
-from toco_core.machine.files import read_tensors
+from toco_core.data.split import utf8
+from toco_core.errors import ToCoError, in_a_line
+from toco_core.machine.files import read_tensors, refuse_wrong_keys
 from toco_core.machine.hub import hub_reason, quick_hub
-from toco_core.model import ToCo, loaded_model
-from toco_core.runs.folder import Run, write_whole
+from toco_core.machine.intake import read_bytes, read_json
+from toco_core.machine.locks import alone
+from toco_core.machine.writing import PART, remove_parts, whole_file, writing
+from toco_core.model import ToCo, loaded_model, skeleton
+from toco_core.runs.folder import Run
 
 FILES = ("model.safetensors", "config.json", "README.md")
 SCORES = {
@@ -55,36 +60,54 @@ class Pretrained(NamedTuple):
 def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     """Write weights, config and model card of a finished run into `folder`; the folder.
 
-    Raises ToCoError for a run that is not finished, and for a folder that holds other files.
+    Raises ToCoError for a run that is not finished, or whose records or tensors are not those of its config, and for a
+    folder that holds other files or cannot be written.
     """
     run = run if isinstance(run, Run) else Run(run)
     if not run.finished:
         raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
-    config, manifest = _without_paths(run.config()), run.manifest()
-    names = [str(name) for name in manifest["data"]["classes"]]
-    card = model_card(config, manifest, run.metrics(), run.scores())
-    return write_pretrained(folder, run.load()["model"], config, names, card)
+    config, manifest, metrics, scores = _without_paths(run.config()), run.manifest(), run.metrics(), run.scores()
+    try:
+        names = [utf8(name, f"{run.folder}/manifest.json") for name in manifest["data"]["classes"]]
+        card = model_card(config, manifest, metrics, scores)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        records = "manifest.json, metrics.json and scores.json"
+        raise ToCoError(f"{run.folder}: no card can be made of {records} ({in_a_line(error)})") from error
+    state = run.newest()["model"]
+    refuse_wrong_keys(str(run.folder), state, skeleton(config.model, len(names) - 1).state_dict())
+    return write_pretrained(folder, state, config, names, card)
 
 
 def write_pretrained(
     folder: str | Path, state: Mapping[str, Tensor], config: TrainConfig, class_names: Sequence[str], card: str
 ) -> Path:
-    """Write a model's weights, its config without paths, and a card into `folder`; the folder.
+    """Write a model's weights, its config without paths, and a card into `folder`, all of them or none; the folder.
 
-    Raises ToCoError for a folder that holds other files.
+    Raises ToCoError for a folder that holds other files or cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
-        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     facts = {"toco_core": __version__, "class_names": list(class_names), "config": _without_paths(config).to_dict()}
-    write_whole(folder / "config.json", json.dumps(facts, indent=2) + "\n")
-    write_whole(folder / "README.md", card)
+    contents = save(tensors, {"format": "pt"}), f"{json.dumps(facts, indent=2)}\n".encode(), card.encode()
+    with alone(folder, "writes"), writing(folder), contextlib.ExitStack() as stack:
+        refuse_other_files(folder)
+        remove_parts(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in zip(FILES, contents, strict=True):
+            file = stack.enter_context(whole_file(folder / name))
+            file.write(content)
+            file.flush()  # none takes its place before all have theirs on the disk
     return folder
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
+    with writing(folder):
+        there = list(folder.iterdir()) if folder.exists() else []
+    if any(path.is_dir() or path.name not in FILES and path.suffix != PART for path in there):
+        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
@@ -96,14 +119,14 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     """
     folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
     try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "config.json")
         names, config = tuple(map(str, facts["class_names"])), TrainConfig.from_dict(facts["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error
     found = read_tensors(folder / "model.safetensors", "source")
     model = loaded_model(f"source = {str(source)!r}", found, config, len(names) - 1)
     card = folder / "README.md"
-    if card.is_file() and card.read_bytes().startswith(SECOND.encode()):
+    if card.is_file() and read_bytes(card, "text_bytes").startswith(SECOND.encode()):
         config = override(config, loss=SECOND_LOSS)
     return Pretrained(model.eval(), config, names)
 

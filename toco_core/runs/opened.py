@@ -39,10 +39,9 @@ def open_run(
     run = Run(folder)
     config, state = run.config(), run.load(checkpoint)
     if state is None:
-        if checkpoint != "last" and run.load() is not None:
-            kept = ", ".join(map(str, run.kept_steps())) or "no steps"
-            raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
-        raise ToCoError(f"{run.folder} has no checkpoint yet: its training has not come to its first validation")
+        run.newest()  # without one there is no other
+        kept = ", ".join(map(str, run.kept_steps())) or "no steps"
+        raise ToCoError(f"{run.folder} has no checkpoint {checkpoint!r}: it has the last one and kept {kept}")
     if teacher and "teacher" not in state:
         raise ToCoError(f"{run.folder} has no teacher: its teacher_momentum is {config.schedule.teacher_momentum}")
     weights = state["teacher" if teacher else "model"]

@@ -7,14 +7,14 @@ from torch import Tensor
 from toco_core.backbone import WEIGHTS_FOLDER
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
-from toco_core.machine.files import load_tensors
+from toco_core.machine.files import load_tensors, read_tensors
 
 MODEL = "model.safetensors"
 
 
 def packed_state(folder: Path, config: TrainConfig) -> dict:
     """What `Run.load` gives of a shipped run: the model in float32, and no optimizer."""
-    changed = {name: value.float() for name, value in load_tensors(folder / MODEL).items()}
+    changed = {name: value.float() for name, value in read_tensors(folder / MODEL, "run").items()}
     return {"model": backbone_state(config) | changed, "optimizer": {}, "step": config.schedule.steps}
 
 

@@ -38,7 +38,7 @@ def pack(run: Run, folder: Path) -> Run:
         raise ToCoError(f"{run.folder} is not finished: only a finished run can be shipped")
     from safetensors.torch import save
 
-    backbone, state = backbone_state(run.config()), run.load()["model"]
+    backbone, state = backbone_state(run.config()), run.newest()["model"]
     changed = {name: value for name, value in state.items() if not _equal(backbone.get(name), value)}
     folder.mkdir(parents=True, exist_ok=True)
     config = run.config().to_dict() | {"out_dir": TrainConfig().out_dir}  # not a path of the machine that trained it

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 
 from toco_core.config import TrainConfig
 from toco_core.data import EvalItem, Split, evaluation_items
-from toco_core.data.files import picture_bytes
+from toco_core.data.files import image_size, picture_bytes, read_image
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.intake import read_json
 from toco_core.machine.precision import passes_of
@@ -44,9 +44,7 @@ class Film:
     """The camera: `take(model, step)` keeps a frame of a model that has learned for `step` steps."""
 
     def __init__(self, run: Run, source: Split, config: TrainConfig, *, every: int):
-        """`every`: steps between two frames; 0: no frame at all. Raises ToCoError for a negative number."""
-        if every < 0:
-            raise ToCoError(f"film = {every} is not allowed: steps between two frames, or 0")
+        """`every`: steps between two frames; 0: no frame at all."""
         self.folder, self.config, self.every = run.folder / FOLDER, config, every
         self._source, self._items = source, None
 
@@ -128,15 +126,14 @@ def read_film(folder: Path | str) -> FilmFrames:
     known = read_json(folder / "film.json")
     files = sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
     try:
-        names, boxes, classes = known["names"], known["boxes"], known["classes"]
-        images = [_cut(_read(folder / "images.png"), box) for box in boxes]
-        frames = [[_cut(_read(path), box) for box in boxes] for path in files]
-        if not files or len(names) != len(boxes):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ToCoError(f"{folder} is damaged, or no film: train the run anew with film=...") from None
+        names, boxes, classes = tuple(known["names"]), known["boxes"], tuple(known["classes"])
+        if not files or not 1 <= len(boxes) == len(names) <= IMAGES:
+            raise ValueError(f"{len(files)} frames, {len(names)} names and {len(boxes)} places of images")
+        images, *frames = (_cut(path, boxes) for path in (folder / "images.png", *files))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ToCoError(f"{folder} is damaged, or no film ({error}): train the run anew with film=...") from error
     parts = [[[np.ascontiguousarray(image[..., c]) for image in frame] for frame in frames] for c in range(3)]
-    return FilmFrames(tuple(names), tuple(classes), tuple(int(path.stem) for path in files), images, *parts)
+    return FilmFrames(names, classes, tuple(int(path.stem) for path in files), images, *parts)
 
 
 def _frame(model: ToCo, item: EvalItem, config: TrainConfig) -> UInt8[np.ndarray, "h w 3"]:
@@ -169,16 +166,16 @@ def _side_by_side(pictures: Sequence[np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:
     return np.hstack([np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures])
 
 
-def _cut(strip: np.ndarray, box: Sequence[int]) -> np.ndarray:
-    left, h, w = box
-    part = np.ascontiguousarray(strip[:h, left : left + w])
-    if part.shape != (h, w, 3):
-        raise ValueError(f"the picture has no part {box}")
-    return part
-
-
-def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    found = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if found is None:
-        raise ValueError(f"{path} is no picture")
-    return np.ascontiguousarray(found[..., ::-1])
+def _cut(path: Path, boxes: Sequence[Sequence[int]]) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """The images of a picture of the film. Raises ValueError where it is larger than a film's or a place is not in
+    it."""
+    height, width = image_size(path)
+    if height > SIDE or width > IMAGES * SIDE:
+        raise ValueError(f"{path} is {height} x {width}: at most {SIDE} x {IMAGES * SIDE} are kept")
+    strip, parts = read_image(path), []
+    for left, h, w in boxes:
+        part = np.ascontiguousarray(strip[:h, left : left + w])
+        if left < 0 or not part.size or part.shape != (h, w, 3):
+            raise ValueError(f"{path} has no part {[left, h, w]}")
+        parts.append(part)
+    return parts

@@ -13,12 +13,14 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig
 from toco_core.data import Batch, TrainVal, open_data
 from toco_core.data.fingerprint import data_fingerprint
+from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Objective, Term, objective
+from toco_core.runs.comparison import refuse_other_run
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
@@ -105,6 +107,10 @@ def train(
     Raises ToCoError for what cannot work, before the first step where it can be known. A loss or a gradient that is not
     finite ends the run before it reaches the weights; `failures.load_failure` brings that step back.
     """
+    numbers = {"save_every": save_every, "save_minutes": save_minutes, "keep_every": keep_every}
+    for name, value in (numbers | {"skip_nonfinite": skip_nonfinite, "film": film}).items():
+        if not value >= 0:
+            raise ToCoError(f"{name} = {value} is not allowed: 0 or more")
     share = distributed.current()
     part = share.part(config.schedule.batch_size)
     config.check_parts(share.n)
@@ -230,7 +236,7 @@ class _Training:
         if self.teacher is not None:
             load_teacher(self.teacher, state, self.run, self.data)
         if self.share.first:
-            self.run.refuse_other_data(self.data, self.config.model.weights_file)
+            refuse_other_run(self.run, self.config, self.data)
         self.start, self.unvalidated = state["step"], state.get("unvalidated") is True
         self.best, self.skipped = state.get("best", self.best), state.get("skipped", self.skipped)
 
@@ -360,7 +366,7 @@ def trained_run(
     run = (None if own else shipped_run(config)) or Run.of(config, own)
     if not run.finished:
         train(config, data=data, terms=terms, **options)
-    run.refuse_other_data(data, config.model.weights_file)
+    refuse_other_run(run, config, data)
     return open_run(run.folder, data=data, device=config.device)._replace(config=config)
 
 

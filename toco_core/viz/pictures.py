@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 
 from toco_core.conventions import IGNORE, voc_palette
-from toco_core.viz.theme import FLAG_COLOURS, IGNORE_GREYS, bare, with_plain_text
+from toco_core.viz.theme import FLAG_COLOURS, IGNORE_GREYS, bare, showable, with_plain_text
 
 
 def label_colours(label: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def titled_row(pictures: Sequence[np.ndarray], titles: Sequence[str], *, gap: in
     """Pictures (uint8 h w 3, of one height) side by side on white, each under its title, which is cut to its width."""
     font, parts = ImageFont.load_default(14), []
     for picture, title in zip(pictures, titles, strict=True):
-        text = title.encode(errors="replace").decode()
+        text = showable(title)
         while text and font.getlength(text) > picture.shape[1]:
             text = text[:-1]
         strip = Image.new("RGB", (picture.shape[1], 22), "white")
@@ -69,9 +69,7 @@ def titled_row(pictures: Sequence[np.ndarray], titles: Sequence[str], *, gap: in
 def _named_colours(names: Mapping[int, str], width: int) -> np.ndarray:
     """A white strip of that width: a square in the colour of each class and its name, in as many lines as needed."""
     font, line = ImageFont.load_default(14), 22
-    entries = [(k, str(name).encode(errors="replace").decode()) for k, name in sorted(names.items())] or [
-        (0, "no class")
-    ]
+    entries = [(k, showable(str(name))) for k, name in sorted(names.items())] or [(0, "no class")]
     places, x, y = [], 6, 0
     for k, name in entries:
         needed = 20 + font.getlength(name) + 12

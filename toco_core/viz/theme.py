@@ -110,18 +110,18 @@ def plain_text(drawn: plt.Figure | plt.Axes) -> None:
     for text in drawn.findobj(Text):
         if r"\mathdefault" not in text.get_text():  # numbers that matplotlib has set itself
             text.set_parse_math(False)
-            text.set_text(_showable(text.get_text()))
+            text.set_text(showable(text.get_text()))
 
 
-def _showable(value: Any) -> Any:
+def showable(value: Any) -> Any:
     """Texts, in lists and dictionaries too, with what no font can show replaced: labels of ticks are made anew by each
     drawing."""
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if type(value) in (list, tuple):
-        return type(value)(map(_showable, value))
+        return type(value)(map(showable, value))
     if type(value) is dict:
-        return {_showable(key): _showable(item) for key, item in value.items()}
+        return {showable(key): showable(item) for key, item in value.items()}
     return value
 
 
@@ -133,7 +133,7 @@ def with_plain_text(function: Callable) -> Callable:
         parse_math = mpl.rcParams["text.parse_math"]
         mpl.rcParams["text.parse_math"] = False  # not rc_context, which also undoes what a backend sets as it is loaded
         try:
-            drawn = function(*_showable(args), **_showable(options))
+            drawn = function(*showable(args), **showable(options))
         finally:
             mpl.rcParams["text.parse_math"] = parse_math
         plain_text(drawn)

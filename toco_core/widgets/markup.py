@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import ipywidgets as w
 
+from toco_core.viz.theme import showable
+
 
 class Markup(str):
     """HTML from `element` and `joined`: shown as it is, whereas any other text is escaped."""
@@ -27,9 +29,7 @@ def element(tag: str, *parts: str, **attributes: str | float) -> Markup:
     Attributes are escaped and quoted. An underscore in a name stands for a dash, one at its end for nothing (`class_`,
     `text_anchor`). Without parts of any kind the element is still closed.
     """
-    pairs = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items()
-    )
+    pairs = "".join(f' {name.rstrip("_").replace("_", "-")}="{_plain(value)}"' for name, value in attributes.items())
     return Markup(f"<{tag}{pairs}>{joined(parts)}</{tag}>")
 
 
@@ -59,4 +59,8 @@ def button(word: str, tip: str) -> w.Button:
 
 
 def _escaped(part: str) -> str:
-    return str(part) if isinstance(part, Markup) else html.escape(str(part))
+    return str(part) if isinstance(part, Markup) else _plain(part)
+
+
+def _plain(value: str | float) -> str:
+    return html.escape(showable(str(value)))
