@@ -223,6 +223,9 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
         ({"beta": 1.5}, "beta = 1.5 is not allowed"),
         ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),
         ({"method": "seg_crf", "crf": False}, "needs a CRF"),
+        ({"split": "../../../../escaped"}, "split: '../../../../escaped' is not a name inside the lists of splits"),
+        ({"split": "a\nb"}, "split: split 'a.*b' is not allowed: a plain name is wanted"),
+        ({"parts": {"a/b": ["img_0"]}}, "split: split 'a/b' is not allowed: a plain name is wanted"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(model, source, config, tmp_path, options, message):

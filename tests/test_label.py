@@ -222,6 +222,8 @@ def test_folders_with_other_names_are_folders(photos):
         ({"tags": "all"}, "tags = 'all' is not allowed: one of auto, none"),
         ({"threshold": 2}, "threshold = 2 is not allowed: 0 to 1"),
         ({"beta_l": 0.7}, "beta_l"),
+        ({"split": "../../../escaped"}, "split: '../../../escaped' is not a name inside the lists of splits"),
+        ({"split": ""}, "split: '' is not a name inside"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tmp_path, options, message):

@@ -35,6 +35,7 @@ from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, re
 from toco_core.data.files import IMAGE_SUFFIXES, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
+from toco_core.data.split import split_name
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
@@ -100,6 +101,8 @@ def export(
     refuse_other(IMAGES, images=images)
     how, config = LabelMethod.of(method, config, crf), with_thresholds(config, **thresholds)
     folder, split = Path(folder), split or source.split
+    for name in (split, *(parts or {})):
+        split_name(name, "split")
     settings = _settings(model, source, config, how)
     with claimed(folder, settings, "export", "exports to"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ from toco_core.conventions import classes_in
 from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
-from toco_core.data.split import BACKGROUND_NAMES, utf8
+from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
@@ -126,6 +126,7 @@ def label_photographs(
     """
     refuse_other(TAGS, tags=tags)
     refuse_other(IMAGES, images=images)
+    split_name(split, "split")
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
