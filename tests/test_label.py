@@ -153,6 +153,49 @@ def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, 
         label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("par", {"cam_scales": (1.5, 3.0)}, "with another cam_scales"),
+        ("par", {"par_iterations": 0, "par_dilations": (7,)}, "with another par_dilations, par_iterations"),
+        ("par", {"attention_steps": 2}, "that says nothing of its attention_blocks, attention_kind, attention_steps"),
+        ("seg", {"seg_scales": (0.5,)}, "with another seg_scales"),
+        ("cam", {"precision": "bf16"}, "with another precision"),
+        ("cam", {"par_iterations": 0, "seg_scales": (0.5,)}, ""),
+    ],
+)
+def test_labels_of_other_settings_are_not_taken_for_these(opened, photos, tmp_path, method, changes, message):
+    """A later call with other scales or another PAR found nothing to do."""
+    options = {"method": method, "progress": False}
+    assert label_photographs(opened, photos, tmp_path / "out", **options).n_new == 4
+    changed = opened._replace(config=override(opened.config, **changes))
+    if not message:
+        assert label_photographs(changed, photos, tmp_path / "out", **options).n_new == 0
+        return
+    with pytest.raises(ToCoError, match=f"out holds a set of labels {message}: choose a new folder"):
+        label_photographs(changed, photos, tmp_path / "out", **options)
+
+
+def test_folders_of_older_versions_go_on_where_their_settings_are_known(opened, photos, tmp_path):
+    """Those that an export did not write down follow from its weights; of a set of labels also the scales lacked."""
+    options, out = {"method": "par", "progress": False}, tmp_path / "out"
+    label_photographs(opened, photos, out, **options)
+    manifest = json.loads((out / "manifest.json").read_text())
+
+    def with_settings(*left_out):
+        settings = {name: value for name, value in manifest["settings"].items() if name not in left_out}
+        (out / "manifest.json").write_text(json.dumps(manifest | {"settings": settings}))
+
+    with_settings("device", "precision", "network", "decoder_dilation")
+    assert label_photographs(opened, photos, out, **options).n_new == 0
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    with_settings("cam_scales", "par_scale")
+    with pytest.raises(
+        ToCoError, match="says nothing of its cam_scales, par_scale: choose a new folder, or write them"
+    ):
+        label_photographs(opened, photos, out, **options)
+
+
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
     (photos / "a.jpg").rename(photos / "a.png.jpg")
     (photos / "e.jpg").rename(photos / "a.jpg")

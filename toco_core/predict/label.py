@@ -54,7 +54,7 @@ from toco_core.predict.export import (
 )
 from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, open_model
-from toco_core.runs.folder import claimed, weights_hash
+from toco_core.runs.folder import claimed
 from toco_core.viz import label_over_image
 
 TAGS = {
@@ -137,8 +137,7 @@ def label_photographs(
     if not found.photographs:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
-    settings = how.settings(config) | {"threshold": threshold, "classes": list(opened.class_names)}
-    settings |= {"weights": weights_hash(opened.model)}
+    settings = how.settings(opened.model, config) | {"threshold": threshold, "classes": list(opened.class_names)}
     with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
         pictures, log = folder / "JPEGImages", _Log(folder / LOG)
