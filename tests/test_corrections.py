@@ -12,7 +12,7 @@ import torch
 from killed_training import config_of
 from PIL import Image
 from small_config import stir
-from voc_folder import SIZES, write_voc_folder
+from voc_folder import SIZES, smooth_image, write_voc_folder
 
 import toco_core.__main__ as toco
 from toco_core.data import open_source
@@ -248,6 +248,14 @@ def test_a_round_trip_through_cvat(labels, tmp_path):
     expected = {i: mask_of(labels, f"img_{i}") for i in range(5)} | {2: corrected, 0: np.zeros(SIZES[0])}
     for i in range(5):
         np.testing.assert_array_equal(mask_of(tmp_path / "new", f"img_{i}"), expected[i])
+
+    mine = shutil.copytree(labels, tmp_path / "mine")
+    for seed, link in ((1, "copy"), (2, "link")):  # the picture of before stayed where another was put in its place
+        image, file = Image.fromarray(smooth_image(*SIZES[1], seed)), mine / "JPEGImages" / "img_1.jpg"
+        file.unlink()
+        image.save(file)
+        write_corrected(mine, tmp_path / "task.zip", tmp_path / "twice", images=link)
+        assert (tmp_path / "twice" / "JPEGImages" / "img_1.jpg").read_bytes() == file.read_bytes()
 
     with zipfile.ZipFile(tmp_path / "task.zip") as archive:
         archive.extractall(tmp_path / "unpacked")

@@ -97,7 +97,7 @@ def write_corrected(
                 label_path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 place_file(label_path(Path(labels), name), label_path(folder, name), link=False)
             if images != "none":
-                place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link")
+                place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link", replace=True)
         write_lists(folder, source, source.split, settings, len(done), parts={"corrected": done})
     return Corrected(folder, len(source), tuple(done))
 
