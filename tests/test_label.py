@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from toco_core.errors import ToCoError
 from toco_core.predict.export import export
 from toco_core.predict.label import find_photographs, label_photographs
 from toco_core.predict.models import open_model
+from toco_core.runs.hub import write_pretrained
 from toco_core.train.loop import train
 from toco_core.viz import label_over_image
 
@@ -121,6 +124,39 @@ def test_what_cannot_be_used_is_listed_and_skipped(opened, photos, tmp_path):
     shutil.rmtree(photos / "sub")
     with pytest.raises(ToCoError, match="none of the photographs .* can be used: .*a.jpg is empty"):
         label_photographs(opened, photos, tmp_path / "none", method="cam", progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_names_that_are_no_text_are_skipped_in_a_line_each(opened, photos, tmp_path):
+    """All was labelled, and then no list was written."""
+    for name in (b"caf\xe9.jpg", b"caf\xe9.heic", b"a\nb.jpg", b"broken.bmp"):
+        shutil.copy(photos / "a.jpg", photos / os.fsdecode(name))
+    (photos / "broken.bmp").write_bytes(b"")
+    os.rename(photos, tmp_path / os.fsdecode(b"f\xeate"))
+    made = label_photographs(opened, tmp_path / os.fsdecode(b"f\xeate"), tmp_path / "out", method="cam", progress=False)
+    lines = (made.folder / "skipped.txt").read_text().splitlines()
+    assert made.n_photographs == 4 and len(lines) == len(made.skipped) == 4
+    for part in (
+        r"f\udceate/caf\udce9.jpg: its name has characters that",
+        r"a\nb.jpg: its name has characters",
+    ):
+        assert any(part in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("\ud800", r"names a class: '\\ud800' is no text in UTF-8"),
+        ("a\nb", r"names the class 'a\\nb': one line"),
+        ("", ""),
+    ],
+)
+def test_a_class_that_is_no_line_of_text_is_refused(opened, tmp_path, name, message):
+    """A line break made a class more of it in classes.txt."""
+    names = ("background", "cat", name, "sheep")
+    write_pretrained(tmp_path / "shared", opened.model.state_dict(), opened.config, names, "")
+    with pytest.raises(ToCoError, match=f"run = '.*shared' {message}"):
+        open_model(tmp_path / "shared")
 
 
 def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, photos, tmp_path, monkeypatch):

@@ -355,7 +355,16 @@ def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
     if not 2 <= len(names) <= IGNORE:
         raise ToCoError(f"{source} names {len(names) - 1} classes besides background: 1..{IGNORE - 1} are allowed")
     refuse_twice(names, f"{source} names the class")
-    return tuple(utf8(name, f"{source} names a class") for name in names)
+    return class_names_of(names, source)
+
+
+def class_names_of(names: Iterable[str], source: str) -> tuple[str, ...]:
+    """Names of classes, each a line of `classes.txt`; refuses one of several lines, or that is no text in UTF-8."""
+    names = tuple(utf8(name, f"{source} names a class") for name in names)
+    broken = [name for name in names if name.splitlines() != [name]]
+    if broken:
+        raise ToCoError(f"{source} names the class {broken[0]!r:.80}: one line of text is wanted")
+    return names
 
 
 def label_names(class_names: Sequence[str]) -> dict[int, str]:

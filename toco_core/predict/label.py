@@ -38,7 +38,7 @@ from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
 from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
-from toco_core.errors import ToCoError, refuse_other
+from toco_core.errors import ToCoError, one_line, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole
@@ -414,4 +414,5 @@ def _write_tables(
             chosen = "tags" if photograph.classes is not None else "segmentation" if scores is None else "classifier"
             rows.writerow([file, names, chosen, *(scores or [""] * (len(class_names) - 1))])
         write_whole(folder / "photographs.csv", text.getvalue())
-    write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))
+    lines = [one_line(f"{file}: {reason}") for file, reason in skipped.items()]  # names may hold anything
+    write_whole(folder / "skipped.txt", "".join(f"{line}\n" for line in lines))
