@@ -232,6 +232,23 @@ def test_folders_of_older_versions_go_on_where_their_settings_are_known(opened, 
         label_photographs(opened, photos, out, **options)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"classes": [4]}, {"classes": [0]}, {"classes": "abc"}, {"classes": None}, {"classes": [[1]]}, {"scores": 7}]
+    + [{"scores": [0.5]}, {"scores": ["a", "b", "c"]}, {"name": ["a"]}, {"file": 5}, "[" * 100_000, "9" * 5000, "[]"],
+)
+def test_a_line_of_the_log_that_does_not_fit_is_of_no_photograph(opened, photos, tmp_path, entry):
+    """It was an IndexError, a TypeError or a RecursionError."""
+    made = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    log, table = made.folder / "photographs.jsonl", rows(made.folder)
+    first, *rest = log.read_text().splitlines()
+    log.write_text(
+        "\n".join([entry if isinstance(entry, str) else json.dumps(json.loads(first) | entry), *rest]) + "\n"
+    )
+    again = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    assert again.n_new == 1 and rows(made.folder) == table
+
+
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
     (photos / "a.jpg").rename(photos / "a.png.jpg")
     (photos / "e.jpg").rename(photos / "a.jpg")

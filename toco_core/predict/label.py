@@ -21,6 +21,7 @@ has changed, and puts its picture in the place of the one of before.
 import csv
 import io
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,7 @@ from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
 from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
 from toco_core.errors import ToCoError, one_line, refuse_other
+from toco_core.machine.intake import read_text
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole
@@ -140,7 +142,7 @@ def label_photographs(
     settings = how.settings(opened.model, config) | {"threshold": threshold, "classes": list(opened.class_names)}
     with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
-        pictures, log = folder / "JPEGImages", _Log(folder / LOG)
+        pictures, log = folder / "JPEGImages", _Log(folder / LOG, opened.model.n_classes)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
         skipped = dict(found.skipped)
         bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
@@ -329,15 +331,10 @@ def _read_ahead(photographs: Sequence[Photograph]) -> Iterator[tuple]:
 class _Log:
     """A line of JSON for each photograph that is labelled: what a later call need not do again."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, n_classes: int):
         self._path, self.n_new = path, 0
-        self._entries: dict[str, dict] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                self._entries[entry["name"]] = {key: entry[key] for key in ("file", "tags", "classes", "scores")}
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut: its photograph is labelled again
+        text = read_text(path, "the log of a set of labels", "json_bytes") if os.path.lexists(path) else ""
+        self._entries: dict[str, dict] = dict(filter(None, (_log_entry(line, n_classes) for line in text.split("\n"))))
 
     def __enter__(self) -> "_Log":
         self._file = open(self._path, "a", encoding="utf-8")
@@ -366,6 +363,20 @@ class _Log:
 
     def scores(self, photograph: Photograph) -> list[float] | None:
         return self._entries[photograph.name]["scores"]
+
+
+def _log_entry(line: str, n_classes: int) -> tuple[str, dict] | None:
+    """A photograph's name, and what the log says of it; None for a line that was cut or does not fit a model of so many
+    classes: its photograph is labelled again."""
+    try:
+        entry = json.loads(line)
+        name, known = entry["name"], {key: entry[key] for key in ("file", "tags", "classes", "scores")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    classes, scores = known["classes"], [0.0] * n_classes if known["scores"] is None else known["scores"]
+    fits = isinstance(name, str) and isinstance(classes, list) and isinstance(scores, list) and len(scores) == n_classes
+    fits = fits and all(type(k) is int and 1 <= k <= n_classes for k in classes)
+    return (name, known) if fits and all(type(score) is float for score in scores) else None
 
 
 def _state(photograph: Photograph) -> tuple[list, list | None]:
