@@ -159,6 +159,44 @@ def test_a_class_that_is_no_line_of_text_is_refused(opened, tmp_path, name, mess
         open_model(tmp_path / "shared")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_links_in_a_circle_pipes_and_devices_are_told(opened, photos, tmp_path):
+    """They were a RuntimeError and a NotADirectoryError; a pipe that should hold the tags was left out silently."""
+    for loop in (photos / "loop.jpg", tmp_path / "loop"):
+        loop.symlink_to(loop)
+    made = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    assert made.n_photographs == 4 and list(made.skipped) == [str(photos / "loop.jpg")]
+    assert "cannot be read" in made.skipped[str(photos / "loop.jpg")]
+    for out in (tmp_path / "loop", tmp_path / "loop" / "below"):
+        with pytest.raises(ToCoError, match=f"cannot write to {out}"):
+            label_photographs(opened, photos, out, method="cam", progress=False)
+    (photos / "masks").symlink_to("masks")
+    with pytest.raises(ToCoError, match="photos/masks cannot be read"):
+        find_photographs(photos, CLASSES)
+    (photos / "masks").unlink()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for place, what in (
+        (tmp_path / "pipe.jpg", "is a pipe or a device"),
+        ("/dev/zero", "is a pipe"),
+        ("x", "is not there"),
+    ):
+        with pytest.raises(ToCoError, match=f"photographs = '{place}' {what}"):
+            find_photographs(place, CLASSES)
+    os.mkfifo(photos / "tags.csv")
+    with pytest.raises(ToCoError, match="tags.csv cannot be read: it is a pipe"):
+        find_photographs(photos, CLASSES)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_photographs_that_may_not_be_read_are_named(opened, photos, tmp_path):
+    photos.chmod(0)
+    try:
+        with pytest.raises(ToCoError, match="photos.* cannot be read: Permission denied"):
+            label_photographs(opened, photos, tmp_path / "out", progress=False)
+    finally:
+        photos.chmod(0o700)
+
+
 def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, photos, tmp_path, monkeypatch):
     with_tags(photos)
     whole = label_photographs(opened, photos, tmp_path / "whole", progress=False)

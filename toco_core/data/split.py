@@ -19,7 +19,7 @@ from jaxtyping import Int64, UInt8
 from toco_core.conventions import IGNORE, IGNORED
 from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
 from toco_core.errors import ToCoError
-from toco_core.machine.intake import read_text
+from toco_core.machine.intake import read_text, real_path
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 BROKEN = ("stop", "leave out")
@@ -111,9 +111,9 @@ class Split:
     def outside(self) -> list[int]:
         """Images that are links to files outside of the data set: a link farm has them, and so has a folder whose
         author wants a file of yours."""
-        root = Path(self.root).resolve()
+        root = real_path(self.root)
         root = root if root.is_dir() else root.parent
-        return [i for i, path in enumerate(self._images) if root not in path.resolve().parents]
+        return [i for i, path in enumerate(self._images) if root not in real_path(path).parents]
 
     def mask_source(self, index: int) -> Any:
         """What the mask of one item is read or drawn from: a file, or a record of its annotations; None without."""

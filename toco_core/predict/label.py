@@ -38,9 +38,10 @@ from toco_core.conventions import classes_in
 from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
+from toco_core.data.source import reading
 from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
 from toco_core.errors import ToCoError, one_line, refuse_other
-from toco_core.machine.intake import read_text
+from toco_core.machine.intake import read_text, real_path
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole
@@ -135,7 +136,8 @@ def label_photographs(
     config = with_thresholds(opened.config, **thresholds)
     how = LabelMethod.of(method, config, crf)
     folder = Path(folder)
-    found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
+    with reading(photographs):
+        found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
     if not found.photographs:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
@@ -200,12 +202,13 @@ def find_photographs(
     place = Path(place)
     if place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
         return PhotographFolder((Photograph(place.stem, place, None),), {})
-    if not place.exists():
-        raise ToCoError(f"photographs = {str(place)!r} is not there: a folder of photographs is wanted")
+    if not place.is_file() and not place.is_dir():
+        what = "is a pipe or a device" if place.exists() else "is not there"
+        raise ToCoError(f"photographs = {str(place)!r} {what}: a folder of photographs is wanted")
     root = place.parent if place.is_file() else place
     root = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
     ours = [path.parent for path in index_files(root, (Path(LOG).suffix,)).values() if path.name == LOG]
-    apart = [path.resolve() for path in (*ours, apart_from) if path is not None]
+    apart = [real_path(path) for path in (*ours, apart_from) if path is not None]
     known = _known_classes(place, root, class_names, apart) if tags == "auto" else {}
     photographs, skipped = {}, {}
     for suffix in (*IMAGE_SUFFIXES, *UNREAD):
@@ -217,7 +220,7 @@ def find_photographs(
             if reason:
                 skipped[str(path)] = reason
             else:
-                photographs[name] = Photograph(name, path, known.get(path.resolve()))
+                photographs[name] = Photograph(name, path, known.get(real_path(path)))
     return PhotographFolder(tuple(photographs[name] for name in sorted(photographs)), skipped)
 
 
@@ -246,7 +249,7 @@ def _known_classes(place: Path, root: Path, class_names: Sequence[str], apart: l
         found = _listed_tags(listed)
     elif tagged.is_class_folders(root):
         entries = [(root / entry.file, entry.tags) for entry in tagged.folder_entries(root)]
-        found = {path.resolve(): tags for path, tags in entries if not _is_below(path, apart)}
+        found = {real_path(path): tags for path, tags in entries if not _is_below(path, apart)}
     else:
         return {}
     number = {name: k for k, name in enumerate(class_names)} | dict.fromkeys(BACKGROUND_NAMES, 0)
@@ -269,12 +272,12 @@ def _listed_tags(path: Path) -> dict[Path, tuple[str, ...]]:
         source = tagged.TagList(path, split)
         for i, row in enumerate(source.image_labels):
             tags = tuple(source.class_names[k + 1] for k in np.flatnonzero(row))
-            found[source.image_path(i).resolve()] = tags
+            found[real_path(source.image_path(i))] = tags
     return found
 
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:
-    return any(path.resolve().is_relative_to(folder) for folder in folders)
+    return any(real_path(path).is_relative_to(folder) for folder in folders)
 
 
 # ---- labels
