@@ -105,7 +105,8 @@ def test_second_networks_of_older_versions_are_known_by_their_card(run, second, 
     assert open_model(tmp_path).config.loss == run.config().loss
 
 
-def test_wrong_use_ends_in_one_line(run, tmp_path):
+def test_wrong_use_ends_in_one_line_before_anything_is_trained(run, tmp_path, monkeypatch):
+    monkeypatch.delattr("toco_core.commands.second.train_segmentation")
     data = run.config().data.dataset
     with pytest.raises(SystemExit, match="error: steps = 0 is not allowed: 1 or more"):
         main(["second", str(run.folder), data, str(tmp_path / "x"), "--steps", "0"])

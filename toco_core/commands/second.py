@@ -9,7 +9,7 @@ from toco_core.config import override
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
 from toco_core.predict.models import open_model
-from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
+from toco_core.runs.hub import SECOND, SECOND_LOSS, refuse_other_files, write_pretrained
 
 CARD = """
 
@@ -30,6 +30,7 @@ def second_command(arguments: list[str]) -> int:
     config = open_model(chosen.run).config
     if chosen.steps is not None and chosen.steps < 1:
         raise ToCoError(f"steps = {chosen.steps} is not allowed: 1 or more")
+    refuse_other_files(Path(chosen.folder))
     source = open_source(chosen.labels, chosen.split)
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}

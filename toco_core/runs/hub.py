@@ -76,8 +76,7 @@ def write_pretrained(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
-        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
+    refuse_other_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -85,6 +84,12 @@ def write_pretrained(
     write_whole(folder / "config.json", json.dumps(facts, indent=2) + "\n")
     write_whole(folder / "README.md", card)
     return folder
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise ToCoError for a folder into which no model can be written, as it holds other files."""
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
+        raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
