@@ -259,6 +259,7 @@ def test_a_round_trip_through_cvat(labels, tmp_path):
 
     with zipfile.ZipFile(tmp_path / "task.zip") as archive:
         archive.extractall(tmp_path / "unpacked")
+    (tmp_path / "unpacked" / "no.where").symlink_to("nothing")
     assert write_corrected(labels, tmp_path / "unpacked", tmp_path / "again").corrected == ("img_0", "img_2")
     np.testing.assert_array_equal(mask_of(tmp_path / "again", "img_2"), corrected)
 
@@ -370,6 +371,8 @@ def test_a_class_that_is_called_as_255_is_refused(labels, tmp_path, kind):
 
 
 def test_wrong_calls_are_told(labels, tmp_path):
+    with pytest.raises(ToCoError, match="exported = '' is not allowed: what Label Studio or CVAT exported"):
+        write_corrected(labels, "", tmp_path / "x")
     with pytest.raises(ToCoError, match="format = 'vott' is not allowed: one of label-studio, cvat"):
         write_for_annotation(labels, "vott")
     with pytest.raises(ToCoError, match="holds no labels: a folder that `toco export`"):
