@@ -114,5 +114,7 @@ def test_wrong_use_ends_in_one_line_before_anything_is_trained(run, tmp_path, mo
         main(["second", str(tmp_path / "none"), data, str(tmp_path / "x")])
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="error: folder = .* holds other files"):
-        main(["second", str(run.folder), data, str(tmp_path / "x"), "--steps", "1"])
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in ("x", "link"):
+        with pytest.raises(SystemExit, match=f"error: folder = .*{folder}' holds other files"):
+            main(["second", str(run.folder), data, str(tmp_path / folder), "--steps", "1"])

@@ -14,6 +14,7 @@ No data set is needed to read one. Paths of the machine that trained are left ou
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def write_pretrained(
 
 def refuse_other_files(folder: Path) -> None:
     """Raise ToCoError for a folder into which no model can be written, as it holds other files."""
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
+    if os.path.lexists(folder) and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(FILES)):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
