@@ -12,7 +12,7 @@ import torch
 from killed_training import config_of
 from PIL import Image
 from small_config import stir
-from voc_folder import SIZES, write_voc_folder
+from voc_folder import SIZES, smooth_image, write_voc_folder
 
 import toco_core.__main__ as toco
 from toco_core.data import open_source
@@ -249,8 +249,17 @@ def test_a_round_trip_through_cvat(labels, tmp_path):
     for i in range(5):
         np.testing.assert_array_equal(mask_of(tmp_path / "new", f"img_{i}"), expected[i])
 
+    mine = shutil.copytree(labels, tmp_path / "mine")
+    for seed, link in ((1, "copy"), (2, "link")):  # the picture of before stayed where another was put in its place
+        image, file = Image.fromarray(smooth_image(*SIZES[1], seed)), mine / "JPEGImages" / "img_1.jpg"
+        file.unlink()
+        image.save(file)
+        write_corrected(mine, tmp_path / "task.zip", tmp_path / "twice", images=link)
+        assert (tmp_path / "twice" / "JPEGImages" / "img_1.jpg").read_bytes() == file.read_bytes()
+
     with zipfile.ZipFile(tmp_path / "task.zip") as archive:
         archive.extractall(tmp_path / "unpacked")
+    (tmp_path / "unpacked" / "no.where").symlink_to("nothing")
     assert write_corrected(labels, tmp_path / "unpacked", tmp_path / "again").corrected == ("img_0", "img_2")
     np.testing.assert_array_equal(mask_of(tmp_path / "again", "img_2"), corrected)
 
@@ -362,6 +371,8 @@ def test_a_class_that_is_called_as_255_is_refused(labels, tmp_path, kind):
 
 
 def test_wrong_calls_are_told(labels, tmp_path):
+    with pytest.raises(ToCoError, match="exported = '' is not allowed: what Label Studio or CVAT exported"):
+        write_corrected(labels, "", tmp_path / "x")
     with pytest.raises(ToCoError, match="format = 'vott' is not allowed: one of label-studio, cvat"):
         write_for_annotation(labels, "vott")
     with pytest.raises(ToCoError, match="holds no labels: a folder that `toco export`"):

@@ -19,14 +19,15 @@ import toco_core.__main__ as toco
 import toco_core.predict.export as exporting
 from toco_core.analysis.label_quality import cams_of_split, crf_of
 from toco_core.analysis.second_stage import crop_with_mask, train_segmentation
-from toco_core.config import override
+from toco_core.config import field_sections, override
 from toco_core.conventions import voc_palette
 from toco_core.data import VOC_CLASSES, COCOFolder, VOCFolder, open_source
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.model import ToCo
-from toco_core.predict.export import METHODS, LabelMethod, export, palette_png, voc_archive, weights_hash
+from toco_core.predict.export import METHODS, LabelMethod, export, label_maps, palette_png, voc_archive
+from toco_core.runs.folder import weights_hash
 from toco_core.runs.shipped import shipped_runs
 
 K = 3
@@ -215,6 +216,47 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
         export(model, source, tmp_path / "full", config, progress=False)
 
 
+OTHERS = {  # what is no switch
+    "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=4, mlp=64)", "layer": 3, "pooling": "mean",
+    "aux_pooling": "mean", "decoder_dilation": 2, "mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7), "crop_size": 40,
+    "beta_l": 0.2, "beta_h": 0.9, "beta": 0.6, "cam_scales": (2.0,), "seg_scales": (0.5,), "attention_steps": 3,
+    "attention_blocks": (1,), "attention_kind": "pattern", "par_iterations": 1, "par_dilations": (4,),
+    "par_scale": 1.0, "refiner": "none", "precision": "bf16", "seed": 3, "workers": 0, "pretrained": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, config, method):
+    """Label maps of other scales, of another PAR, of another decoder were taken for today's."""
+    config, part = override(config, attention_steps=1, attention_blocks=(2,)), source.subset([0, 2])
+    config = override(config, seg_scales=(1.0, 0.5))
+    how = LabelMethod.of(method, config, {"iterations": 2})
+
+    def made(config):
+        changed = ToCo(config.model, K, dropped_border=config.release.dropped_border)
+        changed.load_state_dict(model.state_dict())
+        maps = [label.tobytes() for _, label in label_maps(changed.eval(), part, config, how)]
+        return maps, json.loads(json.dumps(how.settings(changed, config)))
+
+    (maps, settings), movers = made(config), set()
+    for name, section in field_sections().items():
+        before = getattr(getattr(config, section) if section else config, name)
+        if section in ("model", "labels", "data", "release", "") and (name in OTHERS or isinstance(before, bool)):
+            changed, others = made(override(config, **{name: OTHERS.get(name, not before)}))
+            if changed != maps:
+                movers.add(name)
+                assert others != settings, name
+    network = {"backbone", "mean", "std", "crop_size", "dropped_border"}
+    own = {
+        "cam": {"beta", "cam_scales", "attention_steps", "attention_blocks", "attention_kind"},
+        "par": {"beta_l", "beta_h", "cam_scales", "par_iterations", "par_dilations", "par_scale"},
+        "crf": {"beta_l", "beta_h", "cam_scales"},
+        "seg": {"seg_scales", "max_over_scales", "decoder_dilation"},
+        "seg_crf": {"seg_scales", "max_over_scales", "decoder_dilation"},
+    }
+    assert own[method] <= movers and len(network & movers) > 2, movers
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,6 +265,9 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
         ({"beta": 1.5}, "beta = 1.5 is not allowed"),
         ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),
         ({"method": "seg_crf", "crf": False}, "needs a CRF"),
+        ({"split": "../../../../escaped"}, "split: '../../../../escaped' is not a name inside the lists of splits"),
+        ({"split": "a\nb"}, "split: split 'a.*b' is not allowed: a plain name is wanted"),
+        ({"parts": {"a/b": ["img_0"]}}, "split: split 'a/b' is not allowed: a plain name is wanted"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(model, source, config, tmp_path, options, message):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from voc_folder import rectangle_mask, save_palette_mask, smooth_image, write_voc_folder
 
+import toco_core.predict.label as labelling
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_source, read_image, read_mask
 from toco_core.data.layouts.cvat import read_archive, write_archive
 from toco_core.data.layouts.npy import read_npy_labels
@@ -34,6 +35,7 @@ READ = {
     "config.json": lambda path: Run(path.parent).config(),
     "manifest.json": lambda path: Run(path.parent).manifest(),
     "metrics.jsonl": lambda path: Run(path.parent).records(),
+    "photographs.jsonl": lambda path: labelling._Log(path, 3),
     "checkpoint.pt": lambda path: Run(path.parent).load() or read_tensors(path, "weights"),
 }
 

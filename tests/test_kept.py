@@ -172,6 +172,8 @@ def test_another_model_or_split_or_folder_is_refused(model, source, tmp_path):
         evaluate(some_model(1), part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another network: choose"):
         evaluate(some_model(aux_pooling="mean"), part, **options, keep=tmp_path / "kept")
+    with pytest.raises(ToCoError, match="another decoder_dilation: choose"):
+        evaluate(some_model(decoder_dilation=2), part, **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="another image_files, image_labels, images, mask_files: choose"):
         evaluate(model, source.subset([1]), **options, keep=tmp_path / "kept")
     with pytest.raises(ToCoError, match="is not empty and holds no evaluation"):

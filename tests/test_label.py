@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from toco_core.errors import ToCoError
 from toco_core.predict.export import export
 from toco_core.predict.label import find_photographs, label_photographs
 from toco_core.predict.models import open_model
+from toco_core.runs.hub import write_pretrained
 from toco_core.train.loop import train
 from toco_core.viz import label_over_image
 
@@ -123,6 +126,77 @@ def test_what_cannot_be_used_is_listed_and_skipped(opened, photos, tmp_path):
         label_photographs(opened, photos, tmp_path / "none", method="cam", progress=False)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_names_that_are_no_text_are_skipped_in_a_line_each(opened, photos, tmp_path):
+    """All was labelled, and then no list was written."""
+    for name in (b"caf\xe9.jpg", b"caf\xe9.heic", b"a\nb.jpg", b"broken.bmp"):
+        shutil.copy(photos / "a.jpg", photos / os.fsdecode(name))
+    (photos / "broken.bmp").write_bytes(b"")
+    os.rename(photos, tmp_path / os.fsdecode(b"f\xeate"))
+    made = label_photographs(opened, tmp_path / os.fsdecode(b"f\xeate"), tmp_path / "out", method="cam", progress=False)
+    lines = (made.folder / "skipped.txt").read_text().splitlines()
+    assert made.n_photographs == 4 and len(lines) == len(made.skipped) == 4
+    for part in (
+        r"f\udceate/caf\udce9.jpg: its name has characters that",
+        r"a\nb.jpg: its name has characters",
+    ):
+        assert any(part in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("\ud800", r"names a class: '\\ud800' is no text in UTF-8"),
+        ("a\nb", r"names the class 'a\\nb': one line"),
+        ("", ""),
+    ],
+)
+def test_a_class_that_is_no_line_of_text_is_refused(opened, tmp_path, name, message):
+    """A line break made a class more of it in classes.txt."""
+    names = ("background", "cat", name, "sheep")
+    write_pretrained(tmp_path / "shared", opened.model.state_dict(), opened.config, names, "")
+    with pytest.raises(ToCoError, match=f"run = '.*shared' {message}"):
+        open_model(tmp_path / "shared")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_links_in_a_circle_pipes_and_devices_are_told(opened, photos, tmp_path):
+    """They were a RuntimeError and a NotADirectoryError; a pipe that should hold the tags was left out silently."""
+    for loop in (photos / "loop.jpg", tmp_path / "loop"):
+        loop.symlink_to(loop)
+    made = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    assert made.n_photographs == 4 and list(made.skipped) == [str(photos / "loop.jpg")]
+    assert "cannot be read" in made.skipped[str(photos / "loop.jpg")]
+    for out in (tmp_path / "loop", tmp_path / "loop" / "below"):
+        with pytest.raises(ToCoError, match=f"cannot write to {out}"):
+            label_photographs(opened, photos, out, method="cam", progress=False)
+    (photos / "masks").symlink_to("masks")
+    with pytest.raises(ToCoError, match="photos/masks cannot be read"):
+        find_photographs(photos, CLASSES)
+    (photos / "masks").unlink()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for place, what in (
+        (tmp_path / "pipe.jpg", "is a pipe or a device"),
+        ("/dev/zero", "is a pipe"),
+        ("x", "is not there"),
+    ):
+        with pytest.raises(ToCoError, match=f"photographs = '{place}' {what}"):
+            find_photographs(place, CLASSES)
+    os.mkfifo(photos / "tags.csv")
+    with pytest.raises(ToCoError, match="tags.csv cannot be read: it is a pipe"):
+        find_photographs(photos, CLASSES)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_photographs_that_may_not_be_read_are_named(opened, photos, tmp_path):
+    photos.chmod(0)
+    try:
+        with pytest.raises(ToCoError, match="photos.* cannot be read: Permission denied"):
+            label_photographs(opened, photos, tmp_path / "out", progress=False)
+    finally:
+        photos.chmod(0o700)
+
+
 def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, photos, tmp_path, monkeypatch):
     with_tags(photos)
     whole = label_photographs(opened, photos, tmp_path / "whole", progress=False)
@@ -151,6 +225,66 @@ def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, 
     assert rows(whole.folder)["sub/b.jpg"]["tags"] == "cat"
     with pytest.raises(ToCoError, match="holds a set of labels with another beta_l: choose a new folder"):
         label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("par", {"cam_scales": (1.5, 3.0)}, "with another cam_scales"),
+        ("par", {"par_iterations": 0, "par_dilations": (7,)}, "with another par_dilations, par_iterations"),
+        ("par", {"attention_steps": 2}, "that says nothing of its attention_blocks, attention_kind, attention_steps"),
+        ("seg", {"seg_scales": (0.5,)}, "with another seg_scales"),
+        ("cam", {"precision": "bf16"}, "with another precision"),
+        ("cam", {"par_iterations": 0, "seg_scales": (0.5,)}, ""),
+    ],
+)
+def test_labels_of_other_settings_are_not_taken_for_these(opened, photos, tmp_path, method, changes, message):
+    """A later call with other scales or another PAR found nothing to do."""
+    options = {"method": method, "progress": False}
+    assert label_photographs(opened, photos, tmp_path / "out", **options).n_new == 4
+    changed = opened._replace(config=override(opened.config, **changes))
+    if not message:
+        assert label_photographs(changed, photos, tmp_path / "out", **options).n_new == 0
+        return
+    with pytest.raises(ToCoError, match=f"out holds a set of labels {message}: choose a new folder"):
+        label_photographs(changed, photos, tmp_path / "out", **options)
+
+
+def test_folders_of_older_versions_go_on_where_their_settings_are_known(opened, photos, tmp_path):
+    """Those that an export did not write down follow from its weights; of a set of labels also the scales lacked."""
+    options, out = {"method": "par", "progress": False}, tmp_path / "out"
+    label_photographs(opened, photos, out, **options)
+    manifest = json.loads((out / "manifest.json").read_text())
+
+    def with_settings(*left_out):
+        settings = {name: value for name, value in manifest["settings"].items() if name not in left_out}
+        (out / "manifest.json").write_text(json.dumps(manifest | {"settings": settings}))
+
+    with_settings("device", "precision", "network", "decoder_dilation")
+    assert label_photographs(opened, photos, out, **options).n_new == 0
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    with_settings("cam_scales", "par_scale")
+    with pytest.raises(
+        ToCoError, match="says nothing of its cam_scales, par_scale: choose a new folder, or write them"
+    ):
+        label_photographs(opened, photos, out, **options)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"classes": [4]}, {"classes": [0]}, {"classes": "abc"}, {"classes": None}, {"classes": [[1]]}, {"scores": 7}]
+    + [{"scores": [0.5]}, {"scores": ["a", "b", "c"]}, {"name": ["a"]}, {"file": 5}, "[" * 100_000, "9" * 5000, "[]"],
+)
+def test_a_line_of_the_log_that_does_not_fit_is_of_no_photograph(opened, photos, tmp_path, entry):
+    """It was an IndexError, a TypeError or a RecursionError."""
+    made = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    log, table = made.folder / "photographs.jsonl", rows(made.folder)
+    first, *rest = log.read_text().splitlines()
+    log.write_text(
+        "\n".join([entry if isinstance(entry, str) else json.dumps(json.loads(first) | entry), *rest]) + "\n"
+    )
+    again = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+    assert again.n_new == 1 and rows(made.folder) == table
 
 
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
@@ -222,6 +356,8 @@ def test_folders_with_other_names_are_folders(photos):
         ({"tags": "all"}, "tags = 'all' is not allowed: one of auto, none"),
         ({"threshold": 2}, "threshold = 2 is not allowed: 0 to 1"),
         ({"beta_l": 0.7}, "beta_l"),
+        ({"split": "../../../escaped"}, "split: '../../../escaped' is not a name inside the lists of splits"),
+        ({"split": ""}, "split: '' is not a name inside"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tmp_path, options, message):

@@ -1,9 +1,12 @@
 """A page for one image without a kernel: what its script works out is what Python does, and text stays text."""
 
 import base64
+import io
 import json
+import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -211,3 +214,13 @@ def test_page_from_a_shell(tmp_path, capsys):
     assert content((tmp_path / "out" / "page.html").read_text())["title"] == "a b.png"
     with pytest.raises(SystemExit, match="error: "):
         main(["page", "full", str(tmp_path / "none.png"), str(tmp_path / "page.html")])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_page_of_a_name_that_is_no_text(tmp_path, monkeypatch):
+    photo, page = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe9.html"))
+    cv2.imwrite(str(tmp_path / "a.png"), smooth_image(40, 60, 1))
+    os.rename(tmp_path / "a.png", photo)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert main(["page", "full", str(photo), str(page)]) == 0
+    assert content(page.read_text())["title"] == photo.name and r">caf\udce9.png<" in page.read_text()

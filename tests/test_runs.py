@@ -94,6 +94,15 @@ def test_an_out_dir_below_a_file_is_named(tmp_path):
         Run(tmp_path / "file" / "runs").begin(tiny())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights here")
+def test_an_out_dir_that_is_a_link_to_itself_is_named(tmp_path):
+    """It was a RuntimeError of the lock."""
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in (tmp_path / "loop", tmp_path / "loop" / "run"):
+        with pytest.raises(ToCoError, match="out_dir: cannot write to .*loop"), Run(folder).alone():
+            Run(folder).begin(tiny())
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_out_dir_is_named(tmp_path):
     tmp_path.chmod(0o500)

@@ -105,7 +105,8 @@ def test_second_networks_of_older_versions_are_known_by_their_card(run, second, 
     assert open_model(tmp_path).config.loss == run.config().loss
 
 
-def test_wrong_use_ends_in_one_line(run, tmp_path):
+def test_wrong_use_ends_in_one_line_before_anything_is_trained(run, tmp_path, monkeypatch):
+    monkeypatch.delattr("toco_core.commands.second.train_segmentation")
     data = run.config().data.dataset
     for steps in ("0", "-1", "99999999999999999999999"):
         with pytest.raises(SystemExit, match=f"error: steps = {steps} is not allowed: at least 1, at most 1000000000"):
@@ -114,5 +115,7 @@ def test_wrong_use_ends_in_one_line(run, tmp_path):
         main(["second", str(tmp_path / "none"), data, str(tmp_path / "x")])
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="error: folder = .* holds other files"):
-        main(["second", str(run.folder), data, str(tmp_path / "x"), "--steps", "1"])
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in ("x", "link"):
+        with pytest.raises(SystemExit, match=f"error: folder = .*{folder}' holds other files"):
+            main(["second", str(run.folder), data, str(tmp_path / folder), "--steps", "1"])

@@ -1,6 +1,7 @@
 """One command line: `toco ...`, `python -m toco_core ...` and `torchrun -m toco_core ...`."""
 
 import importlib
+import io
 import sys
 
 from .errors import ToCoError
@@ -28,6 +29,8 @@ STOPPED = 130  # the exit status of what Ctrl-C ended
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; every other first word is a recipe to train."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text, or none of this terminal
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("\n".join([__doc__, *(f"  toco {command:10} {said}" for command, (_, said) in COMMANDS.items())]))

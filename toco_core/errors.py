@@ -13,10 +13,11 @@ class ToCoError(ValueError):
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(_one_line(str(message)))
+        super().__init__(one_line(str(message)))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Show what would not print as its escape, and cut a text of more than `MOST` characters in the middle."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= MOST else f"{text[: MOST - 500]} [...] {text[-490:]}"

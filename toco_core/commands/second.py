@@ -10,7 +10,7 @@ from toco_core.config.fields import LARGEST
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
 from toco_core.predict.models import open_model
-from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
+from toco_core.runs.hub import SECOND, SECOND_LOSS, refuse_other_files, write_pretrained
 
 CARD = """
 
@@ -31,6 +31,7 @@ def second_command(arguments: list[str]) -> int:
     config = open_model(chosen.run).config
     if chosen.steps is not None and not 1 <= chosen.steps <= LARGEST:
         raise ToCoError(f"steps = {chosen.steps} is not allowed: at least 1, at most {LARGEST}")
+    refuse_other_files(Path(chosen.folder))
     source = open_source(chosen.labels, chosen.split)
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}

@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 def recognise(dataset: Path | str) -> Layout:
     """The layout of a data set. Raises ToCoError that lists what was found and what is allowed."""
-    with _reading(dataset):
+    with reading(dataset):
         kind, root = _kind(dataset)
         of = {"VOC": voc, "COCO": coco}.get(kind, tags)
         return Layout(kind, root, of.split_names(root))
@@ -58,7 +58,7 @@ def open_source(dataset: Path | str, split: str = "train", *, broken: str = "sto
     """
     if broken not in BROKEN:
         raise ToCoError(f"broken = {broken!r} is not allowed: one of {', '.join(map(repr, BROKEN))}")
-    with _reading(dataset):
+    with reading(dataset):
         kind, root = _kind(dataset)
         if kind == "VOC":
             bare = not any(folder.is_dir() for folder in root.glob("SegmentationClass*"))
@@ -76,7 +76,7 @@ def open_unscored(dataset: Path | str, split: str) -> Split:
 
 
 @contextlib.contextmanager
-def _reading(dataset: Path | str) -> Iterator[None]:
+def reading(dataset: Path | str) -> Iterator[None]:
     """What the system says about a folder that cannot be read, or a name that none can have, in our words."""
     try:
         yield

@@ -19,7 +19,7 @@ from jaxtyping import Int64, UInt8
 from toco_core.conventions import IGNORE, IGNORED
 from toco_core.data.files import IMAGE_SUFFIXES, attempt_files, map_files, raise_first, read_image
 from toco_core.errors import ToCoError
-from toco_core.machine.intake import read_text
+from toco_core.machine.intake import read_text, real_path
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 BROKEN = ("stop", "leave out")
@@ -111,9 +111,9 @@ class Split:
     def outside(self) -> list[int]:
         """Images that are links to files outside of the data set: a link farm has them, and so has a folder whose
         author wants a file of yours."""
-        root = Path(self.root).resolve()
+        root = real_path(self.root)
         root = root if root.is_dir() else root.parent
-        return [i for i, path in enumerate(self._images) if root not in path.resolve().parents]
+        return [i for i, path in enumerate(self._images) if root not in real_path(path).parents]
 
     def mask_source(self, index: int) -> Any:
         """What the mask of one item is read or drawn from: a file, or a record of its annotations; None without."""
@@ -355,7 +355,16 @@ def with_background(names: Sequence[str], source: str) -> tuple[str, ...]:
     if not 2 <= len(names) <= IGNORE:
         raise ToCoError(f"{source} names {len(names) - 1} classes besides background: 1..{IGNORE - 1} are allowed")
     refuse_twice(names, f"{source} names the class")
-    return tuple(utf8(name, f"{source} names a class") for name in names)
+    return class_names_of(names, source)
+
+
+def class_names_of(names: Iterable[str], source: str) -> tuple[str, ...]:
+    """Names of classes, each a line of `classes.txt`; refuses one of several lines, or that is no text in UTF-8."""
+    names = tuple(utf8(name, f"{source} names a class") for name in names)
+    broken = [name for name in names if name.splitlines() != [name]]
+    if broken:
+        raise ToCoError(f"{source} names the class {broken[0]!r:.80}: one line of text is wanted")
+    return names
 
 
 def label_names(class_names: Sequence[str]) -> dict[int, str]:

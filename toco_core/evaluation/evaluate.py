@@ -36,11 +36,10 @@ from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo
 from toco_core.predict.crf_workers import CRFWorkers
+from toco_core.predict.image import computed_by, strongest
 from toco_core.predict.image import eval_size as eval_size
 from toco_core.predict.image import look as look
-from toco_core.predict.image import strongest
 from toco_core.predict.segmentation import checked_crf, crf_named, maps_at, merged_label, segmentation_maps
-from toco_core.runs.folder import weights_hash
 
 N_THRESHOLDS = 20
 ROWS = ("logits", "aux_logits", "image_labels")
@@ -384,22 +383,11 @@ class _Counted:
 
 def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
     """All that an evaluation's numbers depend on besides its arguments; images and masks by what their files hold."""
-    device = model.classifier.weight.device
-    with autocast() if autocast else torch.autocast(device.type, enabled=False):
-        lowered = torch.is_autocast_enabled(device.type)
-        precision = torch.get_autocast_dtype(device.type) if lowered else model.classifier.weight.dtype
-    fields = ("backbone", "layer", "aux_norm", "pooling", "pos_embed_antialias")
-    network = {name: getattr(model.config, name) for name in fields}
-    if model.config.aux_pooling:  # a later field: numbers kept before it are still those of today
-        network["aux_pooling"] = model.config.aux_pooling
-    network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
-    return {
-        "device": device.type,
-        "precision": str(precision).removeprefix("torch."),
+    with autocast() if autocast else torch.autocast(model.classifier.weight.device.type, enabled=False):
+        computed = computed_by(model)
+    return computed | {
         "images": hashlib.sha256("\n".join(source.names).encode()).hexdigest(),
         "image_labels": hashlib.sha256(np.ascontiguousarray(source.image_labels).tobytes()).hexdigest(),
-        "network": network,
-        "weights": weights_hash(model),
         **file_digests(source),
     }
 

@@ -81,6 +81,11 @@ def refuse_above(name: str, value: int, where: Path | str, unit: str) -> None:
         )
 
 
+def real_path(path: Path | str) -> Path:
+    """A path without links. One that leads to itself stays: whoever opens it is told."""
+    return Path(os.path.realpath(path))
+
+
 def open_file(path: Path | str, limit_name: str) -> io.BufferedReader:
     """Open a regular file of at most that size, for reading. Raises ToCoError, naming the file, for all others."""
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from toco_core.errors import ToCoError
+from toco_core.machine.intake import real_path
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ def _mine() -> set[Path]:
 
 
 def _lock_path(folder: Path) -> Path:
-    name = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:20]
+    name = hashlib.sha256(str(real_path(folder)).encode(errors="surrogateescape")).hexdigest()[:20]
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return Path(tempfile.gettempdir()) / f"toco-{user}-{name}.lock"
 

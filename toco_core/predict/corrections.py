@@ -10,6 +10,7 @@ those of before; the list corrected.txt names the former. A folder that `toco la
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -78,6 +79,8 @@ def write_corrected(
     holds something else.
     """
     refuse_other(IMAGES, images=images)
+    if not str(exported):  # `Path` would take it for this folder
+        raise ToCoError("exported = '' is not allowed: what Label Studio or CVAT exported is wanted")
     source, exported, folder = _exported(labels, split), Path(exported), Path(folder)
     sizes = {name: image_size(label_path(Path(labels), name)) for name in source.names}
     read = label_studio.read_tasks if exported.suffix.lower() == ".json" else cvat.read_archive
@@ -97,7 +100,7 @@ def write_corrected(
                 label_path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 place_file(label_path(Path(labels), name), label_path(folder, name), link=False)
             if images != "none":
-                place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link")
+                place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link", replace=True)
         write_lists(folder, source, source.split, settings, len(done), parts={"corrected": done})
     return Corrected(folder, len(source), tuple(done))
 
@@ -117,7 +120,8 @@ def _exported(folder: Path | str, split: str | None) -> VOCFolder:
 def _digest(path: Path) -> str:
     """Of a file, or of the names, sizes and times of those in a folder."""
     if path.is_dir():
-        facts = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*.*")]
+        found = (p for p in path.rglob("*.*") if os.path.exists(p))  # a link may lead nowhere
+        facts = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
         return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
     digest = hashlib.sha256()
     with open_file(path, "archive_bytes") as file:

@@ -35,14 +35,15 @@ from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, re
 from toco_core.data.files import IMAGE_SUFFIXES, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
+from toco_core.data.split import split_name
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import PART, place_file, whole_file, write_whole, writing
 from toco_core.model import ToCo
-from toco_core.predict.image import ImagePredictor, eval_size
+from toco_core.predict.image import ImagePredictor, computed_by, eval_size
 from toco_core.predict.segmentation import checked_crf
-from toco_core.runs.folder import claimed, weights_hash
+from toco_core.runs.folder import claimed
 
 METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
@@ -100,6 +101,8 @@ def export(
     refuse_other(IMAGES, images=images)
     how, config = LabelMethod.of(method, config, crf), with_thresholds(config, **thresholds)
     folder, split = Path(folder), split or source.split
+    for name in (split, *(parts or {})):
+        split_name(name, "split")
     settings = _settings(model, source, config, how)
     with claimed(folder, settings, "export", "exports to"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
@@ -174,11 +177,19 @@ class LabelMethod(NamedTuple):
             return predictor.pseudo_label(self.name, settings=self.crf, classes=classes)
         return predictor.segmentation(scales=predictor.config.seg_scales, crf=self.crf)
 
-    def settings(self, config: TrainConfig) -> dict:
-        """What of a config a label map depends on besides its scales."""
-        thresholds = ("beta",) if self.name == "cam" else ("beta_l", "beta_h") if self.needs_labels else ()
-        used = {name: getattr(config.labels, name) for name in thresholds}
-        return {"method": self.name, "size": eval_size(config), "crf": self.crf, **used}
+    def settings(self, model: ToCo, config: TrainConfig) -> dict:
+        """All that a label map depends on besides its image and its classes."""
+        labels, used = config.labels, {"method": self.name, "size": eval_size(config), "crf": self.crf}
+        if self.needs_labels:
+            names = {"scales": "cam_scales"}
+            used |= {names.get(name, name): value for name, value in labels.cam_options().items()}
+            used |= {"beta": labels.beta} if self.name == "cam" else labels.thresholds()
+        else:
+            used |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
+        if self.name == "par":
+            used |= {name: getattr(labels, name) for name in ("par_iterations", "par_dilations", "par_scale")}
+        with passes_of(model, config)():
+            return used | computed_by(model)
 
 
 def label_maps(
@@ -214,17 +225,10 @@ class _Unlabelled:
 
 def _settings(model: ToCo, source: Split, config: TrainConfig, how: LabelMethod) -> dict:
     """All that the label maps depend on, as JSON holds it."""
-    o, settings = config.labels, how.settings(config) | {"classes": list(source.class_names)}
-    if how.name == "par":
-        settings |= {name: getattr(o, name) for name in ("par_iterations", "par_dilations", "par_scale")}
+    settings = how.settings(model, config) | {"classes": list(source.class_names)}
     if how.needs_labels:
-        names = {"scales": "cam_scales"}
-        settings |= {names.get(name, name): value for name, value in o.cam_options().items()}
         settings |= {"image_labels": _sha256(source.image_labels.tobytes())}
-    else:
-        settings |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
-    settings |= {"images": _sha256("\n".join(source.names).encode()), "weights": weights_hash(model)}
-    settings |= file_digests(source, masks=False)
+    settings |= {"images": _sha256("\n".join(source.names).encode()), **file_digests(source, masks=False)}
     return json.loads(json.dumps(settings))
 
 

@@ -33,6 +33,7 @@ from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.attention import carried, token_affinity
 from toco_core.refiners.crf import crf_label
+from toco_core.runs.folder import weights_hash
 
 AUXILIARY = 0  # the auxiliary CAM where a block's number from 1 is expected
 
@@ -314,6 +315,27 @@ def look(model: ToCo, source, index: int, config: TrainConfig) -> ImagePredictio
 def eval_size(config: TrainConfig) -> int | None:
     """Side of the square at which images are evaluated; None: native size."""
     return config.data.crop_size if config.release.square_evaluation else None
+
+
+def computed_by(model: ToCo) -> dict:
+    """What all maps of a model depend on besides a config's sizes and scales: device, precision in the context of this
+    call, network and weights, as JSON holds it."""
+    device, precision = model.classifier.weight.device.type, model.classifier.weight.dtype
+    if torch.is_autocast_enabled(device):
+        precision = torch.get_autocast_dtype(device)
+    named, products = str(precision).removeprefix("torch."), torch.get_float32_matmul_precision()
+    fields = ("backbone", "layer", "aux_norm", "pooling", "pos_embed_antialias")
+    network = {name: getattr(model.config, name) for name in fields}
+    if model.config.aux_pooling:  # a later field: numbers kept before it are still those of today
+        network["aux_pooling"] = model.config.aux_pooling
+    network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    return {
+        "device": device,
+        "precision": named if products == "highest" else f"{named}, products {products}",
+        "network": network,
+        "decoder_dilation": model.config.decoder_dilation,
+        "weights": weights_hash(model),
+    }
 
 
 def strongest(cam: Tensor, image_labels: Tensor, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

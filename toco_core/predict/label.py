@@ -21,6 +21,7 @@ has changed, and puts its picture in the place of the one of before.
 import csv
 import io
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,8 +38,10 @@ from toco_core.conventions import classes_in
 from toco_core.data import Split, read_image
 from toco_core.data.files import IMAGE_SUFFIXES, index_files
 from toco_core.data.layouts import tags as tagged
-from toco_core.data.split import BACKGROUND_NAMES, utf8
-from toco_core.errors import ToCoError, refuse_other
+from toco_core.data.source import reading
+from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
+from toco_core.errors import ToCoError, one_line, refuse_other
+from toco_core.machine.intake import read_text, real_path
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
 from toco_core.machine.writing import write_whole
@@ -54,7 +57,7 @@ from toco_core.predict.export import (
 )
 from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, open_model
-from toco_core.runs.folder import claimed, weights_hash
+from toco_core.runs.folder import claimed
 from toco_core.viz import label_over_image
 
 TAGS = {
@@ -126,21 +129,22 @@ def label_photographs(
     """
     refuse_other(TAGS, tags=tags)
     refuse_other(IMAGES, images=images)
+    split_name(split, "split")
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
     config = with_thresholds(opened.config, **thresholds)
     how = LabelMethod.of(method, config, crf)
     folder = Path(folder)
-    found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
+    with reading(photographs):
+        found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)
     if not found.photographs:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.skipped.items())[:1])
         raise ToCoError(f"{photographs} holds no photograph ({', '.join(IMAGE_SUFFIXES)}){reasons and '; ' + reasons}")
-    settings = how.settings(config) | {"threshold": threshold, "classes": list(opened.class_names)}
-    settings |= {"weights": weights_hash(opened.model)}
+    settings = how.settings(opened.model, config) | {"threshold": threshold, "classes": list(opened.class_names)}
     with claimed(folder, settings, "set of labels", "labels into"):
         (folder / "SegmentationClass").mkdir(exist_ok=True)
-        pictures, log = folder / "JPEGImages", _Log(folder / LOG)
+        pictures, log = folder / "JPEGImages", _Log(folder / LOG, opened.model.n_classes)
         todo = [p for p in found.photographs if not (log.has(p) and label_path(folder, p.name).is_file())]
         skipped = dict(found.skipped)
         bar = tqdm(total=len(todo), desc="labelling", unit="photo", disable=not progress, leave=False)
@@ -198,12 +202,13 @@ def find_photographs(
     place = Path(place)
     if place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
         return PhotographFolder((Photograph(place.stem, place, None),), {})
-    if not place.exists():
-        raise ToCoError(f"photographs = {str(place)!r} is not there: a folder of photographs is wanted")
+    if not place.is_file() and not place.is_dir():
+        what = "is a pipe or a device" if place.exists() else "is not there"
+        raise ToCoError(f"photographs = {str(place)!r} {what}: a folder of photographs is wanted")
     root = place.parent if place.is_file() else place
     root = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
     ours = [path.parent for path in index_files(root, (Path(LOG).suffix,)).values() if path.name == LOG]
-    apart = [path.resolve() for path in (*ours, apart_from) if path is not None]
+    apart = [real_path(path) for path in (*ours, apart_from) if path is not None]
     known = _known_classes(place, root, class_names, apart) if tags == "auto" else {}
     photographs, skipped = {}, {}
     for suffix in (*IMAGE_SUFFIXES, *UNREAD):
@@ -215,7 +220,7 @@ def find_photographs(
             if reason:
                 skipped[str(path)] = reason
             else:
-                photographs[name] = Photograph(name, path, known.get(path.resolve()))
+                photographs[name] = Photograph(name, path, known.get(real_path(path)))
     return PhotographFolder(tuple(photographs[name] for name in sorted(photographs)), skipped)
 
 
@@ -244,7 +249,7 @@ def _known_classes(place: Path, root: Path, class_names: Sequence[str], apart: l
         found = _listed_tags(listed)
     elif tagged.is_class_folders(root):
         entries = [(root / entry.file, entry.tags) for entry in tagged.folder_entries(root)]
-        found = {path.resolve(): tags for path, tags in entries if not _is_below(path, apart)}
+        found = {real_path(path): tags for path, tags in entries if not _is_below(path, apart)}
     else:
         return {}
     number = {name: k for k, name in enumerate(class_names)} | dict.fromkeys(BACKGROUND_NAMES, 0)
@@ -267,12 +272,12 @@ def _listed_tags(path: Path) -> dict[Path, tuple[str, ...]]:
         source = tagged.TagList(path, split)
         for i, row in enumerate(source.image_labels):
             tags = tuple(source.class_names[k + 1] for k in np.flatnonzero(row))
-            found[source.image_path(i).resolve()] = tags
+            found[real_path(source.image_path(i))] = tags
     return found
 
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:
-    return any(path.resolve().is_relative_to(folder) for folder in folders)
+    return any(real_path(path).is_relative_to(folder) for folder in folders)
 
 
 # ---- labels
@@ -329,15 +334,10 @@ def _read_ahead(photographs: Sequence[Photograph]) -> Iterator[tuple]:
 class _Log:
     """A line of JSON for each photograph that is labelled: what a later call need not do again."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, n_classes: int):
         self._path, self.n_new = path, 0
-        self._entries: dict[str, dict] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                self._entries[entry["name"]] = {key: entry[key] for key in ("file", "tags", "classes", "scores")}
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut: its photograph is labelled again
+        text = read_text(path, "the log of a set of labels", "json_bytes") if os.path.lexists(path) else ""
+        self._entries: dict[str, dict] = dict(filter(None, (_log_entry(line, n_classes) for line in text.split("\n"))))
 
     def __enter__(self) -> "_Log":
         self._file = open(self._path, "a", encoding="utf-8")
@@ -366,6 +366,20 @@ class _Log:
 
     def scores(self, photograph: Photograph) -> list[float] | None:
         return self._entries[photograph.name]["scores"]
+
+
+def _log_entry(line: str, n_classes: int) -> tuple[str, dict] | None:
+    """A photograph's name, and what the log says of it; None for a line that was cut or does not fit a model of so many
+    classes: its photograph is labelled again."""
+    try:
+        entry = json.loads(line)
+        name, known = entry["name"], {key: entry[key] for key in ("file", "tags", "classes", "scores")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    classes, scores = known["classes"], [0.0] * n_classes if known["scores"] is None else known["scores"]
+    fits = isinstance(name, str) and isinstance(classes, list) and isinstance(scores, list) and len(scores) == n_classes
+    fits = fits and all(type(k) is int and 1 <= k <= n_classes for k in classes)
+    return (name, known) if fits and all(type(score) is float for score in scores) else None
 
 
 def _state(photograph: Photograph) -> tuple[list, list | None]:
@@ -414,4 +428,5 @@ def _write_tables(
             chosen = "tags" if photograph.classes is not None else "segmentation" if scores is None else "classifier"
             rows.writerow([file, names, chosen, *(scores or [""] * (len(class_names) - 1))])
         write_whole(folder / "photographs.csv", text.getvalue())
-    write_whole(folder / "skipped.txt", "".join(f"{file}: {reason}\n" for file, reason in skipped.items()))
+    lines = [one_line(f"{file}: {reason}") for file, reason in skipped.items()]  # names may hold anything
+    write_whole(folder / "skipped.txt", "".join(f"{line}\n" for line in lines))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from toco_core.config import TrainConfig, override, voc
 from toco_core.data import VOC_CLASSES, open_data
+from toco_core.data.split import class_names_of
 from toco_core.errors import ToCoError
 from toco_core.machine.device import resolve_device
 from toco_core.model import ToCo, loaded_model
@@ -35,10 +36,12 @@ class NamedModel(NamedTuple):
 def open_model(name: str | Path, *, device: str = "auto") -> NamedModel:
     """Open a run's folder, a shipped run, a folder of `toco share`, or a checkpoint of the release.
 
-    Raises ToCoError where `name` is none of them, naming what is allowed, and where its tensors are not its config's.
+    Raises ToCoError where `name` is none of them, naming what is allowed, where its tensors are not its config's,
+    and for a class whose name is no line of text.
     """
     opened = _opened(name)
-    return opened._replace(model=opened.model.to(resolve_device(device)).eval())
+    names = class_names_of(opened.class_names, f"run = {str(name)!r}")
+    return opened._replace(model=opened.model.to(resolve_device(device)).eval(), class_names=names)
 
 
 def is_model(name: str | Path) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from toco_core import par
 from toco_core.conventions import voc_palette
 from toco_core.data.files import picture_bytes
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, one_line
 from toco_core.machine.writing import write_whole, writing
 from toco_core.predict.image import AUXILIARY, ImagePredictor
 
@@ -97,7 +97,7 @@ def _filled(content: dict[str, Any]) -> str:
         json.dumps(content, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     )
     page = (HERE / "page.html").read_text(encoding="utf-8")
-    values = {"HASH": digest, "TITLE": html.escape(content["title"]), "SCRIPT": script, "DATA": data}
+    values = {"HASH": digest, "TITLE": html.escape(one_line(content["title"])), "SCRIPT": script, "DATA": data}
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], page)
 
 

@@ -38,6 +38,10 @@ from toco_core.machine.writing import flush_folder, new_part, place_file, remove
 
 from .packed import MODEL, packed_state
 
+LATER = ("device", "precision", "network", "decoder_dilation")
+"""Settings of label maps and evaluations that were not always written down: where a folder does not say them, they are
+taken for today's, as its weights are today's."""
+
 
 class Run:
     """The folder `<out_dir>/<data set>-layer<layer>-seed<seed>-<hash of the config>`; equal configs share it."""
@@ -348,16 +352,23 @@ def read_state(path: Path, wanted: tuple[str, ...]) -> dict:
 def claim_folder(folder: Path, settings: dict, what: str) -> None:
     """Begin a folder that an interrupted `what` ("export") goes on with: its manifest.json holds `settings`.
 
-    Raises ToCoError where the folder holds something else, or one with other settings, or cannot be written.
+    Raises ToCoError where the folder holds something else, or one with other settings or without some of them, or
+    cannot be written.
     """
     what = f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
     path, settings = folder / "manifest.json", json.loads(json.dumps(settings))
     if path.is_file():
         try:
             known = read_json(path)["settings"]
-            different = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
+            compared = {*known, *settings} - (set(LATER) - {*known})
+            different = sorted(k for k in compared if known.get(k) != settings.get(k))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ToCoError(f"{path} is not the manifest of {what}: choose a new folder") from None
+        if different and not any(k in known for k in different):
+            raise ToCoError(
+                f"{folder} holds {what} that says nothing of its {', '.join(different)}: choose a new folder, or write "
+                f"them into the settings in {path.name} where they are known"
+            )
         if different:
             raise ToCoError(f"{folder} holds {what} with another {', '.join(different)}: choose a new folder")
     with writing(folder):

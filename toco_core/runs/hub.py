@@ -15,6 +15,7 @@ No data set is needed to read one. Paths of the machine that trained are left ou
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_pretrained(
 def refuse_other_files(folder: Path) -> None:
     """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
     with writing(folder):
-        there = list(folder.iterdir()) if folder.exists() else []
+        there = list(folder.iterdir()) if os.path.lexists(folder) else []
     if any(path.is_dir() or path.name not in FILES and path.suffix != PART for path in there):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 

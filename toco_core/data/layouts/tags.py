@@ -18,6 +18,7 @@ Without splits all images are "train". The classes are those that occur, sorted,
 
 import csv
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from toco_core.data.split import (
     without_suffix,
 )
 from toco_core.errors import ToCoError
-from toco_core.machine.intake import read_json, read_text
+from toco_core.machine.intake import read_json, read_text, real_path
 from toco_core.machine.writing import whole_folder, writing
 
 TABLES = ("tags.csv", "tags.tsv", "tags.json", "labels.csv", "labels.tsv", "labels.json")
@@ -120,8 +121,9 @@ def split_names(root: Path | str) -> tuple[str, ...]:
 
 
 def tag_file(folder: Path) -> Path | None:
-    """The list of tags in a folder."""
-    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    """The list of tags in a folder, be it a file that can be read or not."""
+    places = (folder / name for name in TABLES)
+    return next((path for path in places if os.path.lexists(path) and not os.path.isdir(path)), None)
 
 
 def is_class_folders(root: Path) -> bool:
@@ -148,8 +150,8 @@ def _levels(root: Path) -> list[Path]:
 def refuse_outside(folder: Path, root: Path) -> Path:
     """`folder`, unless it is a link that leads out of `root`: all that lies below it would become training images, and
     an export would hand it on."""
-    if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
-        raise ToCoError(f"{folder} is a link to {folder.resolve()}, outside of {root}: put the folder itself there")
+    if folder.is_symlink() and not real_path(folder).is_relative_to(real_path(root)):
+        raise ToCoError(f"{folder} is a link to {real_path(folder)}, outside of {root}: put the folder itself there")
     return folder
 
 
