@@ -17,7 +17,7 @@ from toco_core.data import COCOFolder, VOCFolder, open_source, read_image
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.predict.export import export
-from toco_core.predict.label import find_photographs, label_photographs
+from toco_core.predict.label import LOG, find_photographs, label_photographs
 from toco_core.predict.models import open_model
 from toco_core.train.loop import train
 from toco_core.viz import label_over_image
@@ -151,6 +151,21 @@ def test_an_interrupted_call_goes_on_and_a_later_one_labels_what_is_new(opened, 
     assert rows(whole.folder)["sub/b.jpg"]["tags"] == "cat"
     with pytest.raises(ToCoError, match="holds a set of labels with another beta_l: choose a new folder"):
         label_photographs(opened, photos, whole.folder, beta_l=0.2, progress=False)
+
+
+def test_the_list_of_what_is_done_follows_no_link(opened, photos, tmp_path):
+    def label():
+        return label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False).n_new
+
+    label()
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out" / LOG).unlink()
+    (tmp_path / "out" / LOG).symlink_to(tmp_path / "mine")
+    with pytest.raises(ToCoError, match=f"cannot write to .*{LOG}: "):
+        label()
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "out" / LOG).unlink()
+    assert label() == len(TAGS)
 
 
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):

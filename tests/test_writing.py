@@ -100,6 +100,30 @@ def test_a_part_follows_no_link(tmp_path):
     assert mine.read_text() == "precious"
 
 
+@POSIX
+def test_nothing_behind_a_link_to_a_folder_is_written_or_removed(trained, root, tmp_path):
+    found, config = trained
+    source, mine, other = open_source(root), tmp_path / "pictures", override(config, seed=7)
+    (mine / "deep").mkdir(parents=True)
+    (mine / "img_0.png").write_text("precious")
+    calls = {
+        "begun/film": lambda: Run(tmp_path / "begun").begin(config),
+        f"{Run.of(other).folder}/film": lambda: train(other, progress=False, film=1),
+        f"{found.run.folder}/film/deep": lambda: train(config, progress=False, resume=False),
+        "out/JPEGImages": lambda: export(found.model, source, tmp_path / "out", config, method="cam", progress=False),
+        "kept/counts": lambda: evaluate(found.model, source, size=32, keep=tmp_path / "kept", progress=False),
+    }
+    for place, call in calls.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(mine)
+        with pytest.raises(ToCoError, match=rf"^{tmp_path / place} is a link to a folder: .* remove the link$"):
+            call()
+        assert files(mine) == ["deep", "img_0.png"] and (mine / "img_0.png").read_text() == "precious", place
+        (tmp_path / place).unlink()
+        call()
+        assert files(mine) == ["deep", "img_0.png"], place
+
+
 def test_what_fails_leaves_the_file_of_before(tmp_path):
     path = tmp_path / "a.json"
     write_whole(path, "before")

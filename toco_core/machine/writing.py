@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from toco_core.errors import ToCoError
 
@@ -97,6 +97,19 @@ def place_file(original: Path, path: Path, *, link: bool = True) -> None:
             return flush_folder(path.parent)
     with open(original, "rb") as old, whole_file(path) as new:
         shutil.copyfileobj(old, new)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file that gets lines at its end; where there is a link or a pipe of that name, OSError is raised."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return open(path, "a", encoding="utf-8", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ToCoError where a folder in `folder` is a link: what is written or removed there would be elsewhere."""
+    inner = (Path(place, name) for place, names, _ in os.walk(folder) for name in names)
+    if link := next(filter(Path.is_symlink, inner), None):
+        raise ToCoError(f"{link} is a link to a folder: only folders of its own are written to, remove the link")
 
 
 def remove_parts(folder: Path, pattern: str = "*") -> None:

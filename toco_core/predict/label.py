@@ -41,7 +41,7 @@ from toco_core.data.split import BACKGROUND_NAMES, utf8
 from toco_core.errors import ToCoError, refuse_other
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
-from toco_core.machine.writing import write_whole
+from toco_core.machine.writing import open_to_append, write_whole, writing
 from toco_core.predict.export import (
     IMAGES,
     LabelMethod,
@@ -340,7 +340,8 @@ class _Log:
                 continue  # a line that was cut: its photograph is labelled again
 
     def __enter__(self) -> "_Log":
-        self._file = open(self._path, "a", encoding="utf-8")
+        with writing(self._path):
+            self._file = open_to_append(self._path)
         self._file.write("\n" if self._entries else "")  # ends a line that was cut
         return self
 
