@@ -17,9 +17,11 @@ import pytest
 import torch
 from killed_training import config_of
 from PIL import Image
-from voc_folder import write_voc_folder
+from small_config import stirred_named
+from voc_folder import CLASSES, smooth_image, write_voc_folder
 
 from toco_core.commands.export import export_command
+from toco_core.commands.notebooks import copy_notebooks
 from toco_core.config import override, tiny
 from toco_core.data import VOC_CLASSES, open_source, scenes
 from toco_core.data.layouts.tags import write_tag_list
@@ -28,11 +30,16 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.scores import score_run
 from toco_core.machine import locks as locks_module
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_whole
+from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_file, write_whole
+from toco_core.predict.class_maps import cams
 from toco_core.predict.export import export, voc_archive
+from toco_core.predict.image import ImagePredictor
+from toco_core.predict.page import write_page
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import open_run
+from toco_core.runs.release import save_release
 from toco_core.train.loop import train
+from toco_core.viz.movie import write_movie
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="rights, limits and links of POSIX")
 
@@ -194,6 +201,57 @@ def test_exports_of_links_hold_files(root, tmp_path, trained):
         assert not path.is_symlink() and path.read_bytes() == (root / "JPEGImages" / path.name).read_bytes()
 
 
+@POSIX
+def test_a_file_of_the_user_s_is_written_whole_and_through_no_link(tmp_path):
+    """Whatever has a path from the user: what is behind a link of that name stays, a pipe is replaced."""
+    model = stirred_named(CLASSES)
+    predictor = ImagePredictor(model.model, model.config)
+    predictor.set_image(smooth_image(20, 30, 1))
+    maps = cams(smooth_image(20, 30, 1), model)
+    calls = {
+        "a.html": lambda path: write_page(predictor, path, title="a", class_names=model.class_names),
+        "a.gif": lambda path: write_movie([smooth_image(20, 30, 1)] * 2, path),
+        "a.png": maps.save,
+        "a.jpg": maps.save,
+        "a.pth": lambda path: save_release(model.model, path),
+        "train.ipynb": lambda path: copy_notebooks(path.parent, ("train",), overwrite=True),
+    }
+    (tmp_path / "mine").write_text("precious")
+    for name, write in calls.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        for make in (lambda path: path.symlink_to(tmp_path / "mine"), lambda path: path.symlink_to("gone"), os.mkfifo):
+            make(path)
+            write(path)
+            assert path.is_file() and not path.is_symlink() and (tmp_path / "mine").read_text() == "precious", name
+            path.unlink()
+        path.write_text("before")
+        kind, message = limited(10, lambda: write(path))
+        assert (kind, message) == ("ToCoError", f"cannot write to {path}: File too large"), name
+        assert path.read_text() == "before", name
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ToCoError, match=f"^cannot write to {path}: Is a directory$"):
+            write(path)
+        assert files(path.parent) == [name], name
+        path.rmdir()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "folder"])
+def test_what_is_no_name_of_a_file_is_told(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    with pytest.raises(ToCoError, match="^cannot write to .*: Is a directory$"):
+        write_file(tmp_path / name if name == "folder" else name, "x")
+    assert files(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_told(tmp_path, name):
+    with pytest.raises(ToCoError, match="^cannot write to .*: .*(null byte|surrogates)"):
+        write_file(tmp_path / name, "x")
+
+
 # ---- two at once
 
 
@@ -328,6 +386,8 @@ def test_an_archive_that_fails_leaves_nothing(tmp_path):
         voc_archive(root, tmp_path / "out" / "a.tgz", split="train")
     with pytest.raises(ToCoError, match="cannot write to .*nowhere/a.tgz: No such file"):
         voc_archive(root, tmp_path / "nowhere" / "a.tgz", split="train")
+    with pytest.raises(ToCoError, match=r"cannot write to \.: Is a directory"):
+        voc_archive(root, "", split="train")
     assert files(tmp_path / "out") == []
     for path in (root / "SegmentationClass").iterdir():
         Image.fromarray(np.zeros((20, 30), np.uint8)).save(path)

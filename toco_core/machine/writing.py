@@ -6,6 +6,7 @@ removed and the file of before stays.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -37,6 +38,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_file(path: Path | str, content: str | bytes) -> Path:
+    """Write a whole file into its folder, which is made if missing; the path. Raises ToCoError where that fails."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` at the end of the block, unless the block raises."""
@@ -51,10 +61,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_part(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that nobody else has; what is left of it at the end of the block is removed."""
+    """An empty file beside `path` that nobody else has; what is left of it at the end of the block is removed.
+
+    Raises OSError where it cannot be made, and where it could not take the place of `path`.
+    """
+    if path.is_dir() and not path.is_symlink():  # of the names, "" and "..", too
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     part = _part_of(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    os.close(os.open(part, flags, 0o666))  # the umask decides who may read it, as for any file
+    try:
+        os.close(os.open(part, flags, 0o666))  # the umask decides who may read it, as for any file
+    except ValueError as error:  # a name with NUL or half of a character
+        raise OSError(errno.EINVAL, str(error)) from error
     try:
         yield part
     finally:

@@ -360,14 +360,14 @@ def voc_archive(
     for all others. The same folder gives the same bytes. Raises ToCoError where the classes are not VOC's 20 or a label
     map holds 255, which the server does not take.
     """
-    folder = Path(folder)
+    folder, archive = Path(folder), Path(archive)
     if competition not in ("comp5", "comp6"):
         raise ToCoError(f"competition = {competition!r} is not allowed: comp5 or comp6")
     source = open_source(folder, split, require_masks=True)
     if source.class_names != VOC_CLASSES:
         raise ToCoError(f"{folder} has the classes {', '.join(source.class_names[1:])}: VOC's 20 are wanted")
     below = f"results/VOC{year}/Segmentation/{competition}_{split}_cls"
-    with writing(archive), whole_file(Path(archive)) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+    with writing(archive), whole_file(archive) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
         with tarfile.open(fileobj=packed, mode="w") as tar:
             for index, name in enumerate(source.names):
                 if (source.mask(index) == IGNORE).any():
