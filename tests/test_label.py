@@ -168,6 +168,18 @@ def test_the_list_of_what_is_done_follows_no_link(opened, photos, tmp_path):
     assert label() == len(TAGS)
 
 
+def test_a_photograph_that_is_a_broken_link_now_is_skipped(opened, photos, tmp_path):
+    def label():
+        return label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+
+    assert label().n_photographs == len(TAGS)
+    (photos / "a.jpg").unlink()
+    (photos / "a.jpg").symlink_to("nowhere.jpg")
+    found = label()
+    assert (found.n_photographs, found.n_new) == (len(TAGS) - 1, 0)
+    assert found.skipped == {str(photos / "a.jpg"): f"{photos / 'a.jpg'} cannot be read: No such file or directory"}
+
+
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
     (photos / "a.jpg").rename(photos / "a.png.jpg")
     (photos / "e.jpg").rename(photos / "a.jpg")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_image, read_mask
-from toco_core.data.files import IMAGE_SUFFIXES, palette_png
+from toco_core.data.files import IMAGE_SUFFIXES, is_upright, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.errors import ToCoError, refuse_other
@@ -52,7 +52,6 @@ METHODS = {
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
 IMAGES = ("copy", "link", "none")
-ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
 
 class Exported(NamedTuple):
@@ -242,8 +241,7 @@ def place_image(original: Path, folder: Path, name: str, *, link: bool, replace:
 
     A picture of that name that is there stays, or, with `replace`, goes once the new one is written.
     """
-    with Image.open(original) as header:
-        upright = header.getexif().get(ORIENTATION, 1) == 1
+    upright = is_upright(original)
     target = folder / f"{name}{original.suffix.lower() if upright else '.png'}"
     if target.is_file() and not replace:
         return

@@ -351,7 +351,8 @@ class _Log:
     def has(self, photograph: Photograph) -> bool:
         """Whether the same file with the same tags is labelled."""
         entry = self._entries.get(photograph.name)
-        return entry is not None and (entry["file"], entry["tags"]) == _state(photograph)
+        there = entry is not None and photograph.path.is_file()  # else a link that leads nowhere now
+        return there and (entry["file"], entry["tags"]) == _state(photograph)
 
     def add(self, photograph: Photograph, classes: Sequence[int], scores: Float[np.ndarray, " K"] | None) -> None:
         file, known = _state(photograph)
