@@ -180,6 +180,18 @@ def test_a_photograph_that_is_a_broken_link_now_is_skipped(opened, photos, tmp_p
     assert found.skipped == {str(photos / "a.jpg"): f"{photos / 'a.jpg'} cannot be read: No such file or directory"}
 
 
+@pytest.mark.parametrize(
+    ("method", "part"), [("cam", "encoder"), ("par", "classifier"), ("seg", "decoder"), ("seg_crf", "decoder")]
+)
+def test_weights_that_are_no_numbers_label_nothing(photos, tmp_path, method, part):
+    broken = stirred_named(CLASSES)
+    for parameter in getattr(broken.model, part).parameters():
+        parameter.data[...] = torch.nan
+    with pytest.raises(ToCoError, match=r"^the network gives NaN or infinite scores: .* precision = 'fp32'"):
+        label_photographs(broken, photos, tmp_path / "out", method=method, progress=False)
+    assert not list((tmp_path / "out" / "SegmentationClass").iterdir())
+
+
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):
     (photos / "a.jpg").rename(photos / "a.png.jpg")
     (photos / "e.jpg").rename(photos / "a.jpg")

@@ -52,7 +52,7 @@ from toco_core.predict.export import (
     write_label,
     write_lists,
 )
-from toco_core.predict.image import ImagePredictor
+from toco_core.predict.image import ImagePredictor, NotFinite
 from toco_core.predict.models import NamedModel, open_model
 from toco_core.runs.folder import claimed, weights_hash
 from toco_core.viz import label_over_image
@@ -295,6 +295,8 @@ def _labels(
                 classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
             label = how.label(predictor, classes)
             yield photograph, image, (label, tuple(classes_in(label)) if classes is None else classes, scores)
+        except NotFinite:
+            raise
         except ToCoError as error:
             yield photograph, image, error
 
