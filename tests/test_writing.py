@@ -30,7 +30,15 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.scores import score_run
 from toco_core.machine import locks as locks_module
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_file, write_whole
+from toco_core.machine.writing import (
+    place_file,
+    remove_parts,
+    whole_file,
+    whole_folder,
+    write_file,
+    write_whole,
+    writing,
+)
 from toco_core.predict.class_maps import cams
 from toco_core.predict.export import export, voc_archive
 from toco_core.predict.image import ImagePredictor
@@ -239,11 +247,15 @@ def test_a_file_of_the_user_s_is_written_whole_and_through_no_link(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "folder"])
 def test_what_is_no_name_of_a_file_is_told(tmp_path, monkeypatch, name):
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "folder")
+    place = tmp_path / name if name == "folder" else Path(name)
     with pytest.raises(ToCoError, match="^cannot write to .*: Is a directory$"):
-        write_file(tmp_path / name if name == "folder" else name, "x")
-    assert files(tmp_path) == ["folder"]
+        write_file(place, "x")
+    assert files(tmp_path) == ["folder", "folder/below"]
+    with pytest.raises(ToCoError, match="^cannot write to .*: "), writing(place), whole_folder(place) as part:
+        (part / "x").touch()
+    assert files(tmp_path) == ["folder", "folder/below"]
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800"])

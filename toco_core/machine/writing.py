@@ -84,6 +84,7 @@ def new_part(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end of the block, unless the block raises; then it is
     removed. `folder` may be there already, empty. Whoever may read new files of this user may read it."""
+    folder = folder.absolute()  # "" and "." have no name
     part = folder.with_name(f".{folder.name[:60]}-{secrets.token_hex(4)}{PART}")
     os.mkdir(part)
     try:
@@ -127,7 +128,7 @@ def refuse_links(folder: Path) -> None:
     """Raise ToCoError where a folder in `folder` is a link: what is written or removed there would be elsewhere."""
     inner = (Path(place, name) for place, names, _ in os.walk(folder) for name in names)
     if link := next(filter(Path.is_symlink, inner), None):
-        raise ToCoError(f"{link} is a link to a folder: only folders of its own are written to, remove the link")
+        raise ToCoError(f"{link} is a link to a folder: nothing is written or removed behind a link, remove the link")
 
 
 def remove_parts(folder: Path, pattern: str = "*") -> None:
