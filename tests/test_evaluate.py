@@ -1,9 +1,11 @@
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_config import small_recipe, stir
 from torch.testing import assert_close
 from voc_folder import write_voc_folder
@@ -294,10 +296,16 @@ def test_images_without_mask_count_for_the_image_labels_only(model, tmp_path):
     assert some.classes.mean_average_precision == everything.classes.mean_average_precision
 
 
-def test_without_any_mask_there_is_no_miou(model, tmp_path):
+def wholly_void(path):
+    label = Image.open(path)
+    Image.fromarray(np.full(label.size[::-1], 255, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, wholly_void])
+def test_without_any_mask_there_is_no_miou(model, tmp_path, change):
     bare = write_voc_folder(tmp_path / "voc", n=3)
     for path in (bare / "SegmentationClass").iterdir():
-        path.unlink()
+        change(path)
     source = VOCFolder(bare, "train", labels=IMAGE_LABELS, require_masks=False)
     found = evaluate(model, source, size=16, scales=(1.0,), crf=True, progress=False)
     assert found.n_masks == 0 and found.protocol.endswith("no masks: no mIoU")

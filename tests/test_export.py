@@ -25,8 +25,9 @@ from toco_core.data import VOC_CLASSES, COCOFolder, VOCFolder, open_source
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
+from toco_core.machine.writing import writing
 from toco_core.model import ToCo
-from toco_core.predict.export import METHODS, LabelMethod, export, label_maps, palette_png, voc_archive
+from toco_core.predict.export import METHODS, LabelMethod, export, label_maps, palette_png, place_image, voc_archive
 from toco_core.runs.folder import weights_hash
 from toco_core.runs.shipped import shipped_runs
 
@@ -292,6 +293,20 @@ def test_names_in_folders_and_pictures_that_lie_on_their_side(model, config, tmp
         for i in range(4):
             np.testing.assert_array_equal(back.image(i), source.image(i))
     assert (tmp_path / "copy/JPEGImages/dog/1.png").stat().st_ino != (root / "dog/1.png").stat().st_ino
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.symlink_to("nowhere.jpg"), "No such file or directory"),
+        (lambda path: path.write_bytes(b"no picture"), "not a readable"),
+        (lambda path: path.mkdir(), "it is a folder"),
+    ],
+)
+def test_an_image_that_cannot_be_placed_is_named(tmp_path, make, words):
+    make(tmp_path / "a.jpg")
+    with pytest.raises(ToCoError, match=f"^{tmp_path / 'a.jpg'} .*{words}"), writing(tmp_path / "out"):
+        place_image(tmp_path / "a.jpg", tmp_path / "out", "a", link=False)
 
 
 def test_palette_png():

@@ -11,9 +11,11 @@ import threading
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from killed_training import SMALL, config_of
+from PIL import Image
 from voc_folder import write_voc_folder
 
 import toco_core.train.loop as training
@@ -177,6 +179,14 @@ def test_a_second_ctrl_c_does_not_wait(config, monkeypatch):
     in_step(monkeypatch, 3, lambda: press_ctrl_c(2))
     with pytest.raises(KeyboardInterrupt, match="the checkpoint after step 2 is in"):
         train(config, progress=False)
+
+
+def test_masks_without_a_valid_pixel_stop_no_training(config):
+    """They are as no masks: the same call would have failed again."""
+    for path in Path(config.data.dataset, "SegmentationClass").iterdir():
+        Image.fromarray(np.full(Image.open(path).size[::-1], 255, np.uint8)).save(path)
+    run = train(config, progress=False).run
+    assert run.finished and {"map", "steps"} <= set(run.metrics()) and "best_beta" not in run.metrics()
 
 
 @pytest.mark.parametrize("last", [False, True])

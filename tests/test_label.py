@@ -19,7 +19,7 @@ from toco_core.data import COCOFolder, VOCFolder, open_source, read_image
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.predict.export import export
-from toco_core.predict.label import find_photographs, label_photographs
+from toco_core.predict.label import LOG, find_photographs, label_photographs
 from toco_core.predict.models import open_model
 from toco_core.runs.hub import write_pretrained
 from toco_core.train.loop import train
@@ -285,6 +285,45 @@ def test_a_line_of_the_log_that_does_not_fit_is_of_no_photograph(opened, photos,
     )
     again = label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
     assert again.n_new == 1 and rows(made.folder) == table
+
+
+def test_the_list_of_what_is_done_follows_no_link(opened, photos, tmp_path):
+    def label():
+        return label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False).n_new
+
+    label()
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out" / LOG).unlink()
+    (tmp_path / "out" / LOG).symlink_to(tmp_path / "mine")
+    with pytest.raises(ToCoError, match=f"cannot write to .*{LOG}: "):
+        label()
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "out" / LOG).unlink()
+    assert label() == len(TAGS)
+
+
+def test_a_photograph_that_is_a_broken_link_now_is_skipped(opened, photos, tmp_path):
+    def label():
+        return label_photographs(opened, photos, tmp_path / "out", method="cam", progress=False)
+
+    assert label().n_photographs == len(TAGS)
+    (photos / "a.jpg").unlink()
+    (photos / "a.jpg").symlink_to("nowhere.jpg")
+    found = label()
+    assert (found.n_photographs, found.n_new) == (len(TAGS) - 1, 0)
+    assert found.skipped == {str(photos / "a.jpg"): f"{photos / 'a.jpg'} cannot be read: No such file or directory"}
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("cam", "encoder"), ("par", "classifier"), ("seg", "decoder"), ("seg_crf", "decoder")]
+)
+def test_weights_that_are_no_numbers_label_nothing(photos, tmp_path, method, part):
+    broken = stirred_named(CLASSES)
+    for parameter in getattr(broken.model, part).parameters():
+        parameter.data[...] = torch.nan
+    with pytest.raises(ToCoError, match=r"^the network gives NaN or infinite scores: .* precision = 'fp32'"):
+        label_photographs(broken, photos, tmp_path / "out", method=method, progress=False)
+    assert not list((tmp_path / "out" / "SegmentationClass").iterdir())
 
 
 def test_names_with_two_suffixes_are_read_back(opened, photos, tmp_path):

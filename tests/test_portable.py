@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from toco_core.cam import multi_scale_cam
 from toco_core.errors import ToCoError
+from toco_core.predict import portable
 from toco_core.predict.portable import OUTPUTS, Portable, exported, onnx_difference, write_onnx
 
 
@@ -51,23 +52,35 @@ def test_torch_export_computes_other_batches_and_sizes(model, untyped):
 
 
 @pytest.mark.slow
-def test_onnxruntime_computes_the_same_and_a_wrong_file_is_found(model, untyped, tmp_path):
+def test_onnxruntime_computes_the_same_and_a_wrong_file_is_found(model, untyped, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
+    (tmp_path / "model.onnx").symlink_to(tmp_path.parent / "mine.onnx")
     path = write_onnx(model, tmp_path / "model.onnx")
+    assert not path.is_symlink() and not (tmp_path.parent / "mine.onnx").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # weights inside
-    assert onnx_difference(model, path) < 1e-5
+    assert onnx_difference(model, path.read_bytes()) < 1e-5
     graph = onnx.load(path).graph
     assert [value.name for value in graph.output] == list(OUTPUTS)
     axes = [axis.dim_param or axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim]
     assert axes[1] == 3 and not any(isinstance(axes[i], int) for i in (0, 2, 3))
     other = stirred_model(n_classes=3).float()
     other.classifier.weight.data *= -1
-    assert onnx_difference(other, path) > 0.1
+    assert onnx_difference(other, path.read_bytes()) > 0.1
+    before = path.read_bytes()
+    monkeypatch.setattr(portable, "onnx_difference", lambda *_: 1.0)
+    with pytest.raises(ToCoError, match=r"differ by 1\.0e\+00"):
+        write_onnx(model, path)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_missing_packages_and_folders_are_named(model, tmp_path, monkeypatch):
     with pytest.raises(ToCoError, match="no/model.onnx' is in no folder that exists"):
         write_onnx(model, tmp_path / "no" / "model.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    monkeypatch.setattr(torch.onnx, "export", None)  # what cannot be written is refused before the work
+    for path in (tmp_path / "folder.onnx", ""):
+        with pytest.raises(ToCoError, match="cannot write to .*: Is a directory"):
+            write_onnx(model, path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ToCoError, match=r"needs the package onnxscript: pip install 'toco_core\[onnx\]'"):
         write_onnx(model, tmp_path / "model.onnx")

@@ -49,6 +49,10 @@ def test_files_that_are_there_stay_unless_told(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.ipynb"]
     main(["notebooks", str(tmp_path), "train", "--overwrite"])
     assert code_cells(tmp_path / "train.ipynb")
+    (tmp_path / "start.ipynb").symlink_to("nowhere")
+    with pytest.raises(ToCoError, match=r"start\.ipynb' is there already"):
+        copy_notebooks(tmp_path, ("start",))
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_refusals_name_what_is_allowed(tmp_path):

@@ -634,7 +634,23 @@ def test_saved_files(session, tmp_path):
     (tmp_path / "file").write_text("")
     explorer.keeping.name.value = "file/below"
     explorer.keeping.png.click()
-    assert "cannot be written" in explorer.notes.value
+    assert "cannot write to" in explorer.notes.value
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
+def test_what_is_saved_goes_through_no_link_and_into_no_pipe(session, tmp_path):
+    explorer, mine = Explorer(session, folder=tmp_path / "explored", may_save=True), tmp_path / "mine"
+    mine.write_text("precious")
+    page, keeping = explorer.extras.make_page, explorer.keeping
+    names = {"img_0-CAM-label.png": keeping.label, "img_0-CAM.png": keeping.png, "img_0.html": page}
+    for name, button in names.items():
+        for make in (lambda path: path.symlink_to(mine), os.mkfifo):
+            path = tmp_path / "explored" / name
+            path.parent.mkdir(exist_ok=True)
+            make(path)
+            button.click()
+            assert path.is_file() and not path.is_symlink() and mine.read_text() == "precious", name
+            path.unlink()
 
 
 def files_below(folder):

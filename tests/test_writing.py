@@ -17,9 +17,11 @@ import pytest
 import torch
 from killed_training import config_of
 from PIL import Image
-from voc_folder import write_voc_folder
+from small_config import stirred_named
+from voc_folder import CLASSES, smooth_image, write_voc_folder
 
 from toco_core.commands.export import export_command
+from toco_core.commands.notebooks import copy_notebooks
 from toco_core.config import override, tiny
 from toco_core.data import VOC_CLASSES, open_source, scenes
 from toco_core.data.layouts.tags import write_tag_list
@@ -28,12 +30,25 @@ from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.scores import score_run
 from toco_core.machine import locks as locks_module
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import place_file, remove_parts, whole_file, whole_folder, write_whole
+from toco_core.machine.writing import (
+    place_file,
+    remove_parts,
+    whole_file,
+    whole_folder,
+    write_file,
+    write_whole,
+    writing,
+)
+from toco_core.predict.class_maps import cams
 from toco_core.predict.export import export, voc_archive
+from toco_core.predict.image import ImagePredictor
+from toco_core.predict.page import write_page
 from toco_core.runs.folder import Run
 from toco_core.runs.hub import save_pretrained, write_pretrained
 from toco_core.runs.opened import open_run
+from toco_core.runs.release import save_release
 from toco_core.train.loop import train
+from toco_core.viz.movie import write_movie
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="rights, limits and links of POSIX")
 
@@ -99,6 +114,30 @@ def test_a_part_follows_no_link(tmp_path):
     with pytest.raises(ToCoError, match="out_dir: cannot write to"):
         run.log({"step": 1})
     assert mine.read_text() == "precious"
+
+
+@POSIX
+def test_nothing_behind_a_link_to_a_folder_is_written_or_removed(trained, root, tmp_path):
+    found, config = trained
+    source, mine, other = open_source(root), tmp_path / "pictures", override(config, seed=7)
+    (mine / "deep").mkdir(parents=True)
+    (mine / "img_0.png").write_text("precious")
+    calls = {
+        "begun/film": lambda: Run(tmp_path / "begun").begin(config),
+        f"{Run.of(other).folder}/film": lambda: train(other, progress=False, film=1),
+        f"{found.run.folder}/film/deep": lambda: train(config, progress=False, resume=False),
+        "out/JPEGImages": lambda: export(found.model, source, tmp_path / "out", config, method="cam", progress=False),
+        "kept/counts": lambda: evaluate(found.model, source, size=32, keep=tmp_path / "kept", progress=False),
+    }
+    for place, call in calls.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(mine)
+        with pytest.raises(ToCoError, match=rf"^{tmp_path / place} is a link to a folder: .* remove the link$"):
+            call()
+        assert files(mine) == ["deep", "img_0.png"] and (mine / "img_0.png").read_text() == "precious", place
+        (tmp_path / place).unlink()
+        call()
+        assert files(mine) == ["deep", "img_0.png"], place
 
 
 def test_what_fails_leaves_the_file_of_before(tmp_path):
@@ -169,6 +208,61 @@ def test_exports_of_links_hold_files(root, tmp_path, trained):
     export(found.model, open_source(farm), tmp_path / "out", config, method="cam", progress=False)
     for path in (tmp_path / "out" / "JPEGImages").iterdir():
         assert not path.is_symlink() and path.read_bytes() == (root / "JPEGImages" / path.name).read_bytes()
+
+
+@POSIX
+def test_a_file_of_the_user_s_is_written_whole_and_through_no_link(tmp_path):
+    """Whatever has a path from the user: what is behind a link of that name stays, a pipe is replaced."""
+    model = stirred_named(CLASSES)
+    predictor = ImagePredictor(model.model, model.config)
+    predictor.set_image(smooth_image(20, 30, 1))
+    maps = cams(smooth_image(20, 30, 1), model)
+    calls = {
+        "a.html": lambda path: write_page(predictor, path, title="a", class_names=model.class_names),
+        "a.gif": lambda path: write_movie([smooth_image(20, 30, 1)] * 2, path),
+        "a.png": maps.save,
+        "a.jpg": maps.save,
+        "a.pth": lambda path: save_release(model.model, path),
+        "train.ipynb": lambda path: copy_notebooks(path.parent, ("train",), overwrite=True),
+    }
+    (tmp_path / "mine").write_text("precious")
+    for name, write in calls.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        for make in (lambda path: path.symlink_to(tmp_path / "mine"), lambda path: path.symlink_to("gone"), os.mkfifo):
+            make(path)
+            write(path)
+            assert path.is_file() and not path.is_symlink() and (tmp_path / "mine").read_text() == "precious", name
+            path.unlink()
+        path.write_text("before")
+        kind, message = limited(10, lambda: write(path))
+        assert (kind, message) == ("ToCoError", f"cannot write to {path}: File too large"), name
+        assert path.read_text() == "before", name
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ToCoError, match=f"^cannot write to {path}: Is a directory$"):
+            write(path)
+        assert files(path.parent) == [name], name
+        path.rmdir()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "folder"])
+def test_what_is_no_name_of_a_file_is_told(tmp_path, monkeypatch, name):
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "folder")
+    place = tmp_path / name if name == "folder" else Path(name)
+    with pytest.raises(ToCoError, match="^cannot write to .*: Is a directory$"):
+        write_file(place, "x")
+    assert files(tmp_path) == ["folder", "folder/below"]
+    with pytest.raises(ToCoError, match="^cannot write to .*: "), writing(place), whole_folder(place) as part:
+        (part / "x").touch()
+    assert files(tmp_path) == ["folder", "folder/below"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_told(tmp_path, name):
+    with pytest.raises(ToCoError, match="^cannot write to .*: .*(null byte|surrogates)"):
+        write_file(tmp_path / name, "x")
 
 
 # ---- two at once
@@ -317,6 +411,8 @@ def test_an_archive_that_fails_leaves_nothing(tmp_path):
         voc_archive(root, tmp_path / "out" / "a.tgz", split="train")
     with pytest.raises(ToCoError, match="cannot write to .*nowhere/a.tgz: No such file"):
         voc_archive(root, tmp_path / "nowhere" / "a.tgz", split="train")
+    with pytest.raises(ToCoError, match=r"cannot write to \.: Is a directory"):
+        voc_archive(root, "", split="train")
     assert files(tmp_path / "out") == []
     for path in (root / "SegmentationClass").iterdir():
         Image.fromarray(np.zeros((20, 30), np.uint8)).save(path)

@@ -9,6 +9,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +18,7 @@ from pathlib import Path
 import toco_core
 from toco_core.commands import command_parser
 from toco_core.errors import ToCoError
+from toco_core.machine.writing import write_file
 
 
 def notebooks_folder() -> Path:
@@ -54,12 +56,11 @@ def copy_notebooks(
     if folder.exists() and not folder.is_dir():
         raise ToCoError(f"folder = {str(folder)!r} is not a folder: a new or an existing folder is allowed")
     targets = {folder / shipped[name].name: shipped[name] for name in names or shipped}
-    if not overwrite and (there := [target for target in targets if target.exists()]):
+    if not overwrite and (there := [target for target in targets if os.path.lexists(target)]):
         raise ToCoError(f"{str(there[0])!r} is there already: choose another folder, or overwrite it with --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
     for target, source in targets.items():
         text = source.read_text(encoding="utf-8")
-        target.write_text(_cleared(text) if cleared else text, encoding="utf-8")
+        write_file(target, _cleared(text) if cleared else text)
     return list(targets)
 
 

@@ -28,6 +28,7 @@ from toco_core.machine.intake import limit, open_file, read_bytes, refuse_above
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
 MASK_SUFFIXES = (".png", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP")
+ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 READERS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile, b"BM": BmpImageFile}  # by first bytes
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG's segment; FF 00 and restarts belong to a scan
 PROGRESS_FROM = 500  # files; shorter jobs show no bar
@@ -168,6 +169,12 @@ def image_size(path: Path | str) -> tuple[int, int]:
     with open_file(path, "image_bytes") as file:
         image = _header(path, file, IMAGE_FORMATS)
         return image.height, image.width
+
+
+def is_upright(path: Path | str) -> bool:
+    """Whether an image is stored as it is to be seen: its EXIF does not say how to turn it. Raises ToCoError."""
+    with open_file(path, "image_bytes") as file:
+        return _header(path, file, IMAGE_FORMATS).getexif().get(ORIENTATION, 1) == 1
 
 
 def _read_bytes(path: Path | str) -> bytes:

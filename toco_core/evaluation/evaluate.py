@@ -104,7 +104,7 @@ class Evaluation:
     aux_classes: MultiLabelScores
     n_images: int
     protocol: str
-    n_masks: int  # images that had a mask; without any there is no mIoU
+    n_masks: int  # images that had a mask with a valid pixel; without any there is no mIoU
 
     def summary(self, beta: float) -> dict:
         """mIoU and mean average precision as plain numbers in percent, the CAMs at threshold `beta`.
@@ -165,7 +165,7 @@ def evaluate(
 
     Args:
         source: a split such as `VOCFolder`; image-level labels choose which classes' CAMs count, as published.
-            Where an image has no mask it counts for the image-level predictions only.
+            Where an image has no mask, or one that is void, it counts for the image-level predictions only.
         size: images are stretched to this square; None keeps the native size.
         seg_scales, max_over_scales: of the segmentation, see `segmentation_maps` and `merged_label`; (1.0,) is one pass
             at scale 1, unflipped.
@@ -327,7 +327,7 @@ def _counts_of(seen: _BatchPrediction, b: int, item: EvalItem) -> ImageCounts:
     maps = [CAMCounts(seen.image_labels.shape[1]) for _ in seen.cams]
     for counts, cams in zip(maps, seen.cams, strict=True):
         counts.update(item.mask, *strongest(cams[one], seen.image_labels[one], item.mask.shape))
-    return found._replace(cam=maps[0].counts, aux_cam=maps[1].counts, has_mask=True)
+    return found._replace(cam=maps[0].counts, aux_cam=maps[1].counts, has_mask=bool(maps[0].counts.any()))
 
 
 def _nothing(n_classes: int) -> ImageCounts:

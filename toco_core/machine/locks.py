@@ -16,6 +16,7 @@ import filelock
 
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import real_path
+from toco_core.machine.writing import refuse_links
 
 try:
     import fcntl
@@ -29,13 +30,15 @@ _held = threading.local()
 def alone(folder: Path, does: str, *, wait: bool = True, tell: bool = True) -> Iterator[None]:
     """Hold a folder; who comes second waits, and with `tell` says so: "another process `does` <folder>".
 
-    Without `wait` ToCoError is raised where another process has it, and always where no lock can be made.
+    Without `wait` ToCoError is raised where another process has it, and always where no lock can be made or a folder in
+    it is a link: who holds a folder writes and removes in all of it.
     """
     busy = f"another process {does} {folder.name}"
     path = _lock_path(folder)
     if wait and path in _mine():  # this thread has it: it would wait for itself
         yield
         return
+    refuse_links(folder)
     try:
         handle = _hold(path, block=False)
         if handle is None:

@@ -6,12 +6,13 @@ removed and the file of before stays.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from toco_core.errors import ToCoError
 
@@ -37,6 +38,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_file(path: Path | str, content: str | bytes) -> Path:
+    """Write a whole file into its folder, which is made if missing; the path. Raises ToCoError where that fails."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` at the end of the block, unless the block raises."""
@@ -51,10 +61,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_part(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that nobody else has; what is left of it at the end of the block is removed."""
+    """An empty file beside `path` that nobody else has; what is left of it at the end of the block is removed.
+
+    Raises OSError where it cannot be made, and where it could not take the place of `path`.
+    """
+    if path.is_dir() and not path.is_symlink():  # of the names, "" and "..", too
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     part = _part_of(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    os.close(os.open(part, flags, 0o666))  # the umask decides who may read it, as for any file
+    try:
+        os.close(os.open(part, flags, 0o666))  # the umask decides who may read it, as for any file
+    except ValueError as error:  # a name with NUL or half of a character
+        raise OSError(errno.EINVAL, str(error)) from error
     try:
         yield part
     finally:
@@ -66,6 +84,7 @@ def new_part(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end of the block, unless the block raises; then it is
     removed. `folder` may be there already, empty. Whoever may read new files of this user may read it."""
+    folder = folder.absolute()  # "" and "." have no name
     part = folder.with_name(f".{folder.name[:60]}-{secrets.token_hex(4)}{PART}")
     os.mkdir(part)
     try:
@@ -97,6 +116,19 @@ def place_file(original: Path, path: Path, *, link: bool = True) -> None:
             return flush_folder(path.parent)
     with open(original, "rb") as old, whole_file(path) as new:
         shutil.copyfileobj(old, new)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file that gets lines at its end; where there is a link or a pipe of that name, OSError is raised."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return open(path, "a", encoding="utf-8", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ToCoError where a folder in `folder` is a link: what is written or removed there would be elsewhere."""
+    inner = (Path(place, name) for place, names, _ in os.walk(folder) for name in names)
+    if link := next(filter(Path.is_symlink, inner), None):
+        raise ToCoError(f"{link} is a link to a folder: nothing is written or removed behind a link, remove the link")
 
 
 def remove_parts(folder: Path, pattern: str = "*") -> None:

@@ -33,11 +33,13 @@ from toco_core.backbone import SHIPPED, build_timm, load_weights
 from toco_core.config import LabelConfig, did_you_mean
 from toco_core.data import read_image, to_unit
 from toco_core.data.augment import resize
+from toco_core.data.files import picture_bytes
 from toco_core.errors import ToCoError
 from toco_core.labels import pseudo_label
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import passes_of
 from toco_core.machine.torchvision_shim import make_importable
+from toco_core.machine.writing import write_file
 from toco_core.predict.image import ImagePredictor
 from toco_core.predict.models import NamedModel, is_model, open_model
 from toco_core.runs.packed import MODEL
@@ -88,11 +90,10 @@ class ClassMaps:
 
     def save(self, path: str | Path) -> Path:
         """Write the picture as PNG or JPEG. Raises ToCoError for another suffix or where it cannot be written."""
-        try:
-            Image.fromarray(self.picture()).save(path)
-        except (OSError, ValueError) as error:
-            raise ToCoError(f"path = {str(path)!r} cannot be written: {error}") from error
-        return Path(path)
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".png", ".jpg", ".jpeg"):
+            raise ToCoError(f"path = {str(path)!r} cannot be written: it ends in .png, .jpg or .jpeg")
+        return write_file(path, picture_bytes(self.picture(), suffix))
 
     def _repr_png_(self) -> bytes:
         with io.BytesIO() as file:

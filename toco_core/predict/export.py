@@ -32,7 +32,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_image, read_mask
-from toco_core.data.files import IMAGE_SUFFIXES, palette_png
+from toco_core.data.files import IMAGE_SUFFIXES, is_upright, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.data.split import split_name
@@ -53,7 +53,6 @@ METHODS = {
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
 IMAGES = ("copy", "link", "none")
-ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 
 
 class Exported(NamedTuple):
@@ -246,8 +245,7 @@ def place_image(original: Path, folder: Path, name: str, *, link: bool, replace:
 
     A picture of that name that is there stays, or, with `replace`, goes once the new one is written.
     """
-    with Image.open(original) as header:
-        upright = header.getexif().get(ORIENTATION, 1) == 1
+    upright = is_upright(original)
     target = folder / f"{name}{original.suffix.lower() if upright else '.png'}"
     if target.is_file() and not replace:
         return
@@ -364,14 +362,14 @@ def voc_archive(
     for all others. The same folder gives the same bytes. Raises ToCoError where the classes are not VOC's 20 or a label
     map holds 255, which the server does not take.
     """
-    folder = Path(folder)
+    folder, archive = Path(folder), Path(archive)
     if competition not in ("comp5", "comp6"):
         raise ToCoError(f"competition = {competition!r} is not allowed: comp5 or comp6")
     source = open_source(folder, split, require_masks=True)
     if source.class_names != VOC_CLASSES:
         raise ToCoError(f"{folder} has the classes {', '.join(source.class_names[1:])}: VOC's 20 are wanted")
     below = f"results/VOC{year}/Segmentation/{competition}_{split}_cls"
-    with writing(archive), whole_file(Path(archive)) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+    with writing(archive), whole_file(archive) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
         with tarfile.open(fileobj=packed, mode="w") as tar:
             for index, name in enumerate(source.names):
                 if (source.mask(index) == IGNORE).any():

@@ -38,11 +38,17 @@ from toco_core.runs.folder import weights_hash
 AUXILIARY = 0  # the auxiliary CAM where a block's number from 1 is expected
 
 
+class NotFinite(ToCoError):
+    """What a network gives is no number, which is no fault of the image."""
+
+
 class ImagePredictor:
     """A model and a config; `set_image` or `set_item` give it an image.
 
     `passes` returns the context of each pass through the network: precision, kernels, a lock. It is never entered
     twice at once.
+
+    Raises NotFinite where scores, activations or segmentations that it is asked for are NaN or infinite.
     """
 
     def __init__(self, model: ToCo, config: TrainConfig, *, passes: Callable = contextlib.nullcontext):
@@ -70,7 +76,7 @@ class ImagePredictor:
     def class_scores(self) -> Float[np.ndarray, " K"]:
         """The classifier's probability of each class."""
         with torch.no_grad(), self.passes():
-            logits = self.model.heads(self.inside.tokens, segmentation=False).class_logits
+            logits = _finite(self.model.heads(self.inside.tokens, segmentation=False).class_logits)
         return logits[0].float().sigmoid().cpu().numpy()
 
     # ---- maps
@@ -198,7 +204,7 @@ class ImagePredictor:
             maps = [self.seg_logits]
         else:
             with torch.no_grad(), self.passes():
-                maps = segmentation_maps(self.model, self.images, scales)
+                maps = [_finite(part) for part in segmentation_maps(self.model, self.images, scales)]
         if crf is None:
             label = merged_label(maps, self.size, max_over_scales=use_max)
         else:
@@ -212,7 +218,7 @@ class ImagePredictor:
         if "seg_logits" not in self._kept:
             tokens = self.inside.tokens
             with torch.no_grad(), self.passes():
-                self._kept["seg_logits"] = self.model.decoder(tokens.patch_map).contiguous()
+                self._kept["seg_logits"] = _finite(self.model.decoder(tokens.patch_map).contiguous())
         return self._kept["seg_logits"]
 
     # ---- within
@@ -257,7 +263,7 @@ class ImagePredictor:
                 if labels.attention_steps:
                     affinity = token_affinity(inside.tokens.attention, labels.attention_kind)
                     raw = carried(raw, affinity, labels.attention_steps).to(raw.dtype)
-            self._kept[key] = raw
+            self._kept[key] = _finite(raw)
         return self._kept[key]
 
     def _resized(self, scale: float, mirrored: bool, flip: bool, row: int, k: int) -> Float[Tensor, "H W"]:
@@ -272,6 +278,15 @@ class ImagePredictor:
         table[1 : len(classes) + 1], table[IGNORE] = classes, IGNORE
         label = F.interpolate(slots[None].float(), size=self.size, mode="nearest")[0, 0]
         return table[label.to(torch.uint8).cpu().numpy()]
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise NotFinite(
+            "the network gives NaN or infinite scores: finite ones are wanted, of weights that are undamaged or with "
+            "precision = 'fp32'"
+        )
+    return values
 
 
 class ImagePrediction(NamedTuple):

@@ -44,7 +44,7 @@ from toco_core.errors import ToCoError, one_line, refuse_other
 from toco_core.machine.intake import read_text, real_path
 from toco_core.machine.memory import memory_errors
 from toco_core.machine.precision import passes_of
-from toco_core.machine.writing import write_whole
+from toco_core.machine.writing import open_to_append, write_whole, writing
 from toco_core.predict.export import (
     IMAGES,
     LabelMethod,
@@ -55,7 +55,7 @@ from toco_core.predict.export import (
     write_label,
     write_lists,
 )
-from toco_core.predict.image import ImagePredictor
+from toco_core.predict.image import ImagePredictor, NotFinite
 from toco_core.predict.models import NamedModel, open_model
 from toco_core.runs.folder import claimed
 from toco_core.viz import label_over_image
@@ -300,6 +300,8 @@ def _labels(
                 classes = tuple(int(k) + 1 for k in np.flatnonzero(scores > threshold))
             label = how.label(predictor, classes)
             yield photograph, image, (label, tuple(classes_in(label)) if classes is None else classes, scores)
+        except NotFinite:
+            raise
         except ToCoError as error:
             yield photograph, image, error
 
@@ -340,7 +342,8 @@ class _Log:
         self._entries: dict[str, dict] = dict(filter(None, (_log_entry(line, n_classes) for line in text.split("\n"))))
 
     def __enter__(self) -> "_Log":
-        self._file = open(self._path, "a", encoding="utf-8")
+        with writing(self._path):
+            self._file = open_to_append(self._path)
         self._file.write("\n" if self._entries else "")  # ends a line that was cut
         return self
 
@@ -350,7 +353,8 @@ class _Log:
     def has(self, photograph: Photograph) -> bool:
         """Whether the same file with the same tags is labelled."""
         entry = self._entries.get(photograph.name)
-        return entry is not None and (entry["file"], entry["tags"]) == _state(photograph)
+        there = entry is not None and photograph.path.is_file()  # else a link that leads nowhere now
+        return there and (entry["file"], entry["tags"]) == _state(photograph)
 
     def add(self, photograph: Photograph, classes: Sequence[int], scores: Float[np.ndarray, " K"] | None) -> None:
         file, known = _state(photograph)

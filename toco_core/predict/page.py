@@ -30,7 +30,7 @@ from toco_core import par
 from toco_core.conventions import voc_palette
 from toco_core.data.files import picture_bytes
 from toco_core.errors import ToCoError, one_line
-from toco_core.machine.writing import write_whole, writing
+from toco_core.machine.writing import write_file
 from toco_core.predict.image import AUXILIARY, ImagePredictor
 
 HERE = Path(__file__).parent
@@ -43,11 +43,7 @@ SHOWN = ("image", "CAM", "CAM label", "seed label", "pseudo label", "segmentatio
 
 def write_page(predictor: ImagePredictor, path: Path | str, **options: Any) -> Path:
     """Write `page_html` to a file. Raises ToCoError where it cannot be written."""
-    path = Path(path)
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page_html(predictor, **options))
-    return path
+    return write_file(path, page_html(predictor, **options))
 
 
 def page_html(

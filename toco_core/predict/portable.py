@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from toco_core.cam import class_activation, normalise_cam
 from toco_core.errors import ToCoError
+from toco_core.machine.writing import whole_file, writing
 from toco_core.model import ToCo
 
 INPUT, OUTPUTS = "images", ("scores", "cam", "segmentation")
@@ -55,7 +56,8 @@ def exported(model: ToCo) -> torch.export.ExportedProgram:
 def write_onnx(model: ToCo, path: str | Path) -> Path:
     """Write the model as an ONNX file and compare it with this one by onnxruntime, at other sizes than it was traced.
 
-    Raises ToCoError where a package is missing, and where an output differs by more than TOLERANCE: no file is left.
+    Raises ToCoError where a package is missing, where the file cannot be written, and where an output differs by more
+    than TOLERANCE: a file of before stays.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -66,24 +68,25 @@ def write_onnx(model: ToCo, path: str | Path) -> Path:
     if not path.parent.is_dir():
         raise ToCoError(f"path = {str(path)!r} is in no folder that exists")
     images, shapes = _traced_with(model)
-    with torch.no_grad():
-        torch.onnx.export(
-            Portable(model), (images,), str(path), input_names=[INPUT], output_names=list(OUTPUTS), dynamo=True,
-            dynamic_shapes=(shapes,), external_data=False, verbose=False,
+    with writing(path), whole_file(path) as file, torch.no_grad():
+        program = torch.onnx.export(
+            Portable(model), (images,), input_names=[INPUT], output_names=list(OUTPUTS), dynamo=True,
+            dynamic_shapes=(shapes,), verbose=False,
         )  # fmt: skip
-    worst = onnx_difference(model, path)
-    if worst > TOLERANCE:
-        path.unlink()
-        raise ToCoError(f"the outputs of the ONNX file differ by {worst:.1e} from the model's: {TOLERANCE} is allowed")
+        data = program.model_proto.SerializeToString()
+        worst = onnx_difference(model, data)
+        if worst > TOLERANCE:
+            raise ToCoError(f"the ONNX file's outputs differ by {worst:.1e} from the model's: {TOLERANCE} is allowed")
+        file.write(data)
     return path
 
 
 @torch.no_grad()
-def onnx_difference(model: ToCo, path: Path) -> float:
+def onnx_difference(model: ToCo, file: bytes) -> float:
     """Return the largest difference between the file's outputs and the model's, relative to each output's largest."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     portable, worst = Portable(model), 0.0
     ph, pw = model.patch_size
     generator = torch.Generator().manual_seed(0)

@@ -34,7 +34,15 @@ from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import flush_folder, new_part, place_file, remove_parts, write_whole, writing
+from toco_core.machine.writing import (
+    flush_folder,
+    new_part,
+    open_to_append,
+    place_file,
+    remove_parts,
+    write_whole,
+    writing,
+)
 
 from .packed import MODEL, packed_state
 
@@ -109,7 +117,7 @@ class Run:
     def begin(self, config: TrainConfig, **facts) -> None:
         """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder
         cannot be written."""
-        with self._writing():
+        with self.alone(), self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = sorted(path.name for path in self.folder.glob("step-*.pt"))
             # what says that the run is finished goes first, so that an interruption here leaves an unfinished one
@@ -155,7 +163,7 @@ class Run:
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl; a link of that name is not followed."""
         path = self.folder / "metrics.jsonl"
-        with self._writing(), open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
+        with self._writing(), open_to_append(path) as file:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def records(self) -> list[dict]:
@@ -308,10 +316,6 @@ def weights_hash(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _run_name(config: TrainConfig, digits: str) -> str:

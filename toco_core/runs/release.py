@@ -5,6 +5,7 @@ The release names its tensors `encoder.*` (timm's names), `classifier`, `aux_cla
 was written under distributed training.
 """
 
+import io
 import math
 import pathlib
 
@@ -15,6 +16,7 @@ from toco_core.backbone import PlainViT
 from toco_core.config import ModelConfig
 from toco_core.errors import ToCoError
 from toco_core.machine.files import read_tensors, refuse_wrong_keys
+from toco_core.machine.writing import write_file
 from toco_core.model import ToCo, skeleton
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -65,8 +67,10 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
 
 
 def save_release(model: ToCo, path: str | pathlib.Path, *, module_prefix: bool = True) -> None:
-    """Write `to_release(model)` where the release's tools can read it."""
-    torch.save(to_release(model, module_prefix=module_prefix), path)
+    """Write `to_release(model)` where the release's tools can read it. Raises ToCoError where it cannot be written."""
+    with io.BytesIO() as file:
+        torch.save(to_release(model, module_prefix=module_prefix), file)
+        write_file(path, file.getvalue())
 
 
 def _to_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

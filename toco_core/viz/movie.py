@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from toco_core.errors import ToCoError
-from toco_core.machine.writing import write_whole, writing
+from toco_core.machine.writing import write_file
 from toco_core.viz.pictures import titled_row
 
 LAST = 4  # the last frame stays so many times as long
@@ -39,11 +39,7 @@ def write_movie(frames: Sequence[UInt8[np.ndarray, "H W 3"]], path: Path | str, 
         raise ToCoError(f"{path}: a moving picture needs frames of one size, these have {sorted(sizes) or 'none'}")
     if not 0.02 <= seconds <= 60:
         raise ToCoError(f"seconds = {seconds} is not allowed: 0.02 to 60")
-    data = (_gif if path.suffix.lower() == ".gif" else _mp4)(frames, seconds)
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
-    return path
+    return write_file(path, (_gif if path.suffix.lower() == ".gif" else _mp4)(frames, seconds))
 
 
 def _gif(frames: Sequence[np.ndarray], seconds: float) -> bytes:

@@ -8,12 +8,13 @@ from typing import Any
 import ipywidgets as w
 
 from toco_core.errors import ToCoError
+from toco_core.machine.writing import write_file
 from toco_core.widgets.gallery import Gallery
 from toco_core.widgets.keeping import side_word
 from toco_core.widgets.markup import Panel, element, joined
 from toco_core.widgets.page import session_page
 from toco_core.widgets.player import Player
-from toco_core.widgets.session import Session, written
+from toco_core.widgets.session import Session
 
 
 class Extras(w.VBox):
@@ -82,7 +83,7 @@ class Extras(w.VBox):
             page = session_page(self.session, self.session.active)
             name = f"{self.session.picture.name.replace('/', '_')}{side_word(self.session)}.html"
             if self.may_save:
-                written(self.folder / name, lambda path: path.write_text(page, encoding="utf-8"))
+                write_file(self.folder / name, page)
             data = base64.b64encode(page.encode()).decode()
             link = element("a", f"download {name}", href=f"data:text/html;base64,{data}", download=name)
             saved = f", saved {self.folder.name}/{name}" if self.may_save else ""

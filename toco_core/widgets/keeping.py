@@ -11,10 +11,11 @@ import matplotlib as mpl
 from toco_core.data.files import palette_png
 from toco_core.data.split import inside_name
 from toco_core.errors import ToCoError
+from toco_core.machine.writing import write_file
 from toco_core.widgets import report
 from toco_core.widgets.canvas import Door
 from toco_core.widgets.markup import Panel, button
-from toco_core.widgets.session import Session, written
+from toco_core.widgets.session import Session
 
 
 class Keeping:
@@ -94,8 +95,7 @@ class Keeping:
             self._door.offer(name, make(), kind)
             return self.saved.put(f"downloaded {name}")
         path = self.place(name)  # first: a figure takes a second
-        data = make()
-        written(path, lambda place: place.write_bytes(data))
+        write_file(path, make())
         self.saved.put(f"saved {self.folder.name}/{path.relative_to(self.folder).as_posix()}")
 
     def _stem(self) -> str:

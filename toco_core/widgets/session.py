@@ -19,6 +19,7 @@ import numpy as np
 
 from toco_core.data.files import palette_png
 from toco_core.errors import ToCoError
+from toco_core.machine.writing import write_file
 from toco_core.widgets import draw, recall
 from toco_core.widgets.analysis import Analysis, Crop
 from toco_core.widgets.pictures import Picture, Pictures
@@ -415,8 +416,7 @@ class Session:
 
     def save_label(self, path: str | Path, *, side: int = 0) -> Path:
         """Write the label of a side as a PNG with VOC's palette. Raises ToCoError where there is none."""
-        data = palette_png(self.label(side))
-        return written(path, lambda place: place.write_bytes(data))
+        return write_file(path, palette_png(self.label(side)))
 
     def describe(self) -> str:
         """The state and its numbers in lines that are the same on every machine."""
@@ -502,14 +502,3 @@ def _checked_place(y: float, x: float) -> tuple[float, float]:
     if not (0 <= y <= 1 and 0 <= x <= 1):
         raise ToCoError(f"place ({y:g}, {x:g}) is outside the image: 0 to 1 is allowed")
     return round(float(y), PLACES), round(float(x), PLACES)
-
-
-def written(path: str | Path, save) -> Path:
-    """Call `save(path)` after its folder was made; returns the path. Raises ToCoError where it cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
-    except (OSError, ValueError) as error:
-        raise ToCoError(f"{path} cannot be written: {error}") from error
-    return path
