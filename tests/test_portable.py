@@ -54,6 +54,10 @@ def test_torch_export_computes_other_batches_and_sizes(model, untyped):
 @pytest.mark.slow
 def test_onnxruntime_computes_the_same_and_a_wrong_file_is_found(model, untyped, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
+    if torch.__version__.startswith("2.6."):
+        with pytest.raises(ToCoError, match=r"PyTorch 2\.6\..* cannot write this network as ONNX: a newer one can"):
+            write_onnx(model, tmp_path / "model.onnx")
+        return
     (tmp_path / "model.onnx").symlink_to(tmp_path.parent / "mine.onnx")
     path = write_onnx(model, tmp_path / "model.onnx")
     assert not path.is_symlink() and not (tmp_path.parent / "mine.onnx").exists()
