@@ -56,8 +56,8 @@ def exported(model: ToCo) -> torch.export.ExportedProgram:
 def write_onnx(model: ToCo, path: str | Path) -> Path:
     """Write the model as an ONNX file and compare it with this one by onnxruntime, at other sizes than it was traced.
 
-    Raises ToCoError where a package is missing or too old, where the file cannot be written, and where an output differs
-    by more than TOLERANCE: a file of before stays.
+    Raises ToCoError where a package is missing or PyTorch too old, where the file cannot be written, and where an
+    output differs by more than TOLERANCE: a file of before stays.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -76,7 +76,7 @@ def write_onnx(model: ToCo, path: str | Path) -> Path:
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:  # 2.6 knows no bicubic resizing to a size that is not fixed
             raise ToCoError(
-                f"PyTorch {torch.__version__} cannot write this network as ONNX: a newer one can"
+                f"PyTorch {torch.__version__} cannot write this network as ONNX: take a newer one"
             ) from error
         data = program.model_proto.SerializeToString()
         worst = onnx_difference(model, data)
