@@ -6,6 +6,7 @@ python fuzz_readers.py all <cases> <seed,...> <file>      every reader in a proc
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -47,9 +48,13 @@ from toco_core.evaluation.scores import RunScores, read_scores
 from toco_core.machine.files import are_tensors, read_tensors, refuse_wrong_keys
 from toco_core.machine.intake import read_bytes, read_json
 from toco_core.model import ToCo
+from toco_core.predict.label import _Log, label_photographs
+from toco_core.predict.models import NamedModel
 from toco_core.runs.folder import Run
+from toco_core.runs.hub import from_pretrained, save_pretrained, write_pretrained
 from toco_core.runs.release import from_release, to_release
 from toco_core.train.failures import load_failure
+from toco_core.train.film import Film, read_film
 from toco_core.train.optimizer import load_optimizer_state
 from toco_core.widgets import Session, Subject, Subjects, open_pictures
 from toco_core.widgets.subjects import AUXILIARY, CLASSIFIER, DECODER, PROJECTION
@@ -172,7 +177,24 @@ def build_folders(root: Path) -> tuple:
         (root / name).write_bytes(content)
     kept = KeptEvaluation(root / "kept", {"a": 1})
     kept.write("a", COUNTS, None)
+    handed_on(root, voc)
     return root, voc, coco, tags, run
+
+
+def handed_on(root: Path, voc: Path) -> None:
+    """What people hand on: a finished run with a film, a shared folder, and a set of labels."""
+    torch.manual_seed(0)
+    model, source = ToCo(MODEL, len(CLASSES) - 1).eval(), VOCFolder(voc, "train")
+    config = override(dataclasses.replace(tiny(), model=MODEL), **SMALL)
+    run = Run(root / "finished")
+    run.begin(config, data={"classes": list(CLASSES), "train": 2, "val": 2})
+    Film(run, source, config, every=1).take(model, 1)
+    run.save({"model": model.state_dict(), "config": config.to_dict(), "optimizer": {}, "step": 1, "best": 3.5})
+    run.finish({"cam_miou": 20.5, "seg_miou": 1.5, "map": 60.5, "protocol": "p"})
+    run.keep_scores(SCORES)
+    write_pretrained(root / "shared", model.state_dict(), config, CLASSES, "card")
+    named = NamedModel("mine", model, config, CLASSES)
+    label_photographs(named, voc / "JPEGImages", root / "labels", method="cam", progress=False)
 
 
 GREY = rectangle_mask(16, 20, 2)
@@ -402,6 +424,13 @@ READERS = {
     "command line": lambda f: (f[0] / "fields.words", command_line),
     "explorer": lambda f: (f[0] / "state.json", lambda path: explored(f[1], path)),
     "folder": lambda f: (f[0] / "folder.tree", looked_over),
+    "film": lambda f: (f[0] / "finished/film/film.json", lambda _: read_film(f[0] / "finished").picture(0)),
+    "frame": lambda f: (f[0] / "finished/film/00000001.png", lambda _: read_film(f[0] / "finished").picture(0)),
+    "shared config": lambda f: (f[0] / "shared/config.json", lambda path: from_pretrained(path.parent)),
+    "shared weights": lambda f: (f[0] / "shared/model.safetensors", lambda path: from_pretrained(path.parent)),
+    "card": lambda f: (f[0] / "finished/manifest.json", lambda path: save_pretrained(path.parent, f[0] / "again")),
+    "metrics": lambda f: (f[0] / "finished/metrics.json", lambda path: save_pretrained(path.parent, f[0] / "again")),
+    "labels": lambda f: (f[0] / "labels/photographs.jsonl", lambda path: _Log(path, len(CLASSES) - 1)),
     "label studio": lambda f: (f[0] / "tasks.json", lambda path: list(read_tasks(path, CLASSES, BOTH))),
     "cvat": lambda f: (f[0] / "masks.zip", lambda path: list(read_archive(path, CLASSES, BOTH))),
 }

@@ -344,6 +344,8 @@ def test_unknown_fields_of_a_dictionary_are_refused():
         TrainConfig.from_dict({"schedule": {"step": 3}})
     with pytest.raises(ToCoError, match="loss = 3 is not allowed: a LossConfig is wanted"):
         TrainConfig.from_dict({"loss": 3})
+    with pytest.raises(ToCoError, match=r"TrainConfig = \[\] is not allowed: a mapping of its fields"):
+        TrainConfig.from_dict([])
 
 
 def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():

@@ -85,7 +85,7 @@ def test_what_cannot_be_handed_on_or_read_is_named(trained, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-@pytest.mark.parametrize("kind", ["pipe", "device", "holes", "deep"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "holes", "deep", "list"])
 def test_a_shared_config_passes_the_gate(trained, tmp_path, kind):
     path = hub.save_pretrained(trained.run, tmp_path / "shared") / "config.json"
     path.unlink()
@@ -93,6 +93,8 @@ def test_a_shared_config_passes_the_gate(trained, tmp_path, kind):
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
+    elif kind == "list":
+        path.write_text(json.dumps({"class_names": ["background", "a"], "config": []}))
     else:
         path.write_text("[" * 100_000)
         os.truncate(path, (100 << 30) if kind == "holes" else 100_000)
@@ -105,6 +107,11 @@ def test_a_shared_card_passes_the_gate(trained, tmp_path):
     os.truncate(card, 100 << 30)
     with pytest.raises(ToCoError, match="README.md has .* bytes: at most"):
         hub.from_pretrained(card.parent)
+
+
+def test_half_of_a_character_is_a_question_mark_on_the_card(trained, tmp_path):
+    run = copied(trained, tmp_path / "run", "manifest.json", {"python": "3.\ud800"})
+    assert "Python 3.?," in (hub.save_pretrained(run, tmp_path / "shared") / "README.md").read_text()
 
 
 def copied(trained, folder, name=None, values=None):

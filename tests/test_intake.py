@@ -14,6 +14,7 @@ from voc_folder import rectangle_mask, save_palette_mask, smooth_image, write_vo
 
 import toco_core.predict.label as labelling
 from toco_core.data import COCOFolder, TagList, VOCFolder, open_source, read_image, read_mask
+from toco_core.data.files import image_size
 from toco_core.data.layouts.cvat import read_archive, write_archive
 from toco_core.data.layouts.npy import read_npy_labels
 from toco_core.data.layouts.sbd import read_sbd_mask
@@ -79,6 +80,12 @@ def test_a_hundred_gigabytes_of_holes_are_refused(tmp_path, name):
     path.write_bytes(b"[")
     os.truncate(path, 100 << 30)
     assert f"has {100 << 30} bytes: at most" in refused(name, path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no such file here")
+def test_a_file_whose_first_bytes_cannot_be_read_is_told():
+    with pytest.raises(ToCoError, match="/proc/self/mem cannot be read: Input/output error"):
+        image_size("/proc/self/mem")
 
 
 def test_a_file_that_does_not_say_its_size_is_read_to_its_limit(tmp_path, monkeypatch):

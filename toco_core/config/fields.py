@@ -82,6 +82,8 @@ class Config:
     def from_dict(cls, values: dict):
         """The inverse of `to_dict`. A missing field takes its default; an unknown one is refused, with the nearest
         name."""
+        if not isinstance(values, dict):
+            raise ToCoError(f"{cls.__name__} = {values!r:.60} is not allowed: a mapping of its fields")
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:

@@ -202,8 +202,11 @@ def _open(path: Path | str, data: bytes, formats: tuple[str, ...]) -> Image.Imag
 
 def _header(path: Path | str, file: BufferedIOBase, formats: tuple[str, ...]) -> Image.Image:
     """What PIL makes of a header, without its own limits of pixels, which would warn, or refuse below ours."""
-    start = file.read(8)
-    file.seek(0)
+    try:
+        start = file.read(8)
+        file.seek(0)
+    except OSError as error:
+        raise ToCoError(f"{path} cannot be read: {error.strerror or error}") from error
     for mark, kind in READERS.items():
         if start.startswith(mark) and kind.format in formats:
             try:

@@ -91,7 +91,11 @@ def write_pretrained(
     folder = Path(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     facts = {"toco_core": __version__, "class_names": list(class_names), "config": _without_paths(config).to_dict()}
-    contents = save(tensors, {"format": "pt"}), f"{json.dumps(facts, indent=2)}\n".encode(), card.encode()
+    contents = (
+        save(tensors, {"format": "pt"}),
+        f"{json.dumps(facts, indent=2)}\n".encode(),
+        card.encode(errors="replace"),
+    )
     with alone(folder, "writes"), writing(folder), contextlib.ExitStack() as stack:
         refuse_other_files(folder)
         remove_parts(folder)
