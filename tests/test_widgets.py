@@ -706,6 +706,9 @@ def test_nothing_is_saved_where_voila_serves(session, tmp_path, monkeypatch):
     with pytest.raises(ToCoError, match="nothing is saved where the notebook is served"):
         explorer.keeping.place("label.png")
     assert not (tmp_path / "explored").exists()
+    for show in ("CAM", "seed label", "pseudo label"):
+        explorer.set(show=show)
+        assert not [panel.value for panel in panels(explorer) if str(tmp_path) in panel.value]  # no place of the server
     Explorer(session, folder=tmp_path / "explored", may_save=True).keeping.label.click()
     assert len(files_below(tmp_path / "explored")) == 1
 

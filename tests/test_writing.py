@@ -477,7 +477,8 @@ def test_a_data_set_with_an_endless_name_is_refused():
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="another user is needed: runs as root only")
 def test_another_user_of_the_machine(root, tmp_path, monkeypatch):
-    """Reads the cached scenes of the first one, and is told about folders that are closed."""
+    """Reads the cached scenes of the first one, and is told about folders that are closed and a lock that is not its
+    own."""
     shared = Path("/tmp") / f"toco-shared-{os.getpid()}"
     try:
         shared.mkdir()
@@ -492,6 +493,8 @@ def test_another_user_of_the_machine(root, tmp_path, monkeypatch):
         closed.append(closed[0] / "cat")
         os.chmod(closed[0], 0)
         os.chmod(closed[1] / "dog", 0)
+        monkeypatch.setattr(locks_module, "_lock_path", lambda folder: shared / "a.lock")
+        (shared / "a.lock").touch(mode=0o600)
 
         def stranger():
             os.setgid(54321)
@@ -500,6 +503,9 @@ def test_another_user_of_the_machine(root, tmp_path, monkeypatch):
             for folder in closed:
                 with pytest.raises(ToCoError, match="Permission denied"):
                     open_source(folder)
+            with pytest.raises(ToCoError, match="the lock .*a.lock cannot be made: Permission denied; remove it, or"):
+                with alone(shared / "run", "trains"):
+                    pass
 
         open_source(root).image(0)  # whatever is imported late is imported now: the other user may not read it
         assert at_once(1, stranger) == ["ok"]
