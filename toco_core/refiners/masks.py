@@ -69,7 +69,7 @@ def voted(label: Int[np.ndarray, "h w"], masks: Bool[np.ndarray, "n h w"]) -> In
     sizes = masks.sum((1, 2))
     for n in sorted(range(len(masks)), key=lambda n: (-sizes[n], -n)):  # the last one painted lies on top
         if sizes[n]:
-            result[masks[n]] = np.bincount(label[masks[n]]).argmax()
+            result[masks[n]] = np.argmax(np.bincount(label[masks[n]]))
     return result
 
 
