@@ -3,9 +3,10 @@
     python experiments/ablation.py --groups "loss terms" "weight of PTC" --seeds 0 1 2 --threads 1
     python experiments/ablation.py --variants ptc=1.0 warm_start_steps=0
 
-Without --groups or --variants: everything. Expected: PTC matters most, then the warm start and the frozen blocks, which
-keep what the backbone knows; weights of PTC within a factor of two matter little. CTC and its numbers move a final CAM
-by about what seeds do. Cost: a run of `tiny()` for each variant and seed; what --out-dir holds is not trained again.
+Without --groups or --variants: everything. Expected: PTC matters most, then the warm start and the frozen blocks,
+which keep what the backbone knows (seen: frozen blocks matter most); weights of PTC within a factor of two matter
+little. CTC and its numbers move a final CAM by about what seeds do. Cost: a run of `tiny()` for each variant and
+seed; what --out-dir holds is not trained again.
 Writes experiments/records/ablation.json. `notebooks/ablation.ipynb` shows the tables from all records together.
 """
 
