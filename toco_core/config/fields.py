@@ -79,7 +79,7 @@ class Config:
         return plain
 
     @classmethod
-    def from_dict(cls, values: dict):
+    def from_dict(cls, values: Any):
         """The inverse of `to_dict`. A missing field takes its default; an unknown one is refused, with the nearest
         name."""
         if not isinstance(values, dict):
