@@ -2,6 +2,7 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +29,21 @@ def pictures_of(explorer):
 
 
 # ---- what changes a picture
+
+
+@pytest.mark.parametrize("colour", [draw.LIGHT, draw.LOWER])
+def test_kept_lines_are_those_drawn_on_the_picture(colour):
+    label = np.kron(np.random.default_rng(1).choice([0, 1, 3, 255], (7, 5)), np.ones((9, 13))).astype(np.uint8)
+    picture = np.random.default_rng(2).integers(0, 256, (63, 65, 3), np.uint8)
+    before, wanted = picture.copy(), picture.copy()
+    for k in (1, 3, 255):
+        lines, _ = cv2.findContours((label == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(wanted, lines, -1, draw.DARK, 3)
+        cv2.drawContours(wanted, lines, -1, colour, 1)
+    for _ in range(2):
+        np.testing.assert_array_equal(draw.with_regions(picture, label, colour=colour), wanted)
+        np.testing.assert_array_equal(picture, before)
+        assert draw.labels_in(label) == [0, 1, 3, 255]
 
 
 @pytest.mark.parametrize("show", SHOWN)

@@ -74,7 +74,7 @@ def classes_picture(under: np.ndarray, colours: np.ndarray, value: np.ndarray, *
 
 def labels_in(label: np.ndarray) -> list[int]:
     """The values of a label map, ascending."""
-    return np.flatnonzero(np.bincount(label.ravel(), minlength=256)).tolist()
+    return np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()
 
 
 def label_colours(label: np.ndarray) -> np.ndarray:
@@ -82,8 +82,8 @@ def label_colours(label: np.ndarray) -> np.ndarray:
     colours = _looked_up(label, LABEL_COLOURS)
     ignored = cv2.compare(label, IGNORE, cv2.CMP_EQ)
     if cv2.countNonZero(ignored):
-        lines = np.full_like(colours, viz.IGNORE_GREYS[1])
-        cv2.copyTo(lines, cv2.bitwise_and(ignored, _hatching(label.shape)), colours)
+        lines, grey = _hatching(label.shape)
+        cv2.copyTo(grey, cv2.bitwise_and(ignored, lines), colours)
     return colours
 
 
@@ -92,9 +92,10 @@ def _looked_up(index: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _hatching(size: tuple[int, int]) -> np.ndarray:
+def _hatching(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the lines of uncertain pixels are, 255 or 0, and a picture of their colour."""
     y, x = np.indices(size)
-    return np.where((x + y) % 6 < 2, 255, 0).astype(np.uint8)
+    return np.where((x + y) % 6 < 2, 255, 0).astype(np.uint8), np.full((*size, 3), viz.IGNORE_GREYS[1], np.uint8)
 
 
 def label_picture(image: np.ndarray, label: np.ndarray, *, strength: float) -> np.ndarray:
@@ -112,23 +113,29 @@ def resized(values: np.ndarray, size: tuple[int, int], *, smooth: bool = False) 
 
 def with_levels(picture: np.ndarray, value: np.ndarray, levels: Sequence[float]) -> np.ndarray:
     """Lines where the CAM crosses the levels: the lowest dotted by darkness, all on a dark rim."""
-    picture = picture.copy()
     for level in levels:
-        lines, _ = cv2.findContours((value >= level).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(picture, lines, -1, DARK, 3)
-        cv2.drawContours(picture, lines, -1, LIGHT if level == max(levels) else LOWER, 1)
+        above = (value >= level).astype(np.uint8)
+        picture = with_regions(picture, above, colour=LIGHT if level == max(levels) else LOWER)
     return picture
 
 
 def with_regions(picture: np.ndarray, label: np.ndarray, *, colour=LIGHT) -> np.ndarray:
-    """A line around each region of a label map, ignored ones included."""
-    picture = picture.copy()
-    for k in labels_in(label):
+    """A line on a dark rim around each region of a label map, ignored ones included."""
+    drawn, where = _lines(label.tobytes(), label.shape, colour)
+    return cv2.copyTo(drawn, where, picture.copy())
+
+
+@functools.lru_cache(maxsize=16)
+def _lines(label: bytes, size: tuple[int, int], colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The lines around the regions of a label map on black, and where they are: kept, as an overlay that grows stronger
+    moves none."""
+    values, drawn = np.frombuffer(label, np.uint8).reshape(size), np.zeros((*size, 3), np.uint8)
+    for k in labels_in(values):
         if k:
-            lines, _ = cv2.findContours((label == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-            cv2.drawContours(picture, lines, -1, DARK, 3)
-            cv2.drawContours(picture, lines, -1, colour, 1)
-    return picture
+            lines, _ = cv2.findContours((values == k).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+            cv2.drawContours(drawn, lines, -1, DARK, 3)
+            cv2.drawContours(drawn, lines, -1, colour, 1)
+    return drawn, cv2.extractChannel(drawn, 2)  # no line's colour has a 0 there
 
 
 def with_patch(picture: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
