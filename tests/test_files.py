@@ -97,6 +97,19 @@ def test_bytes_after_the_end_of_a_jpeg_do_not_matter(tmp_path, photo):
     assert read_image(tmp_path / "a.jpg").shape == photo.shape
 
 
+def test_a_png_chunk_that_declares_gigabytes_is_refused_before_it_is_decoded(tmp_path, photo):
+    """OpenCV took what 976 bytes declared, 3.8 GB, and then told that they were damaged."""
+    resource = pytest.importorskip("resource")
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    at = whole.index(b"IDAT") - 4
+    (tmp_path / "large.png").write_bytes(whole[:at] + (0xE4000330).to_bytes(4, "big") + whole[at + 4 :])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ToCoError, match="large.png is truncated"):
+        read_image(tmp_path / "large.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KB
+
+
 def test_truncated_png_is_refused_by_name(tmp_path, photo):
     Image.fromarray(photo).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()

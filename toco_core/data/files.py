@@ -30,6 +30,7 @@ MASK_SUFFIXES = (".png", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP")
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 READERS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile, b"BM": BmpImageFile}  # by first bytes
+MOST_CHUNKS = 1_000_000  # of a PNG; writers cut one in 8 KB and more
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG's segment; FF 00 and restarts belong to a scan
 PROGRESS_FROM = 500  # files; shorter jobs show no bar
 
@@ -190,8 +191,8 @@ def _open(path: Path | str, data: bytes, formats: tuple[str, ...]) -> Image.Imag
     pixels = image.width * image.height
     if pixels > limit("image_pixels"):
         refuse_above("image_pixels", pixels, f"{path} is {image.height} x {image.width} and", "pixels")
-    whole = {"JPEG": _jpeg_is_whole, "PNG": lambda data: b"IEND" in data}.get(image.format, lambda data: True)
-    if not whole(data):
+    whole = {"JPEG": _jpeg_is_whole, "PNG": _png_is_whole}.get(image.format)
+    if whole is not None and not whole(data):
         raise ToCoError(f"{path} is truncated: the end of the {image.format} file is missing ({len(data)} bytes)")
     if image.format == "JPEG":
         scans = _jpeg_scans(data)
@@ -225,6 +226,17 @@ def _png_depth(data: bytes) -> int:
             return max(data[position + 16], 1)
         position += size + 12
     return 8
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Chunk after chunk leads to the last one. OpenCV takes the memory that a chunk declares before it looks for it."""
+    position = 8
+    for _ in range(MOST_CHUNKS):
+        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"IEND" or len(kind) < 4:
+            return kind == b"IEND"
+        position += size + 12
+    return False
 
 
 def _jpeg_is_whole(data: bytes) -> bool:
