@@ -126,16 +126,16 @@ def relinked(text: str, origin: str, page: str, pages: Mapping[str, str], source
 
 
 def shown_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook as a page: imports folded away, directives of the tests left out, figures with alternative text."""
+    """The notebook as a page: what JupyterLab folds away is folded away, directives of the tests are left out, figures
+    have alternative text."""
     notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
-    opening, text, title = True, "", ""
+    text, title = "", ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             text, title = cell.source, title or cell.source.splitlines()[0].lstrip("# ")
             continue
         cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("# NBVAL_"))
-        opening = opening and "parameters" not in cell.metadata.get("tags", [])
-        if opening:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         if any("image/png" in output.get("data", {}) for output in cell.outputs):
             cell.metadata["mystnb"] = {"image": {"alt": alternative(text, title)}}

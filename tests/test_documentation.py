@@ -155,6 +155,8 @@ def test_every_figure_of_the_notebooks_has_words_and_no_opening_stands_in_the_wa
         assert "hide-input" not in parameters.metadata["tags"]
         for cell in cells:
             assert "NBVAL" not in cell.source
+            folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+            assert folded == ("hide-input" in cell.metadata.get("tags", []))
             if any("image/png" in output.get("data", {}) for output in cell.outputs):
                 n += 1
                 words = cell.metadata["mystnb"]["image"]["alt"]
