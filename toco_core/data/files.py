@@ -6,7 +6,7 @@ Pixels leave as `uint8`: images `H W 3` in RGB, masks `H W` with class values (0
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -219,24 +219,24 @@ def _header(path: Path | str, file: BufferedIOBase, formats: tuple[str, ...]) ->
 
 def _png_depth(data: bytes) -> int:
     """Bits of a channel, from the header chunk, which need not be the first one."""
-    position = 8
-    while position + 17 <= len(data):
-        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-        if kind == b"IHDR":
-            return max(data[position + 16], 1)
-        position += size + 12
-    return 8
+    header = next((at for kind, at in _png_chunks(data) if kind == b"IHDR" and at + 17 <= len(data)), None)
+    return 8 if header is None else max(data[header + 16], 1)
 
 
 def _png_is_whole(data: bytes) -> bool:
     """Chunk after chunk leads to the last one. OpenCV takes the memory that a chunk declares before it looks for it."""
+    return any(kind == b"IEND" for kind, _ in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Kind and place of each chunk, in order, as long as the file has them."""
     position = 8
     for _ in range(MOST_CHUNKS):
         size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-        if kind == b"IEND" or len(kind) < 4:
-            return kind == b"IEND"
+        if len(kind) < 4:
+            return
+        yield kind, position
         position += size + 12
-    return False
 
 
 def _jpeg_is_whole(data: bytes) -> bool:

@@ -59,10 +59,9 @@ class COCOFolder(Split):
 
     def __init__(self, root: Path | str, split: str = "train", *, unlabelled: bool = False):
         self.root, self.split = Path(root), split
-        path, content, listed = _annotation_file(self.root, split)
+        path, content, listed, wanted = _annotation_file(self.root, split)
         self.class_names, class_of = _classes(content["categories"], path)
         self.class_source = path.name
-        wanted = None if listed is None else _listed_names(listed, content)
         images = _images(content["images"], path, wanted, listed)
         objects = _objects(content["annotations"], images, class_of, path, partial=listed is not None)
         self.n_unlabelled = sum(not objects[number] for number in images)
@@ -148,40 +147,37 @@ def _lists(root: Path) -> list[Path]:
     return [path for path in sorted(root.glob("*.txt")) if path.stem not in ("classes", "README", "readme", "license")]
 
 
-def _annotation_file(root: Path, split: str) -> tuple[Path, dict, Path | None]:
-    """The JSON that holds a split, its content, and the list that chooses from it."""
+def _annotation_file(root: Path, split: str) -> tuple[Path, dict, Path | None, set[str] | None]:
+    """The JSON that holds a split, its content, the list that chooses from it, and the names that it chooses."""
     if root.is_file():
         if split != "train":
             raise ToCoError(f"split {split!r} is not in {root}: one annotation file is one split, 'train'")
-        return root, _read_json(root), None
+        return root, _read_json(root), None, None
     files = _annotation_files(root)
     if not files:
         raise ToCoError(f"dataset folder {root} has no annotations/instances_*.json; {LAYOUT}")
     listed = next((path for path in _lists(root) if path.stem == split), None)
     if listed is not None:
+        lines = _listed(listed)
         for path in files.values():
             content = _read_json(path)
-            if _listed_names(listed, content) <= _known_names(content):
-                return path, content, listed
+            known = {without_suffix(Path(str(image.get("file_name", ""))).name) for image in content["images"]}
+            names = {line if line in known else without_suffix(line) for line in lines}  # a name may end like a file's
+            if names <= known:
+                return path, content, listed, names
         raise ToCoError(f"{listed} names images that no one of {', '.join(p.name for p in files.values())} has")
     if split == VAL_PART and "val" in files:
-        return files["val"], _read_json(files["val"]), None
+        return files["val"], _read_json(files["val"]), None, None
     if split not in files:
         raise ToCoError(f"split {split!r} is not in {root}: there is {', '.join(split_names(root))}")
-    return files[split], _read_json(files[split]), None
+    return files[split], _read_json(files[split]), None, None
 
 
-def _listed_names(path: Path, content: dict[str, list]) -> set[str]:
-    """The names in a list, which may have the suffix of the file, too; a name may itself end like a file's."""
+def _listed(path: Path) -> list[str]:
     lines = [line.split("/")[-1] for line in read_lines(path, "a list of names") if line]
     if not lines:
         raise ToCoError(f"{path} names no image")
-    known = _known_names(content)
-    return {line if line in known else without_suffix(line) for line in lines}
-
-
-def _known_names(content: dict[str, list]) -> set[str]:
-    return {without_suffix(Path(str(image.get("file_name", ""))).name) for image in content["images"]}
+    return lines
 
 
 def _read_json(path: Path) -> dict[str, list]:
