@@ -1,5 +1,7 @@
 """The browser's side of single widgets, each with a model made by hand; `test_browser.py` has the whole."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -14,11 +16,21 @@ WIDGETS = Path(toco_core.widgets.__file__).parent
 MODEL = """
 const values = VALUES;
 window.sent = [];
+const heard = {};
+const bytes = (value) => Array.isArray(value) ? value.map(bytes)
+  : typeof value === "string" && value.startsWith("base64,")
+    ? new DataView(Uint8Array.from(atob(value.slice(7)), (c) => c.charCodeAt(0)).buffer) : value;
+for (const name in values) values[name] = bytes(values[name]);
+window.change = (given) => {
+  for (const name in given) values[name] = bytes(given[name]);
+  for (const name in given) heard["change:" + name]?.();
+};
 window.model = {
   get: (name) => values[name],
   set: (name, value) => { values[name] = value; window.sent.push([name, JSON.stringify(value)]); },
   send: (content) => window.sent.push(["message", content.name]),
-  save_changes() {}, on() {}, off() {},
+  on: (event, action) => { heard[event] = action; },
+  save_changes() {}, off() {},
 };
 window.show = () => {
   document.body.replaceChildren(document.createElement("div"));
@@ -80,3 +92,54 @@ def test_a_widget_that_is_shown_again_is_heard_at_once(page, script, values, act
     name = next(iter(values))
     told = [value for trait, value in page.sent() if trait == name]
     assert len(told) == len(set(told)) == 3
+
+
+def jpeg(value):
+    """A grey picture, as the model of `MODEL` takes bytes."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((24, 40, 3), value, np.uint8)).save(file, format="JPEG", quality=95)
+    return "base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def grey_of(page):
+    """What is seen in the middle of the canvas."""
+    seen = np.asarray(Image.open(io.BytesIO(page.locator(".toco-frame").screenshot())).convert("L"))
+    return int(seen[seen.shape[0] // 2, seen.shape[1] // 3])
+
+
+def test_an_overlay_is_mixed_from_its_two_ends(page):
+    page.widget("canvas.js", picture=jpeg(77), under="", pin=[], ends=[], strength=0.0, group="g")
+    page.add_style_tag(path=WIDGETS / "look.css")
+    page.wait_for_function("document.querySelector('.toco-picture').complete")
+    assert abs(grey_of(page) - 77) <= 1
+    page.evaluate("given => change(given)", {"ends": [jpeg(40), jpeg(200)], "strength": 0.25})
+    page.wait_for_selector(".toco-mix:not([hidden])")
+    assert abs(grey_of(page) - 80) <= 2
+    page.evaluate("change({strength: 0.75})")
+    assert abs(grey_of(page) - 160) <= 2
+    page.keyboard.press("+")
+    page.press("img.toco-picture", "+")
+    low, high, picture = (page.locator(f".toco-{name}").bounding_box() for name in ("without", "overlay", "picture"))
+    assert low == high == picture and picture["width"] > page.locator(".toco-frame").bounding_box()["width"]
+    page.evaluate("given => change(given)", {"ends": [], "picture": jpeg(120)})
+    page.wait_for_selector(".toco-mix", state="hidden")
+    assert abs(grey_of(page) - 120) <= 1
+
+
+def test_ends_go_although_the_picture_is_the_same_as_before(page):
+    page.widget("canvas.js", picture=jpeg(77), under="", pin=[], ends=[jpeg(40), jpeg(200)], strength=0.5, group="")
+    page.add_style_tag(path=WIDGETS / "look.css")
+    page.wait_for_selector(".toco-mix:not([hidden])")
+    page.evaluate("change({ends: []})")
+    page.wait_for_selector(".toco-mix", state="hidden")
+    assert abs(grey_of(page) - 77) <= 1
+
+
+def test_what_comes_late_does_not_hide_what_is_newer(page):
+    page.widget("canvas.js", picture=jpeg(77), under="", pin=[], ends=[], strength=0.5, group="")
+    page.add_style_tag(path=WIDGETS / "look.css")
+    new = {"ends": [jpeg(40), jpeg(200)]}
+    page.evaluate("([a, b, c]) => { change(a); change(b); change(c) }", [new, {"ends": []}, new])
+    page.wait_for_selector(".toco-mix:not([hidden])")
+    page.wait_for_timeout(200)
+    assert page.locator(".toco-mix").is_visible() and abs(grey_of(page) - 120) <= 2

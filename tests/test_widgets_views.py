@@ -99,11 +99,45 @@ def test_only_what_changes_is_drawn_again(session):  # noqa: F811
     explorer.controls.of["beta_h"].value = 0.52
     assert [len(sent[i]) for i in range(4)] == [0, 1, 1, 0]  # contours of the CAM, and the label
     explorer.controls.of["strength"].value = 0.2
-    assert [len(sent[i]) for i in range(4)] == [0, 2, 2, 1]
+    assert [len(sent[i]) for i in range(4)] == [0, 1, 1, 0]  # mixed in the browser
     explorer.controls.of["outline"].value = True
-    assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
+    assert [len(sent[i]) for i in range(4)] == [1, 2, 2, 1]
     explorer.controls.of["head"].value = 1
-    assert [len(sent[i]) for i in range(4)] == [1, 3, 3, 1]
+    assert [len(sent[i]) for i in range(4)] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("class_colours", [True, False])
+def test_an_overlay_that_grows_stronger_is_drawn_once(session, class_colours):  # noqa: F811
+    """Its two ends, mixed as a browser does, are the picture at every strength, lines and frames with it."""
+    session.set(classes="predicted", class_colours=class_colours, contours=True, outline=True)
+    session.place = (0.3, 0.6)
+    explorer = Explorer(session)
+    canvases, sent = explorer.tiles.canvases, []
+    for i in range(4):
+        canvases[i].observe(lambda change: sent.append(change["name"]), ["picture", "ends"])
+    for strength in (0.1, 0.45, 0.9):
+        explorer.controls.of["strength"].value = strength
+        for i, tile in enumerate(session.tiles()):
+            if tile.show == "image":
+                assert canvases[i].ends == []
+                continue
+            low, high = (np.asarray(Image.open(io.BytesIO(end))).astype(np.float64) for end in canvases[i].ends)
+            mixed, drawn = (1 - canvases[i].strength) * low + canvases[i].strength * high, session.view(0, tile.show)
+            assert canvases[i].strength == strength and np.abs(mixed - drawn.picture).mean() < 3  # it is a JPEG
+    assert sent == ["ends"] * 3
+    explorer.controls.of["beta_h"].value = 0.52
+    assert canvases[1].ends == canvases[2].ends == [] and canvases[3].ends
+    assert canvases[1].picture == draw.encoded(session.view(0, "CAM").picture)
+
+
+def test_the_overlay_of_a_curtain_is_drawn_anew(session):  # noqa: F811
+    session.arrange_views("curtain")
+    explorer = Explorer(session)
+    canvas = explorer.tiles.canvases[0]
+    before = canvas.under
+    explorer.controls.of["strength"].value = 0.1
+    assert canvas.under != before and canvas.ends == []
+    assert canvas.under == draw.encoded(session.view(*session.curtain_tiles()[1]).picture)
 
 
 def test_two_models_side_by_side(session):  # noqa: F811

@@ -31,7 +31,7 @@ SETTINGS = {
 PATIENCE = 180_000  # ms: a busy machine is no fault
 
 # Each key press opens an entry: when the key came, when the widget's message left, when the last of the pictures that
-# it changes was loaded, and when the frame with it was finished.
+# it changes was loaded or its overlay became another, and when the frame with it was finished.
 WATCH = """(() => {
     window.tocoDelays = []
     let now = null
@@ -41,16 +41,20 @@ WATCH = """(() => {
         return send.apply(this, words)
     }
     document.addEventListener('keydown', () => { now = { pressed: performance.now() } }, true)
-    document.addEventListener('load', event => {
+    const changed = picture => {
         const entry = now
-        if (!entry || !entry.sent || !event.target.closest('.toco-canvas')) return
+        if (!entry || !entry.sent || !picture.closest('.toco-canvas')) return
         const loaded = performance.now()
         requestAnimationFrame(() => setTimeout(() => {
             if (!entry.loaded) window.tocoDelays.push(entry)
             entry.loaded = loaded
             entry.drawn = performance.now()
         }))
-    }, true)
+    }
+    document.addEventListener('load', event => changed(event.target), true)
+    const observer = new MutationObserver(changes => changes.forEach(change => changed(change.target)))
+    for (const overlay of document.querySelectorAll('.toco-overlay'))
+        observer.observe(overlay, { attributeFilter: ['style'] })
 })()"""
 
 

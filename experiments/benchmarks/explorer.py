@@ -107,9 +107,10 @@ def python_side(explorer: Explorer, repeats: int) -> dict[str, float]:
 
     def move(name, values):
         def action(i):
-            before = [canvas.picture for canvas in explorer.tiles.canvases]
+            before = [(canvas.picture, canvas.strength) for canvas in explorer.tiles.canvases]
             explorer.controls.of[name].value = values[i % len(values)]
-            assert [canvas.picture for canvas in explorer.tiles.canvases] != before, f"{name} changed nothing"
+            after = [(canvas.picture, canvas.strength) for canvas in explorer.tiles.canvases]
+            assert after != before, f"{name} changed nothing"
 
         return action
 

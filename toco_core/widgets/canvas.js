@@ -1,5 +1,5 @@
 // A picture that can be pointed at, one of a group that is zoomed, moved and pointed at together; with a second picture
-// below the first it is a curtain.
+// below the first it is a curtain. An overlay that grows stronger comes as its two ends, which are mixed here.
 // Hover, click and keys travel to Python as fractions of the picture. What the window shows is the browser's affair.
 // Keyboard: arrows move the chosen patch, n and p go to the next and the previous image, + - 0 zoom, e enlarges.
 // Mouse: the wheel with Ctrl (or a pinch) zooms, dragging moves what is zoomed.
@@ -35,13 +35,15 @@ function render({ model, el }) {
   const under = make("img", "toco-under", below);
   const layer = make("div", "toco-layer", frame);
   const image = make("img", "toco-picture", layer);
+  const mix = make("div", "toco-mix", layer); // hides the picture while the overlay moves
+  const ends = [make("img", "toco-without", mix), make("img", "toco-overlay", mix)];
   const marks = make("div", "toco-layer toco-marks", frame);
   const pin = make("i", "toco-pin", marks);
   const cross = make("i", "toco-cross", marks);
   const curtain = make("div", "toco-curtain", frame);
   const words = make("div", "toco-words", root);
-  for (const picture of [image, under]) picture.draggable = false;
-  under.alt = "";
+  for (const picture of [image, under, ...ends]) picture.draggable = false;
+  for (const picture of [under, ...ends]) picture.alt = "";
   image.tabIndex = 0;
   image.setAttribute("data-lm-suppress-shortcuts", "true"); // keys belong to the picture, not to the notebook
   curtain.tabIndex = 0;
@@ -53,13 +55,21 @@ function render({ model, el }) {
 
   // ---- what Python says
 
-  const show = (name, target) => {
-    const bytes = model.get(name);
+  const show = (bytes, target) => {
     if (bytes && bytes.byteLength) target.src = "data:image/jpeg;base64," + base64(bytes);
   };
-  const showPicture = () => show("picture", image);
+  const showPicture = () => show(model.get("picture"), image);
+  let changes = 0;
+  const showEnds = async () => {
+    const given = model.get("ends") ?? [], change = ++changes;
+    given.forEach((bytes, i) => show(bytes, ends[i]));
+    await Promise.allSettled(given.map((_, i) => ends[i].decode())); // one without the other is never seen
+    if (change === changes && (given.length || image.complete)) mix.hidden = !given.length;
+  };
+  const showStrength = () => (ends[1].style.opacity = model.get("strength") ?? 0);
+  image.addEventListener("load", () => (mix.hidden ||= !model.get("ends")?.length));
   const showUnder = () => {
-    show("under", under);
+    show(model.get("under"), under);
     const double = model.get("under")?.byteLength > 0;
     below.hidden = curtain.hidden = !double;
     moveCurtain(double ? share : 1);
@@ -105,7 +115,7 @@ function render({ model, el }) {
   };
   const place = () => {
     const [left, top] = offset();
-    for (const picture of [image, under]) {
+    for (const picture of [image, under, ...ends]) {
       picture.style.transform = `translate(${100 * left}%, ${100 * top}%) scale(${shown.z})`;
       picture.style.imageRendering = shown.z > 3 ? "pixelated" : "";
     }
@@ -226,11 +236,16 @@ function render({ model, el }) {
 
   window.addEventListener("toco", hear);
   model.on("change:picture", showPicture);
+  model.on("change:ends", showEnds);
+  model.on("change:strength", showStrength);
   model.on("change:under", showUnder);
   model.on("change:pin", showPin);
   for (const name of ["words", "label", "title", "width", "chosen"]) model.on("change:" + name, showWords);
   cross.hidden = true;
+  mix.hidden = true;
   showPicture();
+  showStrength();
+  showEnds();
   showUnder();
   showWords();
   showPin();

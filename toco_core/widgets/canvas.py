@@ -12,11 +12,13 @@ class Canvas(anywidget.AnyWidget):
     """A JPEG picture. The browser sets `pointer`, `click`, `step`, `turn`, `enlarge`; places are (y, x) in [0, 1).
 
     Canvases of one `group` are zoomed, moved and pointed at together, in the browser alone. With a picture `under` the
-    other one it is a curtain.
+    other one it is a curtain. An overlay that grows stronger is mixed in the browser, from its two `ends`.
     """
 
     _esm, _css = HERE / "canvas.js", HERE / "look.css"
     picture = traitlets.Bytes(b"").tag(sync=True)
+    ends = traitlets.List([]).tag(sync=True)  # [without overlay, overlay alone]: shown mixed instead of `picture`
+    strength = traitlets.Float(0.0).tag(sync=True)  # of the overlay among `ends`, 0 to 1
     under = traitlets.Bytes(b"").tag(sync=True)  # seen to the right of the curtain
     title = traitlets.Unicode("").tag(sync=True)  # above the picture
     label = traitlets.Unicode("").tag(sync=True)  # for readers of the screen

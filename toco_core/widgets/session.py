@@ -291,14 +291,19 @@ class Session:
         return f"{'AB'[tile.side]}: {tile.show}" if two else tile.show
 
     def look(self, tile: Tile) -> tuple:
-        """All that a tile's picture depends on: where it is the same, so is the picture."""
+        """All that a tile's picture depends on but its overlay's strength: where it is the same, so is the picture."""
         settings = self.settings(tile.side, tile.show)
-        names = fields_seen(settings)
+        names = tuple(name for name in fields_seen(settings) if name != "strength")
         if self.centres:
             names = tuple(dict.fromkeys((*names, *MAP_FIELDS, "beta_l", "beta_h", "crop_size")))
         classes = () if tile.show in SHARED and not self.centres else self.classes(tile.side)
         what = (self.sides[tile.side].subject, self.index, tile.show, settings.outline, classes)
         return (*what, self.place, tuple(self.centres), *((name, getattr(settings, name)) for name in names))
+
+    def strength(self, tile: Tile) -> float | None:
+        """How strong a tile's overlay is; None for a picture without one."""
+        settings = self.settings(tile.side, tile.show)
+        return settings.strength if "strength" in fields_seen(settings) else None
 
     def curtain_tiles(self) -> tuple[Tile, Tile]:
         """The two tiles that a curtain divides: by name, else the two sides, else the image and what is shown."""
@@ -309,10 +314,11 @@ class Session:
             last = Tile(0, "CAM")
         return named.get(self.curtain[0], first), named.get(self.curtain[1], last)
 
-    def view(self, side: int, show: str | None = None) -> View:
-        """Picture, label and numbers of a side, as it is or with another `show`. What cannot be had is left out and
-        noted; nothing is raised for it."""
+    def view(self, side: int, show: str | None = None, *, strength: float | None = None) -> View:
+        """Picture, label and numbers of a side, as it is or with another `show` or strength of the overlay. What cannot
+        be had is left out and noted; nothing is raised for it."""
         settings, notes = self.settings(side, show), list(self.picture.notes)
+        settings = settings if strength is None else replace(settings, strength=strength)
         base, ground = self._base()
         size = base.shape[:2]
         picture, label, found = base, None, None

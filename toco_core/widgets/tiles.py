@@ -36,7 +36,7 @@ class Tiles:
         self.legends: list[Panel] = []
         self._panes: list[w.VBox] = []
         self.shown: list[Tile] = []
-        self._drawn: dict[int, tuple] = {}  # what each canvas shows, and the notes about it
+        self._drawn: dict[int, tuple] = {}  # what each canvas shows, the notes about it, its strength
         self.row = w.Box()
         self.row.add_class("toco-row")
         self.reading = Panel()
@@ -78,9 +78,15 @@ class Tiles:
         self.shown = [curtain[0]] if curtain else session.tiles()
         for number in sorted(range(len(self.shown)), key=lambda i: self.shown[i].show == "pseudo label"):
             tile, canvas = self.shown[number], self._canvas(number)
-            looks = len(session.sides), *((session.look(part), waits(part, waiting)) for part in curtain or (tile,))
-            if self._drawn.get(number, (None,))[0] != looks:
-                self._drawn[number] = looks, self._draw(number, curtain or (tile,), waiting)
+            parts = curtain or (tile,)
+            looks = len(session.sides), *((session.look(part), waits(part, waiting)) for part in parts)
+            strengths = [None if waits(part, waiting) else session.strength(part) for part in parts]
+            before, notes, strengths_before = self._drawn.get(number, (None, (), None))
+            if before != looks or (curtain and strengths_before != strengths):
+                notes = self._draw(number, parts, waiting)
+            elif strengths_before != strengths:
+                self._mix(canvas, tile, strengths[0])
+            self._drawn[number] = looks, notes, strengths
             with canvas.hold_sync():
                 canvas.pin = list(session.place or ())
                 canvas.width = 0 if in_row or len(self.shown) > 1 else ALONE
@@ -157,12 +163,21 @@ class Tiles:
         views = [session.view(tile.side, "image" if waits(tile, waiting) else tile.show) for tile in tiles]
         with canvas.hold_sync():
             canvas.picture = draw.encoded(views[0].picture)
-            canvas.under = draw.encoded(views[1].picture) if len(views) == 2 else b""
+            canvas.ends, canvas.under = [], draw.encoded(views[1].picture) if len(views) == 2 else b""
             canvas.title = " | ".join(self._title(tile, view) for tile, view in zip(tiles, views, strict=True))
             canvas.label = f"{session.picture.name}: {canvas.title}"
         legends = [self._legend(tile, view) for tile, view in zip(tiles, views, strict=True)]
         self.legends[number].put(*dict.fromkeys(legends))
         return tuple(note for view in views for note in view.notes)
+
+    def _mix(self, canvas: Canvas, tile: Tile, strength: float) -> None:
+        """Let the browser mix the overlay, so that one that grows stronger is neither drawn nor sent again: between
+        strength 0 and 1 a tile's picture moves along a line."""
+        with canvas.hold_sync():
+            if not canvas.ends:
+                views = [self.session.view(tile.side, tile.show, strength=end) for end in (0.0, 1.0)]
+                canvas.ends = [draw.encoded(view.picture) for view in views]
+            canvas.strength = strength
 
     def _title(self, tile: Tile, view: View) -> str:
         name = self.session.tile_name(tile)
