@@ -53,11 +53,6 @@ def everything():
     return required(*PROJECT["optional-dependencies"])
 
 
-def for_conda():
-    """Those of environment.yml: the website is built by who writes it."""
-    return required(*(name for name in PROJECT["optional-dependencies"] if name != "docs"))
-
-
 def in_conda():
     """Name -> clauses of environment.yml, as conda reads them."""
     rattler = pytest.importorskip("rattler")
@@ -100,7 +95,7 @@ def imported(folder):
 
 
 def test_environment_and_requirements_are_in_step():
-    wanted = {IN_CONDA.get(canonicalize_name(r.name), canonicalize_name(r.name)): clauses(r) for r in for_conda()}
+    wanted = {IN_CONDA.get(canonicalize_name(r.name), canonicalize_name(r.name)): clauses(r) for r in everything()}
     wanted["py-opencv"] = {">=4.10.0"}  # conda's versions have no fourth number
     assert clauses(Requirement(next(d for d in PROJECT["dependencies"] if "opencv" in d))) == {">=4.10.0.84"}
     found = in_conda()
