@@ -73,6 +73,13 @@ def test_notebook_is_normalised(path):
 
 
 @every_notebook
+def test_no_table_is_cut(path):
+    outputs = [out for cell in code_cells(read(path)) for out in cell.outputs if "data" in out]
+    tables = [out.data["text/markdown"] for out in outputs if "text/markdown" in out.data]
+    assert not [line for table in tables for line in table.splitlines() if "... |" in line]
+
+
+@every_notebook
 def test_notebook_is_small_and_names_no_machine(path):
     assert path.stat().st_size < MAX_BYTES
     assert refresh.machine_paths(read(path)) == []
