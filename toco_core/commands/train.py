@@ -23,10 +23,12 @@ from toco_core.train.loop import train
 
 def train_command(arguments: list[str]) -> int:
     """Run `toco train`; with `torchrun`, as one of its processes."""
+    if arguments and not arguments[0].startswith("-"):
+        recipe_named(arguments[0])  # before `--help`: what follows an unknown word is no help about it
     shown = next((RECIPES[word] for word in arguments if word in RECIPES), TrainConfig)
     epilog = field_help(shown()) if {"-h", "--help"} & {*arguments} else ""
     parser = command_parser("train", __doc__, epilog=epilog, allow_abbrev=False)
-    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("recipe", metavar=f"{{{','.join(sorted(RECIPES))}}}")
     parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of the config that differ: see below")
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
     parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
@@ -36,8 +38,8 @@ def train_command(arguments: list[str]) -> int:
     options = vars(chosen)
     if unknown:
         raise ToCoError(f"{unknown[0]} is not allowed: fields are given as NAME=VALUE, for instance layer=9")
-    recipe, fields = RECIPES[options.pop("recipe")](), options.pop("fields")
-    config = configured(recipe, **named_values(fields))
+    recipe = recipe_named(options.pop("recipe"))
+    config = configured(recipe, **named_values(options.pop("fields")))
     with distributed.joined(config.device) as share:
         data = open_data(config.data)
         if share.first and not Run.of(config).finished:
@@ -46,6 +48,14 @@ def train_command(arguments: list[str]) -> int:
         if share.first:
             print(trained.run.folder)
     return 0
+
+
+def recipe_named(word: str) -> TrainConfig:
+    """The recipe of a name. Raises ToCoError for what is none; the first word of `toco` may be meant for a command."""
+    if word not in RECIPES:
+        known = f"one of {', '.join(sorted(RECIPES))} comes first, for instance `toco train tiny layer=9`"
+        raise ToCoError(f"{word!r:.90} is not a recipe: {known}; `toco --help` lists the other commands")
+    return RECIPES[word]()
 
 
 def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, processes: int) -> None:
