@@ -1,15 +1,21 @@
 """The one command line."""
 
 import dataclasses
+import json
+import math
 import re
 
 import pytest
 
 from toco_core.__main__ import COMMANDS, main
+from toco_core.commands.evaluate import scores_table
 from toco_core.commands.fields import field_help
 from toco_core.config import configured, field_sections, tiny, voc
 from toco_core.config.parameters import named_values
 from toco_core.errors import ToCoError
+from toco_core.evaluation.scores import SCORED, RunScores
+from toco_core.runs.folder import as_json
+from toco_core.runs.shipped import shipped_runs
 
 
 def test_help_lists_every_field_with_its_value_and_what_it_allows(capsys):
@@ -70,8 +76,9 @@ def test_fields_are_read_as_literals():
         (["train", "tiny", "--layer", "9"], "--layer is not allowed: fields are given as NAME=VALUE"),
         (["train", "--layer", "9"], "--layer is not allowed: fields are given as NAME=VALUE"),
         (["train", "--save-every", "9", "layer=9"], "'layer=9' is not a recipe: one of coco, photographs, tiny, voc"),
-        (["evaluate"], "'evaluate' is not a recipe"),
-        (["evaluate", "--help"], "`toco --help` lists the other commands"),
+        (["paint"], "'paint' is not a recipe"),
+        (["paint", "--help"], "`toco --help` lists the other commands"),
+        (["evaluate", "nowhere"], "nowhere"),
         (["train", "tiny", "recipe=tiny"], "there is no parameter 'recipe'"),
         (["train", "tiny", "config=tiny"], "there is no parameter 'config'"),
         (["train", "tiny", "layer"], "'layer' is not allowed: NAME=VALUE is wanted"),
@@ -84,3 +91,24 @@ def test_refusals_are_one_line(words, message):
         main(words)
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
     assert "\n" not in str(stopped.value)
+
+
+def test_a_run_is_scored_class_by_class(tmp_path, capsys):
+    """A shipped run, whose scores come with it: nothing is computed."""
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", "full", "--out", str(out)]) == 0
+    protocol, heads, mean, *classes = capsys.readouterr().out.splitlines()
+    kept = shipped_runs()["full"].scores()
+    assert protocol == kept["protocol"] and heads.split("  ")[-1] == "segmentation"
+    assert mean.split() == ["mIoU", *(f"{kept['miou'][kind]:.1f}" for kind in SCORED)]
+    assert classes[1].split() == ["cat", *(f"{kept['iou'][kind][1]:.1f}" for kind in SCORED)]
+    written = json.loads(out.read_text())
+    assert written["miou"] == kept["miou"] and written["classes"][1] == "cat" and len(classes) == 9
+    assert {len(line) for line in (heads, mean, *classes)} == {len(heads)}
+
+
+def test_a_class_that_nobody_shows_has_a_dash_and_a_null():
+    one = {kind: [50.0, math.nan] for kind in SCORED}
+    scores = RunScores("val", "val: 1 image", 0.1, 0.2, 0.3, {}, dict.fromkeys(SCORED, 50.0), one, 90.0, [])
+    assert scores_table(scores, ("background", "cat")).splitlines()[-1].split() == ["cat"] + ["-"] * len(SCORED)
+    assert json.loads(as_json(scores._asdict()))["iou"]["cam"] == [50.0, None]

@@ -8,6 +8,7 @@ from .errors import ToCoError
 
 COMMANDS = {  # name -> "module:function" in toco_core, and what it does
     "train": ("commands.train:train_command", "train a recipe; `toco train --help` lists every field of a config"),
+    "evaluate": ("commands.evaluate:evaluate_command", "score a run, class by class"),
     "check": ("commands.check:check_command", "look a data set over: what is there, missing, broken, in two splits"),
     "export": ("commands.export:export_command", "write the pseudo labels of a run: VOC layout, COCO RLE"),
     "label": ("commands.label:label_command", "label new photographs: VOC, COCO RLE, overlays"),

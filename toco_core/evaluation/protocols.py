@@ -2,12 +2,13 @@
 
     kind           label of a pixel
     cam, aux_cam   the strongest labelled class of the CAM where it is above one threshold, else background
+    refined        the final CAM, refined by PAR, where it is above one threshold
     pseudo_label   final CAM between two thresholds, refined by PAR: what the decoder learns from
     seg            the decoder, one pass
     seg_ms         the decoder over several scales, each also mirrored
     seg_crf        the same, its probabilities refined by the dense CRF
 
-The first three know the image's labels, the others do not. `assess` keeps one confusion matrix per image and kind, from
+The first four know the image's labels, the others do not. `assess` keeps one confusion matrix per image and kind, from
 which every score of the whole, of a class and of an image follows. A pseudo label may leave a pixel open (255): it then
 counts as a missed pixel of its true class, so open pixels cost recall and no precision.
 """

@@ -126,8 +126,8 @@ class Run:
             for name in [*earlier, *frames]:
                 (self.folder / name).unlink(missing_ok=True)
             remove_parts(self.folder)
-            write_whole(self.folder / "config.json", _json(config.to_dict()))
-            write_whole(self.folder / "manifest.json", _json(manifest() | facts))
+            write_whole(self.folder / "config.json", as_json(config.to_dict()))
+            write_whole(self.folder / "manifest.json", as_json(manifest() | facts))
 
     @property
     def finished(self) -> bool:
@@ -149,7 +149,7 @@ class Run:
     def finish(self, metrics: dict) -> None:
         """Write the final numbers: from now on the run counts as finished."""
         with self._writing():
-            write_whole(self.folder / "metrics.json", _json(metrics))
+            write_whole(self.folder / "metrics.json", as_json(metrics))
 
     def scores(self) -> dict | None:
         """What `keep_scores` was given; None before, and for a run that is not finished."""
@@ -158,7 +158,7 @@ class Run:
     def keep_scores(self, scores: dict) -> None:
         """Write what the finished run was scored with (see `scores`)."""
         with self._writing():
-            write_whole(self.folder / "scores.json", _json(scores))
+            write_whole(self.folder / "scores.json", as_json(scores))
 
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl; a link of that name is not followed."""
@@ -414,7 +414,8 @@ def _save(state: dict, file) -> None:
         raise
 
 
-def _json(values: dict) -> str:
+def as_json(values: dict) -> str:
+    """The text of a JSON file; null for what is no finite number."""
     return json.dumps(_finite(values), indent=1) + "\n"
 
 
