@@ -262,6 +262,10 @@ def test_a_round_trip_through_cvat(labels, tmp_path):
     (tmp_path / "unpacked" / "no.where").symlink_to("nothing")
     assert write_corrected(labels, tmp_path / "unpacked", tmp_path / "again").corrected == ("img_0", "img_2")
     np.testing.assert_array_equal(mask_of(tmp_path / "again", "img_2"), corrected)
+    (tmp_path / "unpacked" / "notes.txt").write_text("what is not read makes no other set of corrections")
+    assert write_corrected(labels, tmp_path / "unpacked", tmp_path / "again").corrected == ("img_0", "img_2")
+    with pytest.raises(ToCoError, match="/ has no labelmap.txt"):  # at once, whatever lies below it
+        write_corrected(labels, "/", tmp_path / "third")
 
 
 def test_our_own_archive_and_grey_masks_come_back(labels, tmp_path):

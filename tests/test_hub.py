@@ -85,7 +85,7 @@ def test_what_cannot_be_handed_on_or_read_is_named(trained, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-@pytest.mark.parametrize("kind", ["pipe", "device", "holes", "deep", "list"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "holes", "deep", "list", "text"])
 def test_a_shared_config_passes_the_gate(trained, tmp_path, kind):
     path = hub.save_pretrained(trained.run, tmp_path / "shared") / "config.json"
     path.unlink()
@@ -95,6 +95,8 @@ def test_a_shared_config_passes_the_gate(trained, tmp_path, kind):
         path.symlink_to("/dev/zero")
     elif kind == "list":
         path.write_text(json.dumps({"class_names": ["background", "a"], "config": []}))
+    elif kind == "text":  # of as many letters as there are classes
+        path.write_text(json.dumps({"class_names": "cat", "config": trained.run.config().to_dict()}))
     else:
         path.write_text("[" * 100_000)
         os.truncate(path, (100 << 30) if kind == "holes" else 100_000)

@@ -48,6 +48,13 @@ def test_edited_labels_reach_the_second_network(run, tmp_path, capsys):
     assert len(list((tmp_path / "new" / "SegmentationClass").glob("*.png"))) == 6
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("toco_core.commands.second.train_segmentation", lambda *a, **k: pytest.fail("it trained"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: cannot write to .*file/second: Not a directory"):
+        main(["second", str(run.folder), run.config().data.dataset, str(tmp_path / "file" / "second")])
+
+
 @pytest.fixture(scope="module")
 def second(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("network") / "second"

@@ -10,7 +10,7 @@ from toco_core.config.fields import LARGEST
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
 from toco_core.predict.models import open_model
-from toco_core.runs.hub import SECOND, SECOND_LOSS, refuse_other_files, write_pretrained
+from toco_core.runs.hub import SECOND, SECOND_LOSS, claim_new, refuse_other_files, write_pretrained
 
 CARD = """
 
@@ -33,6 +33,7 @@ def second_command(arguments: list[str]) -> int:
         raise ToCoError(f"steps = {chosen.steps} is not allowed: at least 1, at most {LARGEST}")
     refuse_other_files(Path(chosen.folder))
     source = open_source(chosen.labels, chosen.split)
+    claim_new(Path(chosen.folder))
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
     card = SECOND + CARD.format(**facts, classes=", ".join(source.class_names[1:]))

@@ -118,10 +118,10 @@ def _exported(folder: Path | str, split: str | None) -> VOCFolder:
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of the names, sizes and times of those in a folder."""
+    """Of a file, or of the names, sizes and times of those that are read of a folder."""
     if path.is_dir():
-        found = (p for p in path.rglob("*.*") if os.path.exists(p))  # a link may lead nowhere
-        facts = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+        found = ((name, p) for name, p in cvat.files_of(path).items() if os.path.exists(p))  # a link may lead nowhere
+        facts = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in found]
         return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
     digest = hashlib.sha256()
     with open_file(path, "archive_bytes") as file:

@@ -31,7 +31,7 @@ from toco_core.machine.files import read_tensors, refuse_wrong_keys
 from toco_core.machine.hub import hub_reason, quick_hub
 from toco_core.machine.intake import read_bytes, read_json
 from toco_core.machine.locks import alone
-from toco_core.machine.writing import PART, remove_parts, whole_file, writing
+from toco_core.machine.writing import PART, new_part, remove_parts, whole_file, writing
 from toco_core.model import ToCo, loaded_model, skeleton
 from toco_core.runs.folder import Run
 
@@ -107,6 +107,16 @@ def write_pretrained(
     return folder
 
 
+def claim_new(folder: Path) -> None:
+    """Make the folder into which a model will be written, so that one that cannot be written is told before hours of
+    training. Raises ToCoError for it, and as `refuse_other_files` does."""
+    refuse_other_files(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_part(folder / FILES[0]):
+            pass
+
+
 def refuse_other_files(folder: Path) -> None:
     """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
     with writing(folder):
@@ -125,6 +135,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     folder = Path(source) if Path(source).is_dir() else _fetched(str(source), revision)
     try:
         facts = read_json(folder / "config.json")
+        if not isinstance(facts["class_names"], list):
+            raise TypeError("class_names is no list")
         names, config = tuple(map(str, facts["class_names"])), TrainConfig.from_dict(facts["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ToCoError(f"source = {str(source)!r} has no config.json of this package ({error})") from error

@@ -136,13 +136,17 @@ def _label(where: str, data: bytes, known: list[_Label], size: tuple[int, int]) 
     return np.array(numbers, np.uint8)[places].reshape(size)
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """The label map and the masks of an unpacked export, by name; nothing else in its folder is looked at."""
+    files = index_files(folder / CLASSES, MASK_SUFFIXES)
+    places = {f"{CLASSES}/{name}{place.suffix}": place for name, place in files.items()}
+    return places | ({MAP: folder / MAP} if (folder / MAP).is_file() else {})
+
+
 @contextlib.contextmanager
 def _folder(path: Path):
     """The files of an unpacked export by name, and how one is read."""
-    files = index_files(path / CLASSES, MASK_SUFFIXES)
-    places = {f"{CLASSES}/{name}{place.suffix}": place for name, place in files.items()}
-    if (path / MAP).is_file():
-        places[MAP] = path / MAP
+    places = files_of(path)
     yield places, lambda name: read_bytes(places[name], "text_bytes" if name == MAP else "image_bytes")
 
 
