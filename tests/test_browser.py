@@ -56,7 +56,10 @@ def changed(page, what, before):
     return page.evaluate(what)
 
 
-PICTURE = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.src).join('|')"
+PICTURE = """[...document.querySelectorAll('.toco-row .toco-layer:has(> .toco-picture)')].map(layer => {
+    const mix = layer.querySelector('.toco-mix'), overlay = layer.querySelector('.toco-overlay')
+    return mix.hidden ? layer.querySelector('.toco-picture').src : overlay.style.opacity + overlay.src
+}).join('|')"""
 PLACES = """Object.fromEntries([...document.querySelectorAll('.toco-row .toco-canvas')].map(canvas => {
     const box = canvas.getBoundingClientRect()
     return [canvas.innerText.split(' · ')[0].split('\\n')[0], [Math.round(box.left), Math.round(box.top)]]
