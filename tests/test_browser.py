@@ -180,10 +180,12 @@ def window(page, width, height=1000):
         page.keyboard.press("Control+b")
     page.set_viewport_size({"width": width, "height": height})
     page.wait_for_timeout(400)
-    yield
-    page.set_viewport_size(before)
-    if hidden:
-        page.keyboard.press("Control+b")
+    try:
+        yield
+    finally:  # the tests behind one that fails see the page as they should
+        page.set_viewport_size(before)
+        if hidden:
+            page.keyboard.press("Control+b")
 
 
 ZOOM = "[...document.querySelectorAll('.toco-row img.toco-picture')].map(image => image.style.transform)"
