@@ -1,25 +1,37 @@
 """Scores of runs: chosen on val, reported on test, kept beside the run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_config import small_recipe
 from torch.testing import assert_close
-from voc_folder import write_voc_folder
+from voc_folder import CLASSES, smooth_image, write_voc_folder
 
 import toco_core.evaluation.scores as scoring
+from toco_core.__main__ import main
 from toco_core.config import override
 from toco_core.data import VOCFolder, evaluation_items, open_train_val
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as, look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
 from toco_core.evaluation.protocols import assess
-from toco_core.evaluation.scores import RunScores, pseudo_label_iou, read_scores, reported_part, score_run, scored_run
+from toco_core.evaluation.scores import (
+    SCORED,
+    RunScores,
+    pseudo_label_iou,
+    read_scores,
+    reported_part,
+    score_run,
+    scored_run,
+)
 from toco_core.predict.image import ImagePredictor, eval_size
 from toco_core.predict.tokens import similarity_of_split
 from toco_core.runs.opened import open_run
+from toco_core.train.loop import train
 
 K = 3
 SMALL = {
@@ -261,3 +273,25 @@ def test_pictures_are_ranked_by_the_pseudo_label_that_is_scored(root, scored):
     found = pseudo_label_iou(opened.model, source, opened.config)
     assert found.shape == (4,) and len(set(found.round(6))) > 1
     assert_close(found, wanted)
+
+
+# ---- the command
+
+
+def test_the_command_scores_a_run_that_has_no_scores_yet(scored, tmp_path, capsys):
+    folder = shutil.copytree(scored.run.folder, tmp_path / scored.run.folder.name)
+    (folder / "scores.json").unlink()
+    assert main(["evaluate", str(folder)]) == 0
+    assert (folder / "scores.json").read_bytes() == (scored.run.folder / "scores.json").read_bytes()
+    mean = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU"))
+    assert mean.split()[1:] == [f"{scored.scores.miou[kind]:.1f}" for kind in SCORED]
+
+
+def test_the_command_says_where_there_are_no_masks(tmp_path):
+    folder = tmp_path / "photographs"
+    for i in range(6):
+        (folder / CLASSES[1 + i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth_image(32, 40, i)).save(folder / CLASSES[1 + i % 3] / f"{i}.png")
+    run = train(config_of(folder, tmp_path / "runs"), progress=False).run
+    with pytest.raises(SystemExit, match="error: .*photographs: none of the . images of val has a mask to score by"):
+        main(["evaluate", str(run.folder)])

@@ -8,7 +8,8 @@ notebooks/evaluate.ipynb has more: several scales, the dense CRF, which class is
 import math
 
 from toco_core.commands import command_parser
-from toco_core.evaluation.scores import SCORED, RunScores, score_run
+from toco_core.errors import ToCoError
+from toco_core.evaluation.scores import SCORED, RunScores, reported_part, score_run
 from toco_core.machine.writing import write_file
 from toco_core.runs.folder import as_json
 from toco_core.runs.opened import open_run
@@ -24,7 +25,12 @@ def evaluate_command(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     shipped = shipped_runs().get(chosen.run)
     opened = open_run(shipped.folder if shipped else chosen.run)
-    scores, class_names = score_run(opened), opened.data.val.class_names
+    part, source = reported_part(opened.data)
+    if not source.n_masks:
+        raise ToCoError(
+            f"{opened.config.data.dataset}: none of the {len(source)} images of {part} has a mask to score by"
+        )
+    scores, class_names = score_run(opened), source.class_names
     print(scores_table(scores, class_names))
     if chosen.out:
         write_file(chosen.out, as_json(scores._asdict() | {"classes": class_names}).encode())
