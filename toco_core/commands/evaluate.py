@@ -33,7 +33,7 @@ def evaluate_command(arguments: list[str]) -> int:
     scores, class_names = score_run(opened), source.class_names
     print(scores_table(scores, class_names))
     if chosen.out:
-        write_file(chosen.out, as_json(scores._asdict() | {"classes": class_names}).encode())
+        write_file(chosen.out, as_json(scores._asdict() | {"classes": class_names}))
     return 0
 
 
