@@ -35,6 +35,7 @@ KINDS = {
     "aux_cam": "auxiliary CAM",
     "refined": "final CAM + PAR",
     "pseudo_label": "pseudo label",
+    "vote": "vote",
     "seg": "segmentation",
 }
 VARIANTS = LOSS_TERMS | {"+ PTC + exchange": {"exchange": 0.05, "exchange_start": 100}}

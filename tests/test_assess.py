@@ -62,6 +62,7 @@ def config(root):
         par_dilations=(1, 3),
         beta_l=0.2,
         beta_h=0.6,
+        beta=0.4,
         precision="fp32",
         **{"backbone": BACKBONE, "layer": 2, "pretrained": False} | SIZES,
     )
@@ -200,6 +201,17 @@ def test_every_kind_of_label_is_made_as_it_says(model, source, config):
         unit, cams.cam, present, beta_l=0.2, beta_h=0.6, iterations=2, dilations=(1, 3), scale=config.labels.par_scale
     )
     agree(found["pseudo_label"], F.interpolate(refined[None].float(), size=size)[0, 0].to(torch.uint8))
+    with torch.no_grad():
+        decoded = [model(F.interpolate(images, scale_factor=s, mode="bilinear")) for s in (1.0, 0.5)]
+        decoded += [model(F.interpolate(images.flip(-1), scale_factor=s, mode="bilinear")) for s in (1.0, 0.5)]
+    resized = [F.interpolate(one.seg_logits, size=unit.shape[2:], mode="bilinear") for one in decoded]
+    mean = (resized[0] + resized[1] + resized[2].flip(-1) + resized[3].flip(-1)) / 4
+    p = mean[:, [0, *(classes + 1).tolist()]].softmax(1)[:, 1:]
+    vote = (cams.cam[:, classes] + cams.aux_cam[:, classes] + p) / 3
+    options = {"iterations": 2, "dilations": (1, 3), "scale": config.labels.par_scale}
+    (slot,) = labels.refined_labels(unit, vote, torch.ones(1, len(classes)), betas=[0.4], **options)
+    one = torch.cat([torch.zeros(1, dtype=torch.long), classes + 1])[slot]
+    agree(found["vote"], F.interpolate(one[None].float(), size=size)[0, 0].to(torch.uint8))
     agree(found["seg"], F.interpolate(output.seg_logits, size=size, mode="bilinear")[0].argmax(0))
     agree(found["seg_ms"], merged.argmax(0))
     native = torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255

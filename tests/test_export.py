@@ -252,6 +252,7 @@ def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, co
         "cam": {"beta", "cam_scales", "attention_steps", "attention_blocks", "attention_kind"},
         "par": {"beta_l", "beta_h", "cam_scales", "par_iterations", "par_dilations", "par_scale"},
         "crf": {"beta_l", "beta_h", "cam_scales"},
+        "vote": {"beta", "cam_scales", "par_iterations", "par_dilations", "par_scale", "decoder_dilation"},
         "seg": {"seg_scales", "max_over_scales", "decoder_dilation"},
         "seg_crf": {"seg_scales", "max_over_scales", "decoder_dilation"},
     }
@@ -261,7 +262,7 @@ def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, co
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par, crf, seg, seg_crf"),
+        ({"method": "magic"}, "method = 'magic' is not allowed: one of cam, par, crf, vote, seg, seg_crf"),
         ({"images": "move"}, "images = 'move' is not allowed: one of copy, link, none"),
         ({"beta": 1.5}, "beta = 1.5 is not allowed"),
         ({"method": "crf", "crf": {"steps": 3}}, "crf has no setting 'steps'"),

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from toco_core.cam import multi_scale_cam
 from toco_core.config import override
 from toco_core.errors import ToCoError
-from toco_core.labels import pseudo_label, seed_label
+from toco_core.labels import pseudo_label, refined_labels, seed_label
 from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor
 from toco_core.predict.tokens import class_token_attention, similarity_matrix, tokens_by_block
@@ -60,6 +60,31 @@ def test_both_cams_have_the_bits_of_multi_scale_cam(model, picture, changes):
     ):
         native = F.interpolate(wanted[None].double(), size=(37, 52), mode="nearest")[0, 0]
         np.testing.assert_array_equal(getattr(found, kind)(), native.numpy())
+
+
+@pytest.mark.parametrize("changes", [{"cam_scales": (1.0,)}, CARRIED | {"cam_scales": (1.5, 0.5)}])
+def test_three_heads_vote(model, picture, changes):
+    """V_k = (CAM_k + auxiliary CAM_k + p_k) / 3; p is the softmax of the decoder's mean logits over scales and mirror
+    images, among the background and the classes that are asked for."""
+    found = predictor(model, picture, **changes)
+    size, logits = found.images.shape[-2:], []
+    for scale in found.config.labels.cam_scales:
+        view = F.interpolate(found.images, scale_factor=scale, mode="bilinear", align_corners=False)
+        for picture_ in (view, view.flip(-1)):
+            with torch.no_grad():
+                seen = model(picture_).seg_logits
+            seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+            logits.append(seen if picture_ is view else seen.flip(-1))
+    strength = (sum(logits) / len(logits))[0, [0, 3, 1]].exp()
+    p = (strength / strength.sum(0))[1:]
+    expected = torch.stack([(found.class_cam(k) + found.class_cam(k, block=0) + p[i]) / 3 for i, k in enumerate((3, 1))])
+    assert_close(found.probabilities(classes=(3, 1))[0], p)
+    assert_close(found.vote(classes=(3, 1))[0], expected)
+    options = found.config.labels.refiner_options()
+    (label,) = refined_labels(found.unit, expected[None], torch.ones(1, 2), betas=[0.4], **options)
+    native = F.interpolate(label[None].double(), size=(37, 52), mode="nearest")[0, 0].long()
+    np.testing.assert_array_equal(found.voted_label(0.4, classes=(3, 1)), np.array([0, 3, 1])[native])
+    assert len(np.unique(native)) > 1
 
 
 def test_the_widgets_carry_cams_where_the_config_says_so(model, picture):

@@ -4,11 +4,12 @@
     cam, aux_cam   the strongest labelled class of the CAM where it is above one threshold, else background
     refined        the final CAM, refined by PAR, where it is above one threshold
     pseudo_label   final CAM between two thresholds, refined by PAR: what the decoder learns from
+    vote           the mean of both CAMs and the decoder's probabilities, refined by PAR, where it is above `beta`
     seg            the decoder, one pass
     seg_ms         the decoder over several scales, each also mirrored
     seg_crf        the same, its probabilities refined by the dense CRF
 
-The first four know the image's labels, the others do not. `assess` keeps one confusion matrix per image and kind, from
+The first five know the image's labels, the others do not. `assess` keeps one confusion matrix per image and kind, from
 which every score of the whole, of a class and of an image follows. A pseudo label may leave a pixel open (255): it then
 counts as a missed pixel of its true class, so open pixels cost recall and no precision.
 """
@@ -37,7 +38,7 @@ from toco_core.runs.opened import open_run
 from toco_core.runs.release import from_release
 from toco_core.train.loop import trained_run
 
-KINDS = ("cam", "aux_cam", "refined", "pseudo_label", "seg", "seg_ms", "seg_crf")
+KINDS = ("cam", "aux_cam", "refined", "pseudo_label", "vote", "seg", "seg_ms", "seg_crf")
 MULTI_SCALES = (0.75, 1.0, 1.25)
 
 
@@ -137,6 +138,7 @@ def labels_of(
         "aux_cam": predictor.cam_label(aux_beta, auxiliary=True),
         "refined": predictor.refined_label(refined_beta),
         "pseudo_label": predictor.pseudo_label(),
+        "vote": predictor.voted_label(),
         "seg": predictor.segmentation(),
         "seg_ms": predictor.segmentation(scales=scales),
     }
@@ -239,6 +241,7 @@ def assess(
         "aux_cam": f"{cam}, threshold {aux_beta:g} chosen on {chosen_on}",
         "refined": f"{cam}, {refiner}, threshold {refined_beta:g} chosen on {chosen_on}",
         "pseudo_label": f"{cam}, {refiner}, {two}, open pixels count as missed",
+        "vote": f"{cam}, with the auxiliary CAM and the decoder, {refiner}, threshold {config.labels.beta:g}",
         "seg": f"{where}, scale 1, no flip, no CRF",
         "seg_ms": f"{several}, no CRF",
         "seg_crf": f"{several}, {crf_named(checked_crf(crf))}",

@@ -49,10 +49,13 @@ METHODS = {
     "cam": "the labelled class with the largest CAM, background where that is at most beta",
     "par": "two thresholds and pixel-adaptive refinement, 255 between them: what training teaches the decoder",
     "crf": "two thresholds and a dense CRF in the place of PAR, 255 between them",
+    "vote": "the mean of both CAMs and the decoder's probabilities, PAR, background where that is at most beta",
     "seg": "the decoder's segmentation; needs no image-level labels",
     "seg_crf": "the decoder's segmentation, refined by a dense CRF; needs no image-level labels",
 }
 IMAGES = ("copy", "link", "none")
+HEADS = {"cls": "classifier", "aux_cls": "auxiliary classifier", "seg": "decoder"}
+"""The loss that trains a head, and the head."""
 
 
 class Exported(NamedTuple):
@@ -92,7 +95,8 @@ def export(
         images: "copy", "link" (hard links where the disk allows it, else copies: who edits such a file edits the data
             set's), or "none", which leaves a folder of masks alone. A picture that its camera wants turned is stored
             upright, as PNG.
-        thresholds: `beta` of "cam", `beta_l` and `beta_h` of "par" and "crf"; None: those of `config.labels`.
+        thresholds: `beta` of "cam" and "vote", `beta_l` and `beta_h` of "par" and "crf"; None: those of
+            `config.labels`.
 
     Raises ToCoError for an unknown method, for one whose head was not trained, and for a folder that holds something
     else or an export of other settings.
@@ -153,11 +157,14 @@ class LabelMethod(NamedTuple):
         """
         name = name or ("par" if config.loss.cls else "seg")
         refuse_other(METHODS, method=name)
-        trained = [n for n in METHODS if (config.loss.seg if n.startswith("seg") else config.loss.cls) > 0]
-        if name not in trained:
-            head = "decoder, whose loss (seg)" if name.startswith("seg") else "classifier, whose loss (cls)"
-            allowed = " or ".join(f"--method {n}" for n in trained) or "none"
-            raise ToCoError(f"method = {name!r} needs the {head} has weight 0 in this model: allowed is {allowed}")
+        untrained = {n: [loss for loss in _needed(n) if not getattr(config.loss, loss)] for n in METHODS}
+        if untrained[name]:
+            loss = untrained[name][0]
+            allowed = " or ".join(f"--method {n}" for n, missing in untrained.items() if not missing) or "none"
+            raise ToCoError(
+                f"method = {name!r} needs the {HEADS[loss]}, whose loss ({loss}) has weight 0 in this model: "
+                f"allowed is {allowed}"
+            )
         options = checked_crf(crf) if name.endswith("crf") else None
         if name.endswith("crf") and options is None:
             raise ToCoError(f"method = {name!r} needs a CRF: crf = False is not allowed")
@@ -172,6 +179,8 @@ class LabelMethod(NamedTuple):
         """The label map at native size of the image that was set, of `classes` (None: the labelled ones)."""
         if self.name == "cam":
             return predictor.cam_label(predictor.config.labels.beta, classes=classes)
+        if self.name == "vote":
+            return predictor.voted_label(refiner="par", classes=classes)
         if self.needs_labels:
             return predictor.pseudo_label(self.name, settings=self.crf, classes=classes)
         return predictor.segmentation(scales=predictor.config.seg_scales, crf=self.crf)
@@ -182,13 +191,20 @@ class LabelMethod(NamedTuple):
         if self.needs_labels:
             names = {"scales": "cam_scales"}
             used |= {names.get(name, name): value for name, value in labels.cam_options().items()}
-            used |= {"beta": labels.beta} if self.name == "cam" else labels.thresholds()
+            used |= {"beta": labels.beta} if self.name in ("cam", "vote") else labels.thresholds()
         else:
             used |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
-        if self.name == "par":
+        if self.name in ("par", "vote"):
             used |= {name: getattr(labels, name) for name in ("par_iterations", "par_dilations", "par_scale")}
         with passes_of(model, config)():
             return used | computed_by(model)
+
+
+def _needed(method: str) -> tuple[str, ...]:
+    """The losses whose heads a method asks."""
+    if method == "vote":
+        return tuple(HEADS)
+    return ("seg",) if method.startswith("seg") else ("cls",)
 
 
 def label_maps(

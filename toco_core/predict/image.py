@@ -4,6 +4,7 @@
     predictor.set_image(image, image_labels)
     predictor.cam(), predictor.cam(block=9), predictor.cam(auxiliary=True)
     predictor.seed_label(), predictor.pseudo_label(), predictor.pseudo_label("crf"), predictor.segmentation()
+    predictor.vote(), predictor.voted_label()
     predictor.similarity(block=12, patch=40), predictor.attention(block=12)
 
 Whatever makes a label map of an image asks it: `look`, `evaluation.protocols`, `predict.export`, the widgets. Each pass
@@ -29,6 +30,7 @@ from toco_core.data.loader import eval_item
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, pseudo_label, refined_labels, seed_label, valid_cam
 from toco_core.model import BlockTokens, ToCo
+from toco_core.par import full_precision
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.attention import carried, token_affinity
@@ -139,6 +141,30 @@ class ImagePredictor:
             self._kept[key] = value, np.array([0, *classes])[slot]
         return self._kept[key]
 
+    def probabilities(self, *, classes: Sequence[int] | None = None) -> Float[Tensor, "1 k H W"]:
+        """The decoder's probabilities of some classes (None: the labelled ones), as if an image showed nothing but them
+        and the background.
+
+        Softmax over these of the mean of its logits over the same views as the CAM's, scales and mirror images.
+        """
+        classes, size = self._classes(classes), self.images.shape[-2:]
+        views = []
+        for scale in self.config.labels.cam_scales:
+            for mirrored in (False, True):
+                tokens = self._pass(scale, mirrored, True).tokens
+                with torch.no_grad(), self.passes():
+                    logits = _finite(self.model.decoder(tokens.patch_map))[:, [0, *classes]]
+                logits = F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)
+                views.append(logits.flip(-1) if mirrored else logits)
+        return torch.stack(views).mean(0).softmax(1)[:, 1:]
+
+    def vote(self, *, classes: Sequence[int] | None = None) -> Float[Tensor, "1 k H W"]:
+        """The mean of the final CAM, the auxiliary CAM and the decoder's `probabilities`, in [0, 1]: three heads that
+        err in different places."""
+        classes = self._classes(classes)
+        maps = self.cam(classes=classes), self.cam(classes=classes, auxiliary=True), self.probabilities(classes=classes)
+        return torch.stack(maps).mean(0)
+
     def similarity(self, block: int, patch: int) -> Float[np.ndarray, "h w"]:
         """Cosine similarity of one patch token with all after `block`; the last block's tokens are normed."""
         return similarity_map(self.patch_tokens(block), patch).cpu().numpy().reshape(self.grid)
@@ -190,9 +216,15 @@ class ImagePredictor:
     ) -> UInt8[np.ndarray, "nh nw"]:
         """The CAM refined against one background score, so that nothing is open; `refiner`: None for the config's."""
         classes = self._classes(classes)
-        cam, options = self.cam(classes=classes, **which), self.config.labels.refiner_options(refiner)
-        (label,) = refined_labels(self.unit, cam, torch.ones(1, len(classes)), betas=[beta], **options)
-        return self._native(label, classes)
+        return self._refined(self.cam(classes=classes, **which), classes, beta, refiner)
+
+    def voted_label(
+        self, beta: float | None = None, refiner: str | None = None, *, classes: Sequence[int] | None = None
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        """`vote` refined against one background score, so that nothing is open; None for the config's `beta` and
+        refiner."""
+        classes, beta = self._classes(classes), self.config.labels.beta if beta is None else beta
+        return self._refined(self.vote(classes=classes), classes, beta, refiner)
 
     def segmentation(
         self, *, scales: Sequence[float] = (1.0,), crf: Mapping | None = None
@@ -222,6 +254,13 @@ class ImagePredictor:
         return self._kept["seg_logits"]
 
     # ---- within
+
+    def _refined(
+        self, maps: Float[Tensor, "1 k H W"], classes: Sequence[int], beta: float, refiner: str | None
+    ) -> UInt8[np.ndarray, "nh nw"]:
+        options = self.config.labels.refiner_options(refiner)
+        (label,) = refined_labels(self.unit, maps, torch.ones(1, len(classes)), betas=[beta], **options)
+        return self._native(label, classes)
 
     def _classes(self, classes: Sequence[int] | None) -> tuple[int, ...]:
         return self.labelled if classes is None else tuple(classes)
