@@ -161,3 +161,9 @@ def test_a_step_makes_maps_of_its_labelled_classes_only():
     options = config.labels.pseudo_label_options()
     wanted = labels.pseudo_label(step.unit, whole.cam, image_labels, **options, valid_box=step.batch.valid_box)
     assert torch.equal(step.pseudo_label, wanted) and set(wanted.unique().tolist()) <= {0, 8, 34, 52, 255}
+    config = override(config, token_refiner="par", par_iterations=3)
+    refined = Step(model, step.batch, config, 300)
+    options = config.labels.pseudo_label_options("par") | {"valid_box": step.batch.valid_box}
+    wanted = labels.refined_token_label(step.unit, whole.aux_cam, image_labels, (4, 6), **options)
+    assert torch.equal(refined.token_label, wanted) and not torch.equal(wanted, step.token_label)
+    assert {8, 34, 52} & set(wanted.unique().tolist())

@@ -77,7 +77,9 @@ def test_three_heads_vote(model, picture, changes):
             logits.append(seen if picture_ is view else seen.flip(-1))
     strength = (sum(logits) / len(logits))[0, [0, 3, 1]].exp()
     p = (strength / strength.sum(0))[1:]
-    expected = torch.stack([(found.class_cam(k) + found.class_cam(k, block=0) + p[i]) / 3 for i, k in enumerate((3, 1))])
+    expected = torch.stack(
+        [(found.class_cam(k) + found.class_cam(k, block=0) + p[i]) / 3 for i, k in enumerate((3, 1))]
+    )
     assert_close(found.probabilities(classes=(3, 1))[0], p)
     assert_close(found.vote(classes=(3, 1))[0], expected)
     options = found.config.labels.refiner_options()

@@ -3,6 +3,7 @@
 import pytest
 import reference_labels as slow
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from toco_core import labels
@@ -137,6 +138,30 @@ def test_token_label_is_the_seed_label_of_the_resized_cam():
             labels.token_label(cam, present, (4, 6), **BETAS),
             slow.seed_label(resized, present, **BETAS, boxes=None),
         )
+
+
+def test_a_refined_token_shows_what_half_of_its_pixels_show():
+    """Pixel by pixel: 5 x 4 tokens of 6 x 8 pixels; the pseudo label's padding is uncertain."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(2, 3, 30, 32, generator=generator)
+    coarse = torch.rand(2, 4, 5, 4, generator=generator)
+    cam = F.interpolate(coarse, size=(30, 32), mode="bicubic").clamp(0, 1)
+    present = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]])
+    options = {"beta_l": 0.35, "beta_h": 0.55, "iterations": 3, "dilations": (1, 2), "scale": 0.5}
+    options["valid_box"] = torch.tensor([[0, 30, 0, 32], [7, 30, 0, 29]])
+    pixels = labels.pseudo_label(images, cam, present, **options)
+    found = labels.refined_token_label(images, cam, present, (5, 4), **options)
+    for b in range(2):
+        for y in range(5):
+            for x in range(4):
+                inside = pixels[b, 6 * y : 6 * y + 6, 8 * x : 8 * x + 8].flatten().tolist()
+                shares = {label: inside.count(label) / 48 for label in (0, 1, 2, 3, 4)}
+                best = max(shares, key=lambda label: (shares[label], -label))
+                assert found[b, y, x] == (best if shares[best] >= 0.5 else 255), (b, y, x)
+    assert {0, 2, 255} <= set(found.unique().tolist()) and found[1, 0].eq(255).all()
+    assert ({1, 4} & set(found[0].unique().tolist())) and not torch.equal(
+        found, labels.token_label(cam, present, (5, 4), beta_l=0.35, beta_h=0.55, valid_box=options["valid_box"])
+    )
 
 
 def test_token_label_scales_the_box_unless_told_not_to():

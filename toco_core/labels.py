@@ -6,9 +6,9 @@ With m the largest value of `valid_cam` at a pixel and 0 <= beta_l < beta_h <= 1
     seed_label   0               255 (ignore)            the class that has m, 1..K
     region_mask  0               1 (uncertain)           2
 
-`token_label` is the seed label at the resolution of the patch tokens, `affinity_mask` the pairs of tokens that PTC
-pulls together and pushes apart, `pseudo_label` the refined label that the decoder learns from, `eval_label` the one
-with which a CAM is scored.
+`token_label` is the seed label at the resolution of the patch tokens, `refined_token_label` the pseudo label there,
+`affinity_mask` the pairs of tokens that PTC pulls together and pushes apart, `pseudo_label` the refined label that the
+decoder learns from, `eval_label` the one with which a CAM is scored.
 
 Where classes tie, the lower one wins. A value exactly at beta_h counts as foreground in all functions (the release's
 region mask does so; no reference value tells about its label). No function is differentiable.
@@ -90,6 +90,25 @@ def token_label(
         box_size = grid if pixel_box_on_tokens else cam.shape[2:]
         label[~inside_box(valid_box, grid, box_size=box_size)] = IGNORE
     return label
+
+
+def refined_token_label(
+    images: Float[Tensor, "B 3 H W"],
+    cam: Float[Tensor, "B K H W"],
+    image_labels: Shaped[Tensor, "B K"],
+    grid: tuple[int, int],
+    **options: Any,
+) -> Int[Tensor, "B h w"]:
+    """The pseudo label at the grid (h, w) of patch tokens: what at least half of a token's pixels show, else 255.
+
+    `options` as in `pseudo_label`. Of two labels that have half each the lower one wins.
+    """
+    classes, present = _labelled_classes(image_labels)
+    (classes,) = _on(cam.device, classes)
+    slot = pseudo_label(images, _take(cam, classes), present, **options)
+    shares = [F.adaptive_avg_pool2d((slot == s).float(), grid) for s in range(classes.shape[1] + 1)]
+    share, winner = torch.stack(shares).max(0)
+    return slot_to_class(winner.masked_fill(share < 0.5, IGNORE), classes)
 
 
 def eval_label(

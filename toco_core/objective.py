@@ -23,8 +23,7 @@ and `<name>_start` of `config.LossConfig` (`added_later=True`).
 `Term.label`; then it is made without a graph, once per step (`step.made(label)`), and, where a batch is computed in
 parts, before the losses of the first part. A loss whose mean runs over something other than images (pairs, pixels)
 also names what is counted in its label, `Term.count`, and takes the number from `step.count(name)`: that of the whole
-batch, over all parts and processes; its value is then multiplied by `step.parts`, so that the mean over the parts is
-the whole's.
+batch, over all parts and processes; its value is multiplied by `step.parts`, so that the parts' mean is the whole's.
 
     def confident(step):                        # a label: B h w
         label = step.token_label
@@ -180,11 +179,13 @@ class Step:
     @cached_property
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
-        batch, pixels = self.batch, self.config.release.pixel_box_on_tokens
-        options: dict[str, Any] = {"valid_box": batch.valid_box, "pixel_box_on_tokens": pixels}
-        options |= self.config.labels.thresholds()
         cams, classes, present = self.labelled
-        return labels.slot_to_class(labels.token_label(cams.aux_cam, present, self.tokens.grid, **options), classes)
+        config, given = self.config.labels, {"grid": self.tokens.grid, "valid_box": self.batch.valid_box}
+        if config.token_refiner == "none":
+            given |= config.thresholds() | {"pixel_box_on_tokens": self.config.release.pixel_box_on_tokens}
+            return labels.slot_to_class(labels.token_label(cams.aux_cam, present, **given), classes)
+        given |= config.pseudo_label_options(config.token_refiner)
+        return labels.slot_to_class(labels.refined_token_label(self.unit, cams.aux_cam, present, **given), classes)
 
     @cached_property
     def region_mask(self) -> Int[Tensor, "B H W"]:
@@ -387,9 +388,8 @@ def objective(step: Step) -> Objective:
     """The weighted sum of the terms, with its graph; changes nothing. Raises ToCoError where all weights are 0."""
     weights = {name: step.weights[name] for name in step.terms if step.weights.get(name, 0) > 0}
     if not weights:
-        raise ToCoError(
-            f"all weights of the loss are 0 on step {step.number}: one of {', '.join(step.terms)} must be above 0"
-        )
+        names = ", ".join(step.terms)
+        raise ToCoError(f"all weights of the loss are 0 on step {step.number}: one of {names} must be above 0")
     if "energy" in weights:
         _ = step.lattices  # now: it waits for the device, which has least to do at the beginning of a step
     zero = step.batch.images.new_zeros(())

@@ -60,6 +60,13 @@ class LabelConfig(Config):
         added_later=True,
     )
 
+    token_refiner: str = option(
+        "none",
+        """What refines the auxiliary CAM before patch token contrast learns from it: `par`, `crf` or another row of
+        `refiners.REFINERS`; `none`, as published: the CAM is cut at the tokens.""",
+        added_later=True,
+    )
+
     def check(self):
         if self.beta_l >= self.beta_h:
             raise ToCoError(f"beta_l = {self.beta_l} must be below beta_h = {self.beta_h}")
