@@ -18,6 +18,7 @@ experiments/records/photographs_<name>.json.
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from common import RECORDS, mean_and_spread, use_threads
 from loss_terms import VARIANTS as LOSS_TERMS
 
 from toco_core.config import TrainConfig, configured, photographs
+from toco_core.data import Split, TrainVal
 from toco_core.evaluation.protocols import assess
 from toco_core.machine.writing import write_whole
 from toco_core.train.kept_tokens import KeptTokens
@@ -38,25 +40,37 @@ KINDS = {
     "vote": "vote",
     "seg": "segmentation",
 }
-VARIANTS = LOSS_TERMS | {"+ PTC + exchange": {"exchange": 0.05, "exchange_start": 100}}
+VARIANTS = LOSS_TERMS | {
+    "+ PTC, token labels as published": {"token_refiner": "none"},
+    "+ PTC + prototypes": {"prototypes": 0.3, "prototypes_start": 100},
+    "+ PTC + exchange": {"exchange": 0.05, "exchange_start": 100},
+}
 """Name -> the fields of `photographs()` that it changes."""
 SEVERAL = {"seg_ms": "segmentation, scales 0.75, 1, 1.25 + flip", "seg_crf": "the same + dense CRF"}
 
 
-def run_variant(config: TrainConfig, *, several: bool, confused: list[str], kept: KeptTokens | None = None) -> dict:
-    """Train, and score on the images held apart: everything in percent."""
+def run_variant(
+    config: TrainConfig,
+    *,
+    several: bool = False,
+    confused: Sequence[str] = (),
+    part: Callable[[TrainVal], Split] = lambda data: data.val,
+    kept: KeptTokens | None = None,
+) -> dict:
+    """Train, and score on a part of the images held apart: everything in percent."""
     model, _, _, data = trained_run(config, kept=kept)
-    names = data.val.class_names
+    source = part(data)
+    names = source.class_names
     options = {} if several else {"scales": (1.0,), "crf": False}
     thresholds = dict.fromkeys(("beta", "aux_beta", "refined_beta"), config.labels.beta)
-    found = assess(model, data.val, config, **thresholds, part="held out", chosen_on="parts of train", **options)
+    found = assess(model, source, config, **thresholds, part="held out", chosen_on="parts of train", **options)
     kinds = [*KINDS, *(SEVERAL if several else ())]
     result = {
         "seed": config.seed,
         "miou": {kind: round(100 * float(found.scores(kind).miou), 2) for kind in kinds},
         "iou": {kind: by_class(found.scores(kind).iou, names) for kind in kinds},
         "cam_on_object": by_class(found.scores("cam").precision, names),
-        "images": len(data.val),
+        "images": len(source),
         "run": config.short_hash(),
     }
     if confused:

@@ -82,8 +82,9 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
     minutes.
 
     Each class is read where its own scores are highest (`cam_topk`), the classifiers are fitted to frozen tokens first,
-    and every CAM is carried along the attention of blocks 9 to 12. Patch token contrast begins with the second half:
-    from the first step it would harden what the first CAMs say, be it the sky for the aeroplane. Chosen on training
+    and every CAM is carried along the attention of blocks 9 to 12. Patch token contrast learns from labels that PAR has
+    refined, and begins with the second half: from the first step it would harden what the first CAMs say, be it the sky
+    for the aeroplane. Chosen on training
     images of PASCAL VOC and MSRC, the thresholds too: where a folder has no masks they stay as they are. CTC is off:
     see `docs/results.md`.
     """
@@ -92,7 +93,13 @@ def photographs(dataset: str = "photographs") -> TrainConfig:
             backbone="vit_tiny_patch16_224", aux_norm=True, pooling="cam_topk", decoder_width=128, decoder_dilation=2
         ),
         labels=LabelConfig(
-            beta_l=0.3, beta_h=0.4, beta=0.4, cam_scales=(1.0,), attention_steps=1, par_dilations=(1, 2, 4, 8)
+            beta_l=0.3,
+            beta_h=0.4,
+            beta=0.4,
+            cam_scales=(1.0,),
+            attention_steps=1,
+            par_dilations=(1, 2, 4, 8),
+            token_refiner="par",
         ),
         loss=LossConfig(
             ptc=8.0, ctc=0.0, seg=0.2, energy=0.0, ptc_start=100, ctc_start=20, seg_start=20, energy_start=20

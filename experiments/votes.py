@@ -1,0 +1,71 @@
+"""Where do better labels come from: what PTC learns from, or who is asked at the end?
+
+    python experiments/votes.py --seeds 0 1 2 --threads 1
+
+Rows are trainings of `tiny()`: ToCo, with token labels refined by PAR, with prototypes, with both. Columns are labels
+of one network: pseudo label (final CAM, two thresholds, what lies between them counts as missed), final CAM + PAR
+and vote of both CAMs and the decoder, each cut at the recipe's one threshold. Nothing is chosen on masks. Expected:
+the heads err in different places, so the vote is above the best of them; what PTC learns from matters less here, where
+the auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and seed. Writes
+experiments/records/votes.json; scores the part "test". `photographs.py` measures the same on photographs.
+"""
+
+import json
+
+import torch
+from common import RECORDS, command_line, mean_and_spread, use_threads
+from photographs import read, run_variant
+
+from toco_core.config import configured, tiny
+from toco_core.evaluation.scores import reported_part
+from toco_core.machine.writing import write_whole
+from toco_core.train.kept_tokens import KeptTokens
+
+REFINED = {"token_refiner": "par"}
+VARIANTS = {
+    "classification only": {"ptc": 0.0},
+    "ToCo": {},
+    "refined token labels": REFINED,
+    "prototypes": {"prototypes": 0.3},
+    "both": {"prototypes": 0.3} | REFINED,
+}
+"""Name -> the fields of `tiny()` that it changes."""
+KINDS = {"pseudo_label": "pseudo label", "refined": "final CAM + PAR", "vote": "vote", "seg": "segmentation"}
+
+
+def gains(runs: dict[str, list[dict]], name: str, kind: str) -> list[float]:
+    """Points of a kind of label of one row above ToCo's pseudo label, seed by seed."""
+    plain = {run["seed"]: run["miou"]["pseudo_label"] for run in runs.get("ToCo", [])}
+    return [run["miou"][kind] - plain[run["seed"]] for run in runs.get(name, []) if run["seed"] in plain]
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """Markdown: mean and sample standard deviation over the seeds, in percent."""
+    lines = [f"| training | seeds | {' | '.join(KINDS.values())} | vote - ToCo's pseudo label |", "|---" * 7 + "|"]
+    for name, found in runs.items():
+        cells = [mean_and_spread([run["miou"][kind] for run in found]) for kind in KINDS]
+        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {mean_and_spread(gains(runs, name, 'vote'))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = command_line(__doc__, VARIANTS)
+    use_threads(args.threads)
+    record = RECORDS / "votes.json"
+    for seed in args.seeds:
+        kept = KeptTokens(gib=3)  # all rows see the same pictures
+        for name, overrides in args.variants.items():
+            config = configured(tiny(), **{**args.common, **overrides, "seed": seed, "out_dir": str(args.out_dir)})
+            result = run_variant(config, part=lambda data: reported_part(data)[1], kept=kept)
+            state = read(record)  # as it is now: other seeds may be computed beside these
+            others = [run for run in state["runs"].get(name, []) if run["seed"] != seed]
+            state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
+            state["runs"] = {name: state["runs"][name] for name in VARIANTS if name in state["runs"]}
+            state |= {"part": "test", "thresholds": "the recipe's", "torch": torch.__version__}
+            state["table"] = table(state["runs"]).splitlines()
+            write_whole(record, json.dumps(state, indent=1) + "\n")
+            print(table(state["runs"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
