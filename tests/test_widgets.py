@@ -33,6 +33,7 @@ from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate, look
 from toco_core.labels import region_mask
 from toco_core.model import ToCo
+from toco_core.predict.image import ImagePredictor
 from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
 from toco_core.runs.release import save_release
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
@@ -108,6 +109,11 @@ def test_labels_and_maps_are_those_of_look(session, subject, folder, index):
     ):
         session.set(show=show)
         np.testing.assert_array_equal(session.label(0), label)
+    predictor = ImagePredictor(subject.model, subject.config)
+    predictor.set_image(expected.image, VOCFolder(folder, "val").image_labels[index].tolist())
+    session.set(show="vote", beta=0.35)
+    np.testing.assert_array_equal(session.label(0), predictor.voted_label(0.35))
+    assert (session.label(0) != expected.pseudo_label).any() and (session.label(0) != expected.segmentation).any()
 
 
 @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.5, 1.5), True), ((1.0, 0.5), False)])

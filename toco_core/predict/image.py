@@ -141,29 +141,29 @@ class ImagePredictor:
             self._kept[key] = value, np.array([0, *classes])[slot]
         return self._kept[key]
 
-    def probabilities(self, *, classes: Sequence[int] | None = None) -> Float[Tensor, "1 k H W"]:
+    def probabilities(
+        self, *, classes: Sequence[int] | None = None, scales: Sequence[float] | None = None, flip: bool = True
+    ) -> Float[Tensor, "1 k H W"]:
         """The decoder's probabilities of some classes (None: the labelled ones), as if an image showed nothing but them
         and the background.
 
-        Softmax over these of the mean of its logits over the same views as the CAM's, scales and mirror images.
+        Softmax over these of the mean of its logits over the views of a CAM, scales and mirror images.
         """
-        classes, size = self._classes(classes), self.images.shape[-2:]
-        views = []
-        for scale in self.config.labels.cam_scales:
-            for mirrored in (False, True):
-                tokens = self._pass(scale, mirrored, True).tokens
+        classes, size, views = self._classes(classes), self.images.shape[-2:], []
+        for scale in self.config.labels.cam_scales if scales is None else scales:
+            for mirrored in (False, True) if flip else (False,):
+                tokens = self._pass(float(scale), mirrored, flip).tokens
                 with torch.no_grad(), self.passes():
                     logits = _finite(self.model.decoder(tokens.patch_map))[:, [0, *classes]]
                 logits = F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)
                 views.append(logits.flip(-1) if mirrored else logits)
         return torch.stack(views).mean(0).softmax(1)[:, 1:]
 
-    def vote(self, *, classes: Sequence[int] | None = None) -> Float[Tensor, "1 k H W"]:
+    def vote(self, *, classes: Sequence[int] | None = None, **views) -> Float[Tensor, "1 k H W"]:
         """The mean of the final CAM, the auxiliary CAM and the decoder's `probabilities`, in [0, 1]: three heads that
-        err in different places."""
-        classes = self._classes(classes)
-        maps = self.cam(classes=classes), self.cam(classes=classes, auxiliary=True), self.probabilities(classes=classes)
-        return torch.stack(maps).mean(0)
+        err in different places. `views` are `scales` and `flip`."""
+        of = {"classes": self._classes(classes), **views}
+        return torch.stack([self.cam(**of), self.cam(**of, auxiliary=True), self.probabilities(**of)]).mean(0)
 
     def similarity(self, block: int, patch: int) -> Float[np.ndarray, "h w"]:
         """Cosine similarity of one patch token with all after `block`; the last block's tokens are normed."""
@@ -219,12 +219,20 @@ class ImagePredictor:
         return self._refined(self.cam(classes=classes, **which), classes, beta, refiner)
 
     def voted_label(
-        self, beta: float | None = None, refiner: str | None = None, *, classes: Sequence[int] | None = None
+        self,
+        beta: float | None = None,
+        refiner: str | None = None,
+        *,
+        settings: Mapping | None = None,
+        classes: Sequence[int] | None = None,
+        **views,
     ) -> UInt8[np.ndarray, "nh nw"]:
-        """`vote` refined against one background score, so that nothing is open; None for the config's `beta` and
-        refiner."""
+        """`vote` refined against one background score, so that nothing is open.
+
+        None for the config's `beta` and refiner; `settings`: other keywords of the refiner; `views` as in `vote`.
+        """
         classes, beta = self._classes(classes), self.config.labels.beta if beta is None else beta
-        return self._refined(self.vote(classes=classes), classes, beta, refiner)
+        return self._refined(self.vote(classes=classes, **views), classes, beta, refiner, settings)
 
     def segmentation(
         self, *, scales: Sequence[float] = (1.0,), crf: Mapping | None = None
@@ -256,9 +264,14 @@ class ImagePredictor:
     # ---- within
 
     def _refined(
-        self, maps: Float[Tensor, "1 k H W"], classes: Sequence[int], beta: float, refiner: str | None
+        self,
+        maps: Float[Tensor, "1 k H W"],
+        classes: Sequence[int],
+        beta: float,
+        refiner: str | None,
+        settings: Mapping | None = None,
     ) -> UInt8[np.ndarray, "nh nw"]:
-        options = self.config.labels.refiner_options(refiner)
+        options = self.config.labels.refiner_options(refiner) | dict(settings or {})
         (label,) = refined_labels(self.unit, maps, torch.ones(1, len(classes)), betas=[beta], **options)
         return self._native(label, classes)
 

@@ -103,13 +103,17 @@ class Analysis:
             return np.where(value > settings.beta, label, 0).astype(np.uint8)
         if settings.show == "segmentation":
             return self.segmentation(with_crf=settings.crf)
+        par = {"iterations": settings.par_iterations, "dilations": settings.par_dilations, "scale": settings.par_scale}
+        if settings.show == "vote":
+            for head in (CLASSIFIER, AUXILIARY, DECODER):
+                self._need(head, "vote")
+            views = {"scales": settings.cam_scales, "flip": settings.flip}
+            return self.predictor.voted_label(settings.beta, "par", settings=par, classes=classes, **views)
         which = {"classes": classes, **self._which(settings)}
         if settings.show == "seed label":
             return self.predictor.seed_label(thresholds=thresholds, **which)
         if settings.show == "pseudo label":
-            par = {"iterations": settings.par_iterations, "dilations": settings.par_dilations}
-            par |= {"scale": settings.par_scale, **thresholds}
-            return self.predictor.pseudo_label("par", settings=par, **which)
+            return self.predictor.pseudo_label("par", settings=par | thresholds, **which)
         raise ToCoError(f"show = {settings.show!r} is no label of the model")
 
     def segmentation(self, *, with_crf: bool = False) -> np.ndarray:

@@ -24,7 +24,7 @@ from toco_core.widgets.session import Session
 from toco_core.widgets.survey import LabelSurvey, Surveyed, Surveying, disagreement, unpacked
 
 PER_PAGE = 18
-LABELS = ("CAM label", "seed label", "pseudo label", "segmentation")
+LABELS = ("CAM label", "seed label", "pseudo label", "vote", "segmentation")
 ORDERS = ("list order", "lowest IoU first", "highest IoU first", "by class", "most disagreement first")
 ANY_KIND, ANY_CLASS, NO_MODEL = "any errors", "any class", "no second model"
 OVERLAYS = ("label", "errors", "ground truth", "second model's label", "image only")

@@ -9,7 +9,7 @@ from typing import Any
 from toco_core.config import Config, LabelConfig, TrainConfig, did_you_mean, option
 from toco_core.errors import ToCoError
 
-SHOWN = ("image", "CAM", "CAM label", "seed label", "pseudo label", "segmentation", "ground truth")
+SHOWN = ("image", "CAM", "CAM label", "seed label", "pseudo label", "vote", "segmentation", "ground truth")
 LABELS = SHOWN[2:]  # what can be scored against ground truth, or is it
 ARRANGEMENTS = ("side by side", "one", "curtain")
 VIEWS = ("image", "CAM", "pseudo label", "ground truth")  # side by side to begin with
@@ -22,6 +22,7 @@ LABEL_FIELDS = {
     "CAM label": (*MAP_FIELDS, "beta"),
     "seed label": (*MAP_FIELDS, "beta_l", "beta_h"),
     "pseudo label": (*MAP_FIELDS, "beta_l", "beta_h", "par_iterations", "par_dilations", "par_scale"),
+    "vote": ("cam_scales", "flip", "beta", "par_iterations", "par_dilations", "par_scale"),
     "segmentation": ("crf",),
     "ground truth": (),
 }  # what each view is made by
