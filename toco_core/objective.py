@@ -180,7 +180,7 @@ class Step:
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
         cams, classes, present = self.labelled
-        config, given = self.config.labels, {"grid": self.tokens.grid, "valid_box": self.batch.valid_box}
+        config, given = self.config.labels, dict[str, Any](grid=self.tokens.grid, valid_box=self.batch.valid_box)
         if config.token_refiner == "none":
             given |= config.thresholds() | {"pixel_box_on_tokens": self.config.release.pixel_box_on_tokens}
             return labels.slot_to_class(labels.token_label(cams.aux_cam, present, **given), classes)
