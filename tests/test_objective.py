@@ -201,6 +201,14 @@ def test_what_is_no_term_is_refused_before_anything_is_written(tmp_path, terms, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("field", ["refiner", "token_refiner"])
+def test_a_refiner_that_is_not_there_is_refused_before_anything_is_written(tmp_path, field):
+    """It was told on the first step that asked for it, which may be the thousandth."""
+    with pytest.raises(ToCoError, match=f"{field} = 'parr' is not allowed: one of par, crf, masks, none"):
+        train(override(small_recipe(), out_dir=str(tmp_path / "runs"), **{field: "parr"}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_digest_follows_the_source_and_what_is_bound_to_it():
     def own(loss, **options):
         return variant(TERMS | {"own": Term(loss, weight=1.0, **options)}, tiny())

@@ -4,15 +4,17 @@ import hashlib
 from collections.abc import Mapping
 
 from toco_core.config import TrainConfig
-from toco_core.errors import ToCoError
+from toco_core.errors import ToCoError, refuse_other
 from toco_core.objective import PAPER, TERMS, Step, Term
+from toco_core.refiners import REFINERS
 from toco_core.runs.described import described
 
 RESERVED = ("step", "total", "skipped")  # in a run's records
 
 
 def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
-    """Raise ToCoError for a term that cannot be trained with."""
+    """Raise ToCoError for a term that cannot be trained with, and for a refiner of labels that is not there."""
+    refuse_other(REFINERS, refiner=config.labels.refiner, token_refiner=config.labels.token_refiner)
     for name, term in terms.items():
         if not str(name).isidentifier() or name in RESERVED:
             raise ToCoError(f"a term cannot be called {name!r}: a name of letters, not one of {', '.join(RESERVED)}")
