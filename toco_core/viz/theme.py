@@ -51,7 +51,7 @@ KIND_COLOURS = {
     "aux_cam": "#56b4e9",
     "refined": "#b15928",
     "pseudo_label": "#6a3d9a",
-    "vote": "#cc79a7",
+    "vote": "#e377c2",
     "seg": "#009e73",
     "seg_ms": "#7fce9b",
     "seg_crf": "#b8860b",
