@@ -149,15 +149,21 @@ class ImagePredictor:
 
         Softmax over these of the mean of its logits over the views of a CAM, scales and mirror images.
         """
-        classes, size, views = self._classes(classes), self.images.shape[-2:], []
-        for scale in self.config.labels.cam_scales if scales is None else scales:
-            for mirrored in (False, True) if flip else (False,):
-                tokens = self._pass(float(scale), mirrored, flip).tokens
-                with torch.no_grad(), self.passes():
-                    logits = _finite(self.model.decoder(tokens.patch_map))[:, [0, *classes]]
-                logits = F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)
-                views.append(logits.flip(-1) if mirrored else logits)
-        return torch.stack(views).mean(0).softmax(1)[:, 1:]
+        classes = self._classes(classes)
+        scales = tuple(self.config.labels.cam_scales if scales is None else scales)
+        key = ("probabilities", classes, scales, flip)
+        if key not in self._kept:
+            views = []
+            for scale in scales:
+                for mirrored in (False, True) if flip else (False,):
+                    tokens = self._pass(float(scale), mirrored, flip).tokens
+                    with torch.no_grad(), self.passes():
+                        logits = _finite(self.model.decoder(tokens.patch_map))[:, [0, *classes]]
+                    size = self.images.shape[-2:]
+                    logits = F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)
+                    views.append(logits.flip(-1) if mirrored else logits)
+            self._kept[key] = torch.stack(views).mean(0).softmax(1)[:, 1:]
+        return self._kept[key]
 
     def vote(self, *, classes: Sequence[int] | None = None, **views) -> Float[Tensor, "1 k H W"]:
         """The mean of the final CAM, the auxiliary CAM and the decoder's `probabilities`, in [0, 1]: three heads that
