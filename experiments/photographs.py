@@ -102,6 +102,16 @@ def read(record: Path) -> dict:
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"runs": {}}
 
 
+def keep_result(record: Path, name: str, result: dict, table: Callable[[dict], str], facts: dict) -> dict:
+    """Put the result of a row's seed into a record file; returns the whole. Other seeds may be computed beside it."""
+    state = read(record)
+    others = [run for run in state["runs"].get(name, []) if run["seed"] != result["seed"]]
+    state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
+    state |= facts | {"table": table(state["runs"]).splitlines()}
+    write_whole(record, json.dumps(state, indent=1) + "\n")
+    return state
+
+
 def table(runs: dict[str, list[dict]]) -> str:
     """Markdown: mean and sample standard deviation over the seeds, in percent."""
     lines = [f"| variant | seeds | {' | '.join(KINDS.values())} |", "|---" * (2 + len(KINDS)) + "|"]
@@ -139,12 +149,8 @@ def main() -> None:
             result = known_results(record_file, kinds).get(config.short_hash()) or run_variant(
                 config, several=args.multi_scale, confused=args.confused, kept=kept
             )
-            state = read(record_file)  # as it is now: other seeds may be computed beside these
-            others = [run for run in state["runs"].get(name, []) if run["seed"] != seed]
-            state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
-            state |= {"steps": args.steps, "thresholds": "the recipe's", "torch": torch.__version__}
-            state["table"] = table(state["runs"]).splitlines()
-            write_whole(record_file, json.dumps(state, indent=1) + "\n")
+            facts = {"steps": args.steps, "thresholds": "the recipe's", "torch": torch.__version__}
+            state = keep_result(record_file, name, result, table, facts)
             print(table(state["runs"]), flush=True)
 
 

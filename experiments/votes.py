@@ -10,15 +10,12 @@ the auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and see
 experiments/records/votes.json; scores the part "test". `photographs.py` measures the same on photographs.
 """
 
-import json
-
 import torch
 from common import RECORDS, command_line, mean_and_spread, use_threads
-from photographs import read, run_variant
+from photographs import keep_result, run_variant
 
 from toco_core.config import configured, tiny
 from toco_core.evaluation.scores import reported_part
-from toco_core.machine.writing import write_whole
 from toco_core.train.kept_tokens import KeptTokens
 
 REFINED = {"token_refiner": "par"}
@@ -57,13 +54,8 @@ def main() -> None:
         for name, overrides in args.variants.items():
             config = configured(tiny(), **{**args.common, **overrides, "seed": seed, "out_dir": str(args.out_dir)})
             result = run_variant(config, part=lambda data: reported_part(data)[1], kept=kept)
-            state = read(record)  # as it is now: other seeds may be computed beside these
-            others = [run for run in state["runs"].get(name, []) if run["seed"] != seed]
-            state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
-            state["runs"] = {name: state["runs"][name] for name in VARIANTS if name in state["runs"]}
-            state |= {"part": "test", "thresholds": "the recipe's", "torch": torch.__version__}
-            state["table"] = table(state["runs"]).splitlines()
-            write_whole(record, json.dumps(state, indent=1) + "\n")
+            facts = {"part": "test", "thresholds": "the recipe's", "torch": torch.__version__}
+            state = keep_result(record, name, result, table, facts)
             print(table(state["runs"]), flush=True)
 
 
