@@ -15,6 +15,10 @@ IDEAS = {
     "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
+    "progressive threshold": {"beta_h": 0.65, "beta_h_end": 0.5},
+    "dynamic thresholds": {"dynamic_thresholds": True},
+    "noise filter": {"seg_noise": 0.2, "seg_noise_start": 150},
+    "growing regions": {"growing_start": 0.3},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
 }
 """Name -> the fields of `tiny()` that it changes."""

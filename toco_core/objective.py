@@ -179,18 +179,21 @@ class Step:
     @cached_property
     def token_label(self) -> Int[Tensor, "B h w"]:
         """What each token shows, by the auxiliary CAM: 0 background, 1..K, 255 uncertain."""
-        cams, classes, present = self.labelled
-        config, given = self.config.labels, dict[str, Any](grid=self.tokens.grid, valid_box=self.batch.valid_box)
-        if config.token_refiner == "none":
-            given |= config.thresholds() | {"pixel_box_on_tokens": self.config.release.pixel_box_on_tokens}
-            return labels.slot_to_class(labels.token_label(cams.aux_cam, present, **given), classes)
-        given |= config.pseudo_label_options(config.token_refiner)
-        return labels.slot_to_class(labels.refined_token_label(self.unit, cams.aux_cam, present, **given), classes)
+        (_, cam), classes, present = self.labelled
+        given = dict[str, Any](grid=self.tokens.grid, valid_box=self.batch.valid_box, **methods.thresholds(self, cam))
+        if (refiner := self.config.labels.token_refiner) == "none":
+            given["pixel_box_on_tokens"] = self.config.release.pixel_box_on_tokens
+            label = labels.token_label(cam, present, **given)
+        else:
+            given |= self.config.labels.refiner_options(refiner)
+            label = labels.refined_token_label(self.unit, cam, present, **given)
+        return labels.slot_to_class(methods.grown(self, label, cam), classes)
 
     @cached_property
     def region_mask(self) -> Int[Tensor, "B H W"]:
         """0 background, 1 uncertain, 2 foreground, by the auxiliary CAM."""
-        return labels.region_mask(self.labelled.cams.aux_cam, self.labelled.present, **self.config.labels.thresholds())
+        (_, cam), _, present = self.labelled
+        return labels.region_mask(cam, present, **methods.thresholds(self, cam))
 
     @cached_property
     def pseudo_label(self) -> Int[Tensor, "B H W"]:
@@ -199,8 +202,9 @@ class Step:
         cam = cams.cam if self.number >= self.config.loss.final_cam_start else cams.aux_cam
         if self.config.release.truncated_denormalisation:
             image = (image * 255).floor() / 255
-        options: dict[str, Any] = {"valid_box": batch.valid_box, **self.config.labels.pseudo_label_options()}
-        return labels.slot_to_class(labels.pseudo_label(image, cam, present, **options), classes)
+        options: dict[str, Any] = methods.thresholds(self, cam) | self.config.labels.refiner_options()
+        label = labels.pseudo_label(image, cam, present, valid_box=batch.valid_box, **options)
+        return labels.slot_to_class(methods.grown(self, label, cam), classes)
 
     # ---- views and images
 
@@ -287,11 +291,8 @@ def aux_cls(step: Step) -> Float[Tensor, ""]:
 
 def ptc(step: Step) -> Float[Tensor, ""]:
     """Patch token contrast."""
-    constant = step.config.release.ptc_constant
-    pairs = step.count("ptc")
-    return losses.ptc_loss(
-        step.tokens.patch_map, step.token_label, pairs=pairs, parts=step.parts, keep_constant=constant
-    )
+    label, pairs, constant = step.token_label, step.count("ptc"), step.config.release.ptc_constant
+    return losses.ptc_loss(step.tokens.patch_map, label, pairs=pairs, parts=step.parts, keep_constant=constant)
 
 
 def ctc(step: Step) -> Float[Tensor, ""]:
@@ -335,10 +336,8 @@ def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
 
 def seg(step: Step) -> Float[Tensor, ""]:
     """Cross-entropy of the decoder with the pseudo label."""
-    label, nan = step.pseudo_label, step.config.release.nan_segmentation_loss
-    return losses.segmentation_loss(
-        step.seg_logits, label, pixels=step.count("seg"), parts=step.parts, nan_when_empty=nan
-    )
+    label, pixels, nan = step.made(methods.seg_label), step.count("seg"), step.config.release.nan_segmentation_loss
+    return losses.segmentation_loss(step.seg_logits, label, pixels=pixels, parts=step.parts, nan_when_empty=nan)
 
 
 def energy(step: Step) -> Float[Tensor, ""]:
@@ -352,7 +351,7 @@ TERMS: dict[str, Term] = {
     "aux_cls": Term(aux_cls),
     "ptc": Term(ptc, "token_label", losses.count_pairs),
     "ctc": Term(ctc, "region_mask"),
-    "seg": Term(seg, "pseudo_label", losses.count_pixels),
+    "seg": Term(seg, methods.seg_label, losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
     # not the paper's: in a run's records only where they count
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),

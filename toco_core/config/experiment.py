@@ -4,8 +4,8 @@ A `TrainConfig` is made of one record per concept. `override` changes some field
 
     config = override(tiny(), layer=10, steps=200)
 
-Steps are counted from 0, as in the loop `for step in range(steps)`. A field called `..._start` is the first step on
-which something counts.
+Steps are counted from 0, as in the loop `for step in range(steps)`. A field of `LossConfig`
+called `..._start` is the first step on which something counts.
 """
 
 import dataclasses
@@ -81,7 +81,11 @@ class TrainConfig(Config):
     def check_parts(self, processes: int = 1) -> None:
         """Raise ToCoError where so many processes, or `accumulate`, cannot divide a batch."""
         self.schedule.images_at_once(processes)
-        whole = {"ctc_batch_negatives": self.loss.ctc_batch_negatives, "prototypes": self.loss.prototypes > 0}
+        whole = {
+            "ctc_batch_negatives": self.loss.ctc_batch_negatives,
+            "prototypes": self.loss.prototypes > 0,
+            "dynamic_thresholds": self.labels.dynamic_thresholds,
+        }
         for parts, n in (("accumulate", self.schedule.accumulate), ("processes", processes)):
             for name, needed in whole.items():
                 if n > 1 and needed:

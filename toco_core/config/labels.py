@@ -1,6 +1,7 @@
 """From CAM to labels."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from toco_core.config.fields import Config, option
@@ -67,9 +68,36 @@ class LabelConfig(Config):
         added_later=True,
     )
 
+    beta_h_end: float | None = option(
+        None,
+        """What `beta_h` has become after training: it goes there from step 0 on, by half a cosine (DuPL, CVPR 2024).
+        Evaluation, export and predictors use this one. None: it stays, as published.""",
+        at_least=0,
+        at_most=1,
+        added_later=True,
+    )
+    dynamic_thresholds: bool = option(
+        False,
+        """In training, move `beta_l` and `beta_h` together so that the middle between them is Otsu's threshold of the
+        batch's CAM values (after CoSA, ECCV 2024; `methods.thresholds`). The batch must be in one piece: no
+        `accumulate`, one process. Evaluation, export and predictors keep the config's. Off: as published.""",
+        added_later=True,
+    )
+    growing_start: float = option(
+        1.0,
+        """Share of the token label and of the pseudo label that teaches on step 0: the surest of every class of every
+        image, by CAM value. It grows linearly to 1 in the middle of the training (after PCRE, CVPR 2025;
+        `methods.surest`). 1: all of it from the beginning, as published.""",
+        above=0,
+        at_most=1,
+        added_later=True,
+    )
+
     def check(self):
-        if self.beta_l >= self.beta_h:
-            raise ToCoError(f"beta_l = {self.beta_l} must be below beta_h = {self.beta_h}")
+        for name in ("beta_h", "beta_h_end"):
+            upper = getattr(self, name)
+            if upper is not None and self.beta_l >= upper:
+                raise ToCoError(f"beta_l = {self.beta_l} must be below {name} = {upper}")
 
     def attended(self) -> tuple[int, ...]:
         """The blocks whose attention a pass must keep for its CAMs."""
@@ -80,9 +108,21 @@ class LabelConfig(Config):
         carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
         return {"scales": self.cam_scales, **(carried if self.attention_steps else {})}
 
-    def thresholds(self) -> dict:
-        """The keywords `beta_l` and `beta_h`."""
-        return {"beta_l": self.beta_l, "beta_h": self.beta_h}
+    def thresholds(self, progress: float = 1.0) -> dict:
+        """The keywords `beta_l` and `beta_h`: after training, or where a share of it, `progress` in [0, 1], is done.
+
+        Where `beta_h_end` is given, beta_h(t) = beta_h_end + (beta_h - beta_h_end) (1 + cos(pi t)) / 2 with t the
+        progress.
+        """
+        if self.beta_h_end is None:
+            return {"beta_l": self.beta_l, "beta_h": self.beta_h}
+        rest = (1 + math.cos(math.pi * progress)) / 2
+        return {"beta_l": self.beta_l, "beta_h": self.beta_h_end + (self.beta_h - self.beta_h_end) * rest}
+
+    def taught_share(self, progress: float) -> float:
+        """Share of a label's surest places that teach where a share `progress` of the training is done: `growing_start`
+        at 0, linearly to 1 at one half."""
+        return min(self.growing_start + (1 - self.growing_start) * 2 * progress, 1.0)
 
     def refiner_options(self, refiner: str | None = None) -> dict:
         """The keywords of `labels.refined_labels`: the refiner's name and the fields that begin with it, by the rest of

@@ -47,6 +47,21 @@ class LossConfig(Config):
         at_least=0,
     )
 
+    seg_noise: float = option(
+        0.0,
+        """Share of the labelled pixels of every class of every image, those with the highest segmentation loss, that
+        the decoder does not learn from (DuPL, CVPR 2024; `methods.surest`). 0: it learns from all, as published.""",
+        at_least=0,
+        below=1,
+        added_later=True,
+    )
+    seg_noise_start: int = option(
+        0,
+        "First step on which they are left out: before the decoder knows anything its losses tell nothing of labels.",
+        at_least=0,
+        added_later=True,
+    )
+
     exchange: float = option(
         0.0,
         """Weight of the segmentation's answer to the CAM (CoSA, ECCV 2024; `methods.exchange`). 0: as published.""",

@@ -77,6 +77,10 @@ class ScheduleConfig(Config):
             raise ToCoError(f"warmup_steps = {self.warmup_steps} must be at most steps = {self.steps}")
         self.images_at_once()
 
+    def progress(self, step: int) -> float:
+        """Share of the training that lies before a step: 0 on step 0, 1 after the last one."""
+        return min(step / self.steps, 1.0)
+
     def images_at_once(self, processes: int = 1) -> int:
         """Images whose graph a process holds at a time. Raises ToCoError where the parts would not be equal."""
         if self.batch_size % (processes * self.accumulate):

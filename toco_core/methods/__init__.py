@@ -1,12 +1,15 @@
-"""Ideas of later papers as terms of the objective, off unless their weight in `config.LossConfig` is above 0.
+"""Ideas of later papers, each off unless its field of the config says otherwise.
 
-A file holds one idea: its loss, a function of tensors with the equation, and its term, a function of a step, with what
-it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`. What each does is measured in
-`docs/methods.md`.
+A term of the objective is a file: its loss, a function of tensors with the equation, and its term, a function of a
+step, with what it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`. When and how surely
+labels teach (`thresholds`, `surest`) are functions of tensors, too, and what a step asks of them. What each does is
+measured in `docs/methods.md`.
 """
 
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
+from toco_core.methods.surest import grown, seg_label
+from toco_core.methods.thresholds import thresholds
 
-__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = ["consistency", "exchange", "exchanged", "grown", "prototypes", "seg_label", "thresholds", "unsure_choice"]
