@@ -26,8 +26,7 @@ also names what is counted in its label, `Term.count`, and takes the number from
 batch, over all parts and processes; its value is multiplied by `step.parts`, so that the parts' mean is the whole's.
 
     def confident(step):                        # a label: B h w
-        label = step.token_label
-        return label.masked_fill(step.cams.aux_cam.amax() < 0.9, IGNORE)
+        return step.token_label.masked_fill(step.cams.aux_cam.amax() < 0.9, IGNORE)
 
     Term(my_loss, label=confident, count=losses.count_pairs)
 """
@@ -99,6 +98,7 @@ class Step:
         self.model, self.batch, self.config, self.number = model, batch, config, number
         self.autocast, self.generator, self.share, self.parts = autocast, generator, share, parts * share.n
         self.teacher = teacher
+        self.rival: Step | None = None  # of a second network on the same batch, given later (see `train.rival`)
         self.terms = TERMS if terms is None else terms
         self.weights = dict(term_weights(config, number, self.terms) if weights is None else weights)
         self.graph = torch.is_grad_enabled()
@@ -287,8 +287,7 @@ def aux_cls(step: Step) -> Float[Tensor, ""]:
 
 def ptc(step: Step) -> Float[Tensor, ""]:
     """Patch token contrast."""
-    constant = step.config.release.ptc_constant
-    pairs = step.count("ptc")
+    pairs, constant = step.count("ptc"), step.config.release.ptc_constant
     return losses.ptc_loss(
         step.tokens.patch_map, step.token_label, pairs=pairs, parts=step.parts, keep_constant=constant
     )
@@ -335,7 +334,7 @@ def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
 
 def seg(step: Step) -> Float[Tensor, ""]:
     """Cross-entropy of the decoder with the pseudo label."""
-    label, nan = step.pseudo_label, step.config.release.nan_segmentation_loss
+    label, nan = step.made(methods.taught_label), step.config.release.nan_segmentation_loss
     return losses.segmentation_loss(
         step.seg_logits, label, pixels=step.count("seg"), parts=step.parts, nan_when_empty=nan
     )
@@ -352,12 +351,13 @@ TERMS: dict[str, Term] = {
     "aux_cls": Term(aux_cls),
     "ptc": Term(ptc, "token_label", losses.count_pairs),
     "ctc": Term(ctc, "region_mask"),
-    "seg": Term(seg, "pseudo_label", losses.count_pixels),
+    "seg": Term(seg, methods.taught_label, losses.count_pixels),
     "energy": Term(energy, "pseudo_label"),
     # not the paper's: in a run's records only where they count
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
+    "discrepancy": Term(methods.discrepancy),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

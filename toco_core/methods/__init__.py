@@ -6,7 +6,8 @@ it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`.
 """
 
 from toco_core.methods.consistency import consistency, unsure_choice
+from toco_core.methods.discrepancy import discrepancy, taught_label
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 
-__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = ["consistency", "discrepancy", "exchange", "exchanged", "prototypes", "taught_label", "unsure_choice"]
