@@ -15,7 +15,7 @@ IDEAS = {
     "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
-    "discrepancy": {"discrepancy": 0.1, "discrepancy_start": 60},
+    "discrepancy": {"discrepancy": 0.1},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
 }
 """Name -> the fields of `tiny()` that it changes."""
