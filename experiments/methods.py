@@ -19,6 +19,7 @@ IDEAS = {
     "dynamic thresholds": {"dynamic_thresholds": True},
     "noise filter": {"seg_noise": 0.2, "seg_noise_start": 150},
     "growing regions": {"growing_start": 0.3},
+    "discrepancy": {"discrepancy": 0.1},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
 }
 """Name -> the fields of `tiny()` that it changes."""

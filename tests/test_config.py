@@ -76,6 +76,8 @@ VOC = {
         "consistency_start": 0,
         "prototypes": 0.0,
         "prototypes_start": 0,
+        "discrepancy": 0.0,
+        "discrepancy_start": 0,
         "final_cam_start": 0,
     },
     "crops": {"n_local": 8, "local_size": 96, "local_resized": False, "positive_threshold": 0.2},

@@ -26,8 +26,7 @@ also names what is counted in its label, `Term.count`, and takes the number from
 batch, over all parts and processes; its value is multiplied by `step.parts`, so that the parts' mean is the whole's.
 
     def confident(step):                        # a label: B h w
-        label = step.token_label
-        return label.masked_fill(step.cams.aux_cam.amax() < 0.9, IGNORE)
+        return step.token_label.masked_fill(step.cams.aux_cam.amax() < 0.9, IGNORE)
 
     Term(my_loss, label=confident, count=losses.count_pairs)
 """
@@ -99,6 +98,7 @@ class Step:
         self.model, self.batch, self.config, self.number = model, batch, config, number
         self.autocast, self.generator, self.share, self.parts = autocast, generator, share, parts * share.n
         self.teacher = teacher
+        self.rival: Step | None = None  # of a second network on the same batch, given later (see `train.rival`)
         self.terms = TERMS if terms is None else terms
         self.weights = dict(term_weights(config, number, self.terms) if weights is None else weights)
         self.graph = torch.is_grad_enabled()
@@ -357,6 +357,7 @@ TERMS: dict[str, Term] = {
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
+    "discrepancy": Term(methods.discrepancy),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

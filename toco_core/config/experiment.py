@@ -76,6 +76,9 @@ class TrainConfig(Config):
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
         if self.loss.ctc_whole_teacher and not self.schedule.teacher_momentum:
             raise ToCoError("ctc_whole_teacher = True with teacher_momentum = 0 is not allowed: above 0")
+        if self.loss.discrepancy and self.schedule.teacher_momentum:
+            both = f"discrepancy = {self.loss.discrepancy} with teacher_momentum = {self.schedule.teacher_momentum}"
+            raise ToCoError(f"{both} is not allowed: one of them is 0, labels are the rival's or the teacher's")
         self.check_parts()
 
     def check_parts(self, processes: int = 1) -> None:

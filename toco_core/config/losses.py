@@ -85,3 +85,14 @@ class LossConfig(Config):
         added_later=True,
     )
     prototypes_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    discrepancy: float = option(
+        0.0,
+        """Weight of the cosine between the tokens of two networks that learn beside each other, each decoder from the
+        other's pseudo label (DuPL, CVPR 2024; `train.rival`). Twice the time and memory of a step; a GPU replays the
+        blocks of the first alone. Not with `teacher_momentum`. 0: one network, as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    discrepancy_start: int = option(
+        0, "First step with it; the second network learns from step 0 on.", at_least=0, added_later=True
+    )

@@ -7,9 +7,20 @@ measured in `docs/methods.md`.
 """
 
 from toco_core.methods.consistency import consistency, unsure_choice
+from toco_core.methods.discrepancy import discrepancy
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 from toco_core.methods.surest import grown, seg_label
 from toco_core.methods.thresholds import thresholds
 
-__all__ = ["consistency", "exchange", "exchanged", "grown", "prototypes", "seg_label", "thresholds", "unsure_choice"]
+__all__ = [
+    "consistency",
+    "discrepancy",
+    "exchange",
+    "exchanged",
+    "grown",
+    "prototypes",
+    "seg_label",
+    "thresholds",
+    "unsure_choice",
+]

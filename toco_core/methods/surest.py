@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toco_core.conventions import IGNORE
+from toco_core.methods.discrepancy import taught_label
 
 
 def surest(label: Int[Tensor, "B h w"], score: Float[Tensor, "B h w"], share: float) -> Int[Tensor, "B h w"]:
@@ -60,7 +61,8 @@ def without_noise(logits: Float[Tensor, "B C H W"], label: Int[Tensor, "B H W"],
 
 
 def seg_label(step) -> Int[Tensor, "B H W"]:
-    """What the decoder learns from in a step: the pseudo label, from `seg_noise_start` on without its noise. The dense
-    energy keeps all of it."""
-    noise = step.config.loss.seg_noise if step.number >= step.config.loss.seg_noise_start else 0
-    return without_noise(step.seg_logits, step.pseudo_label, noise) if noise else step.pseudo_label
+    """What the decoder learns from in a step: the pseudo label, its own or its rival's, from `seg_noise_start` on
+    without its noise. The dense energy keeps all of its own."""
+    label, loss = taught_label(step), step.config.loss
+    noise = loss.seg_noise if step.number >= loss.seg_noise_start else 0
+    return without_noise(step.seg_logits, label, noise) if noise else label

@@ -10,6 +10,7 @@ from toco_core.config import TrainConfig
 from toco_core.machine.distributed import unshared_gradients
 from toco_core.model import ToCo
 from toco_core.objective import Objective, Step, StepInput
+from toco_core.train.rival import oppose
 
 
 def recorded_blocks(model: ToCo, config: TrainConfig, processes: int = 1) -> contextlib.AbstractContextManager:
@@ -26,6 +27,8 @@ def backward(
     batch: StepInput,
     config: TrainConfig,
     number: int = 0,
+    *,
+    rival: ToCo | None = None,
     **options,
 ) -> Objective:
     """A batch's objective and its backward pass, in `config.schedule.accumulate` parts one after the other.
@@ -35,12 +38,16 @@ def backward(
     the main images through the encoder.
 
     `compute` as `distributed.shared_step` returns it, `options` as for `Step`. The result has no graph.
+
+    rival: a second network on the same images; `compute` is then to make its gradient, too (see `rival.of_both`).
     """
     n = config.schedule.accumulate
     if model.graphs is not None:
         model.graphs.begin_step()
     parts = [StepInput(*part) for part in zip(*(value.chunk(n) for value in batch), strict=True)]
     steps = [Step(model, part, config, number, parts=n, **options) for part in parts]
+    if rival is not None:
+        oppose(steps, rival)
     if n > 1:
         _make_labels(steps)
     found = []
@@ -50,6 +57,8 @@ def backward(
             result = compute(step)
             (result.total / n).backward()
         found.append(Objective(result.total.detach(), {name: value.detach() for name, value in result.terms.items()}))
+        if step.rival is not None:
+            step.rival.rival = None  # steps that hold each other would stay in memory
         del step, result
     if n == 1:
         return found[0]
@@ -62,18 +71,24 @@ def _make_labels(steps: list[Step]) -> None:
     first = steps[0]
     wanted = {name: term for name, term in first.terms.items() if first.weights.get(name, 0) > 0 and term.label}
     counted = {name: term for name, term in wanted.items() if term.count}
-    sums: dict[str, Tensor] = {}
-    for step in steps:
-        step.graph, graph = False, step.graph
-        for term in wanted.values():
-            step.made(term.label)
-        for name, term in counted.items():
-            sums[name] = sums[name] + term.counted(step) if name in sums else term.counted(step)
-        step.forget("tokens", "output", "decoded", "seg_logits", "labelled", "unit")
-        step.graph = graph
-    totals = {name: first.share.total(value) for name, value in sums.items()}
-    for step in steps:
-        step.counts = dict(totals)
+    graph = first.graph
+    networks = [steps] + ([] if first.rival is None else [[step.rival for step in steps]])
+    sums: list[dict[str, Tensor]] = [{} for _ in networks]
+    for part in zip(*networks, strict=True):  # rivals together: each asks for the other's labels
+        for step in part:
+            step.graph = False
+        for step, found in zip(part, sums, strict=True):
+            for term in wanted.values():
+                step.made(term.label)
+            for name, term in counted.items():
+                found[name] = found[name] + term.counted(step) if name in found else term.counted(step)
+        for step in part:
+            step.forget("tokens", "output", "decoded", "seg_logits", "labelled", "unit")
+            step.graph = graph
+    for network, found in zip(networks, sums, strict=True):
+        totals = {name: first.share.total(value) for name, value in found.items()}
+        for step in network:
+            step.counts = dict(totals)
 
 
 def crop_generator(config: TrainConfig, step: int, first: int = 0) -> torch.Generator:

@@ -29,11 +29,12 @@ from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
-from toco_core.objective import TERMS, StepInput, Term, objective, stage_starts
+from toco_core.objective import TERMS, StepInput, Term, stage_starts
 from toco_core.train.backward import backward, recorded_blocks
 from toco_core.train.batches import config_batches, to_device
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
-from toco_core.train.teacher import build_teacher, teacher_of
+from toco_core.train.rival import build_rival, of_both
+from toco_core.train.teacher import build_teacher, teacher_of, teaching
 from toco_core.train.warm_start import pooled_tokens
 
 MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
@@ -105,20 +106,23 @@ def step_memory(
     try:
         model = build_model(config, data.train.n_classes).to(place).train()
         model.freeze_blocks(schedule.frozen_blocks)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        rival = build_rival(model, config)
+        networks = [model] if rival is None else [model, rival]
+        trained = [p for network in networks for p in network.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in trained)
         summed = schedule.accumulate > 1
         if summed:  # they wait for the next part
             for p in trained:
                 p.grad = torch.zeros_like(p)
         teacher = build_teacher(model, config)
-        step = _allocated_by_a_step(model, config, data, measured, place, terms, teacher_of(teacher))
+        beside = {"teacher": teacher_of(teacher), "rival": rival}
+        step = _allocated_by_a_step(model, config, data, measured, place, terms, beside)
     except torch.OutOfMemoryError as error:
         raise ToCoError(
             f"{device} has {free / GIB:.2f} GiB free, too little for {measured} images at a time: a larger accumulate, "
             f"a smaller crop_size or precision = 'bf16' is needed"
         ) from error
-    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    weights = sum(value.nbytes for network in networks for value in (*network.parameters(), *network.buffers()))
     whole = schedule.batch_size // processes
     return StepMemory(
         device=str(device),
@@ -140,7 +144,7 @@ def _allocated_by_a_step(
     images: int,
     device: torch.device,
     terms: Mapping[str, Term],
-    teacher: ToCo | None,
+    beside: Mapping[str, ToCo | None],
 ) -> int:
     """The most that one forward and backward pass holds at any time, without what was there before."""
     last = config.schedule.steps - 1
@@ -152,7 +156,7 @@ def _allocated_by_a_step(
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        backward(objective, model, batch, config, last, terms=terms, teacher=teacher, **options)
+        backward(of_both, model, batch, config, last, terms=terms, **beside, **options)
         return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else counted.most
 
 
@@ -219,9 +223,10 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
     validation are measured; where tokens are kept, steps whose pictures are new and steps whose pictures are known."""
     device = resolve_device(config.device)
     model = build_model(config, data.train.n_classes).to(device).train()
-    schedule, kept = config.schedule, kept_blocks(config)
+    schedule, kept, store = config.schedule, kept_blocks(config), KeptTokens()
     model.freeze_blocks(schedule.frozen_blocks)
-    autocast, teacher = autocast_of(config, device), build_teacher(model, config)
+    autocast, rival = autocast_of(config, device), build_rival(model, config)
+    beside = {"teacher": teacher_of(build_teacher(model, config)), "rival": rival}
     keep_freed_memory()
     starts = sorted({0, schedule.steps} | {s for s in stage_starts(config, terms) if s < schedule.steps})
     new_steps = config.data.views_per_image * -(-len(data.train) // schedule.batch_size) if kept else schedule.steps
@@ -230,14 +235,17 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
     def seconds_of(batch: StepInput, number: int) -> float:
         began = _when_done(device)
         options = {"terms": terms, "generator": torch.Generator().manual_seed(0), "autocast": autocast}
-        backward(objective, model, batch, config, number, teacher=teacher_of(teacher), **options)
-        model.zero_grad(set_to_none=True)
+        backward(of_both, model, batch, config, number, **beside, **options)
+        for network in (model, rival):
+            if network is not None:
+                network.zero_grad(set_to_none=True)
         return _when_done(device) - began
 
     with (
         attention_of(model, config, device),
-        KeptTokens().of(model, blocks=kept),
+        store.of(model, blocks=kept),
         recorded_blocks(model, config),
+        teaching(rival, config, device, store),
     ):
         batches = config_batches(data, config, model, stop_step=3 * len(starts))
         for first, last in zip(starts, starts[1:], strict=False):
@@ -250,7 +258,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
             few = data.train.subset(range(min(8, len(data.train))))
             began = time.perf_counter()
             pooled_tokens(model, few, config, autocast=autocast, progress=False)
-            total += (time.perf_counter() - began) * len(data.train) / len(few)
+            total += (time.perf_counter() - began) * len(data.train) / len(few) * (1 if rival is None else 2)
         few = data.val.subset(range(min(8, len(data.val))))
         began = time.perf_counter()
         evaluate_as(config, model, few, progress=False)

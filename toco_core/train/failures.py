@@ -21,10 +21,11 @@ from toco_core.machine.device import resolve_device
 from toco_core.machine.distributed import ALONE, Share
 from toco_core.machine.precision import attention_of, autocast_of
 from toco_core.model import ToCo, loaded_model
-from toco_core.objective import TERMS, Objective, Step, Term, objective
+from toco_core.objective import TERMS, Objective, Step, Term
 from toco_core.runs.folder import Run, read_state
 from toco_core.train.backward import crop_generator
 from toco_core.train.batches import to_device
+from toco_core.train.rival import of_both, oppose
 
 
 def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
@@ -38,23 +39,24 @@ def not_finite(values: dict[str, Tensor], share: Share = ALONE) -> str:
     return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), "")
 
 
-def gradient_length(model: ToCo) -> Tensor:
+def gradient_length(*models: ToCo) -> Tensor:
     """Euclidean length of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    found = [p.grad for model in models for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(found)
 
 
 def failed_step(
     fault: str,
     run: Run,
     model: ToCo,
-    teacher: ToCo | None,
+    beside: Mapping[str, ToCo],
     parts: list[Batch],
     result: Objective,
     config: TrainConfig,
     step: int,
     share: Share,
 ) -> ToCoError:
-    """Saves the step that failed, over all processes, and tells of it."""
+    """Saves the step that failed, over all processes, and tells of it. `beside`: further networks by their names."""
     names = [name for part in parts for name in part.names]
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name != "names"}
     terms = share.numbers(result.terms)
@@ -66,7 +68,7 @@ def failed_step(
                 "message": message,
                 "config": config.to_dict(),
                 "model": model.state_dict(),
-                **({} if teacher is None else {"teacher": teacher.state_dict()}),
+                **{name: network.state_dict() for name, network in beside.items()},
                 "batch": tensors,
                 "names": names,
             }
@@ -85,6 +87,8 @@ class Failure(NamedTuple):
     """What was not finite, every term, the names of the images."""
     teacher: ToCo | None = None
     """The averaged network, where the config has one."""
+    rival: ToCo | None = None
+    """The second network, in training mode, where the config has one."""
 
 
 def load_failure(run: Run | Path | str) -> Failure:
@@ -98,14 +102,16 @@ def load_failure(run: Run | Path | str) -> Failure:
     state = read_state(path, ("step", "message", "config", "model", "batch", "names"))
     try:
         config, batch = TrainConfig.from_dict(state["config"]), Batch(names=tuple(state["names"]), **state["batch"])
-        nets = ["model", "teacher"] if config.schedule.teacher_momentum else ["model"]
-        model, *teacher = (loaded_model(str(path), state.get(n), config, batch.image_labels.shape[1]) for n in nets)
+        wanted = {"model": True, "teacher": config.schedule.teacher_momentum, "rival": config.loss.discrepancy}
+        names, n_classes = [name for name, there in wanted.items() if there], batch.image_labels.shape[1]
+        nets = {name: loaded_model(str(path), state.get(name), config, n_classes).train() for name in names}
     except ToCoError:
         raise
     except Exception as error:  # noqa: BLE001  what a foreign file holds may fail anywhere
         raise ToCoError(f"{path} cannot be read as a failed step: {type(error).__name__}: {error}") from error
-    frozen = teacher[0].eval().requires_grad_(False) if teacher else None
-    return Failure(model.train(), config, state["step"], batch, state["message"], frozen)
+    if "teacher" in nets:
+        nets["teacher"].eval().requires_grad_(False)
+    return Failure(config=config, step=state["step"], batch=batch, message=state["message"], **nets)
 
 
 class Replay(NamedTuple):
@@ -139,4 +145,6 @@ def replay(
         options = {"terms": terms, "generator": generator, "autocast": autocast}
         teacher = None if failure.teacher is None else failure.teacher.to(device)
         step = Step(model, batch, config, failure.step, teacher=teacher, **options)
-        return Replay(step, objective(step))
+        if failure.rival is not None and config.loss.discrepancy:
+            oppose([step], failure.rival.to(device))
+        return Replay(step, of_both(step))

@@ -31,7 +31,8 @@ from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.film import Film
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
-from toco_core.train.optimizer import build_training, load_optimizer_state, set_rates
+from toco_core.train.optimizer import build_training, config_groups, load_optimizer_state, set_rates
+from toco_core.train.rival import build_rival, load_rival, of_both
 from toco_core.train.teacher import build_teacher, load_teacher, teacher_of, teaching
 from toco_core.train.trackers import NoTracker, open_tracker, required, tagged, validation_pictures
 from toco_core.train.warm_start import warm_start
@@ -123,7 +124,8 @@ def train(
     camera = Film(run, data.val, config, every=film if share.first else 0)
     training.begin(share.from_first(run.load() if resume and share.first else None), kept)
     start = training.start
-    compute = distributed.shared_step(objective, training.model, share)
+    step_of = objective if training.rival is None else of_both
+    compute = distributed.shared_step(step_of, torch.nn.ModuleList(training.networks), share)
     saved_at, guard = time.monotonic(), StepGuard(start, patient=share.n == 1)
 
     def keeps(done: int) -> bool:
@@ -133,7 +135,8 @@ def train(
         attention_of(training.model, config, device),
         kept.of(training.model, blocks=kept_blocks(config)),
         recorded_blocks(training.model, config, share.n),
-        teaching(training.teacher, config, device, kept),
+        teaching(teacher_of(training.teacher), config, device, kept),
+        teaching(training.rival, config, device, kept),
         with_resume_hint(run),
         contextlib.closing(training),
         guard,
@@ -202,8 +205,14 @@ class _Training:
         self.skip_nonfinite = skip_nonfinite
         self.model, self.optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
         self.teacher = build_teacher(self.model, config)
+        self.rival = build_rival(self.model, config)
+        self.networks = [self.model] if self.rival is None else [self.model, self.rival]
+        """Those that are trained."""
+        for group in [] if self.rival is None else config_groups(self.rival, config):
+            self.optimizer.add_param_group(group)
         if config.schedule.compile_blocks:
-            self.model.compile_blocks()
+            for network in self.networks:
+                network.compile_blocks()
         self.autocast = autocast_of(config, device)
         self.tracker = NoTracker()
         self.start, self.best, self.skipped = 0, -1.0, 0
@@ -223,8 +232,11 @@ class _Training:
             self.run.keep_records_before(self.start, validated=not self.unvalidated)
         if self.config.schedule.warm_start_steps and not self.start:  # before the processes make the model one
             blocks = kept_blocks(self.config)
-            with attention_of(self.model, self.config, self.device), kept.of(self.model, blocks=blocks):
-                warm_start(self.model, self.data.train, self.config, autocast=self.autocast, progress=self.progress)
+            options = {"autocast": self.autocast, "progress": self.progress}
+            for number, network in enumerate(self.networks):
+                with attention_of(network, self.config, self.device), kept.of(network, blocks=blocks):
+                    seed = self.config.seed + number
+                    warm_start(network, self.data.train, self.config, seed=seed, **options)
         if self.teacher is not None and not self.start:
             self.teacher.update_parameters(self.model)
         if self.share.first:
@@ -235,6 +247,8 @@ class _Training:
         load_optimizer_state(self.optimizer, state["optimizer"], self.run)
         if self.teacher is not None:
             load_teacher(self.teacher, state, self.run, self.data)
+        if self.rival is not None:
+            load_rival(self.rival, state, self.run, self.data)
         if self.share.first:
             refuse_other_run(self.run, self.config, self.data)
         self.start, self.unvalidated = state["step"], state.get("unvalidated") is True
@@ -275,25 +289,34 @@ class _Training:
         set_rates(self.optimizer, config, step)
         batch = to_device(loaded, model, self.device)
         if config.release.average_before_teacher:
-            model.update_ema(config.schedule.momentum)
+            self._average_heads()
         self.optimizer.zero_grad(set_to_none=True)
-        teacher = teacher_of(self.teacher)
         options = {"terms": self.terms, "generator": generator, "autocast": self.autocast, "share": share}
-        result = backward(compute, model, batch, config, step, **options, teacher=teacher)
-        fault = not_finite({"loss": result.total, "gradient's length": gradient_length(model)}, share)
+        result = backward(compute, model, batch, config, step, **options, **self._beside())
+        fault = not_finite({"loss": result.total, "gradient's length": gradient_length(*self.networks)}, share)
         if fault:  # it must not reach the weights, nor the next checkpoint
             self.skipped += 1
             if self.skipped > self.skip_nonfinite:
-                raise failed_step(fault, self.run, model, teacher, share.gathered(loaded), result, config, step, share)
+                beside, parts = self._beside(), share.gathered(loaded)
+                raise failed_step(fault, self.run, model, beside, parts, result, config, step, share)
             if self.progress:
                 tqdm.write(f"step {step} is left out: {fault}", file=sys.stdout)
         if not config.release.average_before_teacher:
-            model.update_ema(config.schedule.momentum)
+            self._average_heads()
         if not fault:
             self.optimizer.step()
             if self.teacher is not None:
                 self.teacher.update_parameters(model)
         return result
+
+    def _average_heads(self) -> None:
+        for network in self.networks:
+            network.update_ema(self.config.schedule.momentum)
+
+    def _beside(self) -> dict[str, ToCo]:
+        """The networks beside the first one, by their names in checkpoints."""
+        found = {"teacher": teacher_of(self.teacher), "rival": self.rival}
+        return {name: network for name, network in found.items() if network is not None}
 
     def log(self, step: int, result: Objective) -> dict:
         """Note a step's losses and rates; the record."""
@@ -333,7 +356,7 @@ class _Training:
         if self.share.first:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"config": self.config.to_dict(), "step": done, "best": self.best, "skipped": self.skipped}
-            state |= {"teacher": self.teacher.module.state_dict()} if self.teacher is not None else {}
+            state |= {name: network.state_dict() for name, network in self._beside().items()}
             self.run.save(state | ({"unvalidated": True} if self.unvalidated else {}), best=self.is_best, keep=keep)
         self.is_best = False
 

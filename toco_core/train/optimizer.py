@@ -20,7 +20,13 @@ def build_training(
     torch.manual_seed(config.seed)
     model, schedule = build_model(config, n_classes).to(device), config.schedule
     model.freeze_blocks(schedule.frozen_blocks)
-    groups = parameter_groups(
+    return model, torch.optim.AdamW(config_groups(model, config), betas=schedule.betas, fused=fused)
+
+
+def config_groups(model: ToCo, config: TrainConfig) -> list[dict]:
+    """`parameter_groups` with the rates and the decay of a config."""
+    schedule = config.schedule
+    return parameter_groups(
         model,
         lr=schedule.lr,
         head_lr_scale=schedule.head_lr_scale,
@@ -28,7 +34,6 @@ def build_training(
         weight_decay=schedule.weight_decay,
         decay_all=config.release.decay_all,
     )
-    return model, torch.optim.AdamW(groups, betas=schedule.betas, fused=fused)
 
 
 def parameter_groups(

@@ -51,13 +51,12 @@ def teacher_of(teacher: AveragedModel | None) -> ToCo | None:
 
 
 @contextlib.contextmanager
-def teaching(
-    teacher: AveragedModel | None, config: TrainConfig, device: torch.device, kept: KeptTokens
-) -> Iterator[None]:
-    """Within this context the teacher computes with the student's kernels, and shares its kept tokens: an average of
-    equal weights is these weights, bit for bit."""
+def teaching(teacher: ToCo | None, config: TrainConfig, device: torch.device, kept: KeptTokens) -> Iterator[None]:
+    """Within this context a second network, the teacher or the rival, computes with the student's kernels, and shares
+    its kept tokens: frozen blocks are the same in both, as an average of equal weights is these weights, bit for bit.
+    """
     with contextlib.ExitStack() as stack:
         if teacher is not None:
-            stack.enter_context(attention_of(teacher.module, config, device))
-            stack.enter_context(kept.of(teacher.module, blocks=kept_blocks(config)))
+            stack.enter_context(attention_of(teacher, config, device))
+            stack.enter_context(kept.of(teacher, blocks=kept_blocks(config)))
         yield

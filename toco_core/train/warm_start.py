@@ -31,19 +31,20 @@ def warm_start(
     source,
     config: TrainConfig,
     *,
+    seed: int | None = None,
     autocast: Callable = contextlib.nullcontext,
     progress: bool = True,
 ) -> None:
     """Fit both classifiers to the frozen tokens of a split, `config.schedule.warm_start_steps` steps of 64 images.
 
     Every image is seen once, at `crop_size` square. AdamW at a rate that falls linearly from 0.01 to 0; what is drawn
-    follows from the config's seed.
+    follows from `seed`, by default the config's.
     """
     final, aux = pooled_tokens(model, source, config, autocast=autocast, progress=progress)
     labels = torch.as_tensor(np.asarray(source.image_labels), dtype=torch.float32, device=final.device)
     fitted = ((final, model.classifier), (aux, model.aux_classifier))
     for (tokens, classifier), pooling in zip(fitted, model.config.poolings, strict=True):
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.seed if seed is None else seed)
         options = {"steps": config.schedule.warm_start_steps, "pooling": pooling, "generator": generator}
         fit_classifier(classifier, tokens, labels, **options)
 
