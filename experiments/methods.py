@@ -16,6 +16,15 @@ IDEAS = {
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
+    "class tokens": {"class_tokens_after": 8, "class_tokens": 1.0},
+    "class tokens, their map": {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25},
+    "class tokens, contrast": {
+        "class_tokens_after": 8,
+        "class_tokens": 1.0,
+        "class_attention": 0.25,
+        "class_contrast": 0.1,
+        "class_contrast_start": 100,
+    },
 }
 """Name -> the fields of `tiny()` that it changes."""
 

@@ -137,7 +137,8 @@ class Step:
     def tokens(self) -> Tokens:
         """Of the main images, with their graph."""
         with torch.set_grad_enabled(self.graph), self.autocast():
-            return self.model.encode(self.batch.images, attend=self.config.labels.attended())
+            classes = self.model.class_tokens is not None
+            return self.model.encode(self.batch.images, attend=self.config.labels.attended(), classes=classes)
 
     @cached_property
     def output(self) -> Output:
@@ -322,10 +323,7 @@ def ctc(step: Step) -> Float[Tensor, ""]:
 
 
 def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
-    """Whether two images of the batch share no class; an image is related to itself.
-
-    Raises ToCoError where the step holds a part of its batch only.
-    """
+    """Whether two images of the batch share no class. Raises ToCoError where the step holds a part of its batch."""
     if step.parts > 1:
         raise ToCoError(f"ctc_batch_negatives with a batch in {step.parts} parts is not allowed: one process, one part")
     image_labels = step.batch.image_labels
@@ -358,6 +356,8 @@ TERMS: dict[str, Term] = {
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
+    "class_tokens": Term(methods.class_tokens),
+    "class_contrast": Term(methods.class_contrast, "token_label", methods.count_shown),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -76,6 +76,10 @@ class TrainConfig(Config):
             raise ToCoError(f"local_size = {self.crops.local_size} must be at most crop_size = {self.data.crop_size}")
         if self.loss.ctc_whole_teacher and not self.schedule.teacher_momentum:
             raise ToCoError("ctc_whole_teacher = True with teacher_momentum = 0 is not allowed: above 0")
+        needs = {name: getattr(self.loss, name) for name in ("class_tokens", "class_contrast")}
+        for name, value in (needs | {"class_attention": self.labels.class_attention}).items():
+            if value and not self.model.class_tokens_after:
+                raise ToCoError(f"{name} = {value} with class_tokens_after = 0 is not allowed: above 0")
         self.check_parts()
 
     def check_parts(self, processes: int = 1) -> None:

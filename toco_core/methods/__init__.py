@@ -5,8 +5,18 @@ it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`.
 `docs/methods.md`.
 """
 
+from toco_core.methods.class_tokens import class_contrast, class_tokens, count_shown
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 
-__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = [
+    "class_contrast",
+    "class_tokens",
+    "consistency",
+    "count_shown",
+    "exchange",
+    "exchanged",
+    "prototypes",
+    "unsure_choice",
+]
