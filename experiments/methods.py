@@ -21,6 +21,15 @@ IDEAS = {
     "growing regions": {"growing_start": 0.3},
     "discrepancy": {"discrepancy": 0.1},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
+    "class tokens": {"class_tokens_after": 8, "class_tokens": 1.0},
+    "class tokens, their map": {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25},
+    "class tokens, contrast": {
+        "class_tokens_after": 8,
+        "class_tokens": 1.0,
+        "class_attention": 0.25,
+        "class_contrast": 0.1,
+        "class_contrast_start": 100,
+    },
 }
 """Name -> the fields of `tiny()` that it changes."""
 

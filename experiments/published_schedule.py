@@ -2,10 +2,11 @@
 
     python experiments/published_schedule.py --dataset <VOC folder> --weights vit_tiny.safetensors --precision bf16
 
-The release's recipe `voc()` in fewer steps and with a smaller backbone, everything else in its proportion: crops of 448
-pixels, batch 4, all blocks trained, CAMs over scales 1, 0.5 and 1.5, thresholds 0.25 and 0.7, PTC and CTC from the first
-step, 7.5 % of the steps for the warm-up, segmentation after a tenth. Expected, as in the published log: the auxiliary CAM
-leads first, the final CAM overtakes it, segmentation comes last. `photographs()` runs beside it; nothing is chosen here.
+The release's recipe `voc()` in fewer steps and with a smaller backbone, everything else in its proportion: crops of
+448 pixels, batch 4, all blocks trained, CAMs over scales 1, 0.5 and 1.5, thresholds 0.25 and 0.7, PTC and CTC from the
+first step, 7.5 % of the steps for the warm-up, segmentation after a tenth. Expected, as in the published log: the
+auxiliary CAM leads first, the final CAM overtakes it, segmentation comes last. `photographs()` runs beside it; nothing
+is chosen here.
 
 `compare_runs.ipynb -p runs <one>,<other> -p published always` draws the curves of both over the published one. Cost:
 about five seconds a step of the published recipe on one CPU core, hours in all; an interrupted call goes on where it
@@ -13,7 +14,6 @@ was. Writes experiments/records/published_schedule.json.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch

@@ -223,6 +223,7 @@ OTHERS = {  # what is no switch
     "beta_l": 0.2, "beta_h": 0.9, "beta": 0.6, "cam_scales": (2.0,), "seg_scales": (0.5,), "attention_steps": 3,
     "attention_blocks": (1,), "attention_kind": "pattern", "par_iterations": 1, "par_dilations": (4,),
     "par_scale": 1.0, "refiner": "none", "precision": "bf16", "seed": 3, "workers": 0, "pretrained": False,
+    "class_tokens_after": 2, "class_attention": 1.0,
 }  # fmt: skip
 
 
@@ -230,12 +231,14 @@ OTHERS = {  # what is no switch
 def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, config, method):
     """Label maps of other scales, of another PAR, of another decoder were taken for today's."""
     config, part = override(config, attention_steps=1, attention_blocks=(2,)), source.subset([0, 2])
-    config = override(config, seg_scales=(1.0, 0.5))
+    config = override(config, seg_scales=(1.0, 0.5), class_tokens_after=1, class_attention=0.5)
     how = LabelMethod.of(method, config, {"iterations": 2})
 
     def made(config):
+        torch.manual_seed(4)
         changed = ToCo(config.model, K, dropped_border=config.release.dropped_border)
-        changed.load_state_dict(model.state_dict())
+        own = {name: value for name, value in changed.state_dict().items() if name.startswith("class_tokens.")}
+        changed.load_state_dict(model.state_dict() | own)
         maps = [label.tobytes() for _, label in label_maps(changed.eval(), part, config, how)]
         return maps, json.loads(json.dumps(how.settings(changed, config)))
 
@@ -247,9 +250,10 @@ def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, co
             if changed != maps:
                 movers.add(name)
                 assert others != settings, name
+    of_class_tokens = {"class_tokens_after", "class_attention"}
     network = {"backbone", "mean", "std", "crop_size", "dropped_border"}
     own = {
-        "cam": {"beta", "cam_scales", "attention_steps", "attention_blocks", "attention_kind"},
+        "cam": {"beta", "cam_scales", "attention_steps", "attention_blocks", "attention_kind", *of_class_tokens},
         "par": {"beta_l", "beta_h", "cam_scales", "par_iterations", "par_dilations", "par_scale"},
         "crf": {"beta_l", "beta_h", "cam_scales"},
         "vote": {"beta", "cam_scales", "par_iterations", "par_dilations", "par_scale", "decoder_dilation"},

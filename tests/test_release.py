@@ -97,7 +97,14 @@ def test_everything_is_inferred_and_the_round_trip_is_exact(tmp_path, prefix):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pooling", "mean"), ("pooling", "topk"), ("pooling", "cam_topk"), ("aux_pooling", "mean"), ("aux_norm", True)],
+    [
+        ("pooling", "mean"),
+        ("pooling", "topk"),
+        ("pooling", "cam_topk"),
+        ("aux_pooling", "mean"),
+        ("aux_norm", True),
+        ("class_tokens_after", 1),
+    ],
 )
 def test_what_the_release_does_not_know_is_not_written_in_its_layout(tmp_path, name, value):
     model = from_release(saved(tmp_path, checkpoint()), heads=2, layer=3)

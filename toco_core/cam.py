@@ -52,8 +52,23 @@ def normalise_cam(cam: Float[Tensor, "M H W"]) -> Float[Tensor, "M H W"]:
     return cam / (cam.amax(dim=(-2, -1), keepdim=True) + EPSILON)
 
 
+def fused(
+    activation: Float[Tensor, "B K h w"], class_attention: Float[Tensor, "B K N"], power: float = 1.0
+) -> Float[Tensor, "B K h w"]:
+    """Class activations at the tokens times where the class's token looks (MCTformer's fusion of its two maps).
+
+    With A the attention of the class tokens to the patches (`Tokens.class_attention`, N = h * w), brought to [0, 1)
+    class by class: M_k <- M_k ((A_k - min A_k) / (max A_k - min A_k))^power. A place counts where both maps name it.
+    Attention is high in few places, and a `power` below 1, which MCTformer does not have, evens it out.
+    """
+    attention = class_attention * class_attention.shape[-1]  # around 1: EPSILON is small beside it
+    looks = normalise_cam(attention.flatten(0, 1).unflatten(1, activation.shape[2:]))
+    return activation * looks.pow(power).view_as(activation).to(activation.dtype)
+
+
 class CAMViews(NamedTuple):
-    """In which views of the (normalised) images CAMs are made, and how they are carried along attention."""
+    """In which views of the (normalised) images CAMs are made, how they are carried along attention, and whether they
+    are `fused` with that of the class tokens."""
 
     scales: Sequence[float] = (1.0, 0.5, 1.5)
     """Each contributes relu(max(map, map of the mirrored image)) after bilinear resizing to H x W."""
@@ -64,6 +79,9 @@ class CAMViews(NamedTuple):
     `refiners.attention`, also for the kind)."""
     attention_blocks: Sequence[int] = ()
     attention_kind: str = "attention"
+    class_attention: float = 0.0
+    """Multiply the activations of every view by this power of its class tokens' attention, at the tokens, before they
+    are carried; 0: not."""
 
     def attended(self) -> tuple[int, ...]:
         """The blocks whose attention a pass must keep."""
@@ -83,7 +101,8 @@ def multi_scale_cam(
 
     tokens: `model.encode(images)` where it is at hand; it serves as the unflipped scale 1, so that pass is not
     repeated. Where CAMs are carried along attention it should come from `model.encode(images,
-    attend=attention_blocks)`; otherwise that pass is repeated.
+    attend=attention_blocks)`, where they are fused from `model.encode(images, classes=True)`; otherwise that pass is
+    repeated.
     image_labels: B K in {0, 1}. Only maps of labelled classes are made; the others are 0, which is what
     `labels.valid_cam` would make of them. Without it, all K. Which classes those are is looked up where the labels
     are: for labels on the CPU no device is waited for.
@@ -145,19 +164,21 @@ def _summed_maps(
         )
     if not len(labelled[0]):
         return [images.new_zeros(0, *images.shape[-2:])] * 2
-    attend = views.attended()
-    if tokens is not None and attend and tokens.attention is None:
+    options: dict[str, Any] = {"attend": views.attended(), "classes": views.class_attention > 0}
+    if tokens is not None and (
+        (views.attended() and tokens.attention is None) or (views.class_attention and tokens.class_attention is None)
+    ):
         tokens = None
     totals: list[Any] = [0, 0]
     for scale in views.scales:
         straight = scaled(model, images, scale)
         if scale == 1 and tokens is not None:
-            parts = [tokens] + ([model.encode(straight.flip(-1), attend=attend)] if views.flip else [])
+            parts = [tokens] + ([model.encode(straight.flip(-1), **options)] if views.flip else [])
         elif views.flip:
-            both = model.encode(torch.cat([straight, straight.flip(-1)]), attend=attend)
+            both = model.encode(torch.cat([straight, straight.flip(-1)]), **options)
             parts = [both.part(slice(len(images))), both.part(slice(len(images), None))]
         else:
-            parts = [model.encode(straight, attend=attend)]
+            parts = [model.encode(straight, **options)]
         maps = [_maps(model, one, bool(n), labelled, images.shape[-2:], views) for n, one in enumerate(parts)]
         totals = [
             total + torch.stack(of_head).amax(0).relu_()
@@ -188,6 +209,8 @@ def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, views: CA
     for patch_map, head in ((tokens.patch_map, model.classifier), (tokens.aux_patch_map, model.aux_classifier)):
         with torch.autocast(patch_map.device.type, enabled=False):
             cam = class_activation(patch_map.to(head.weight.dtype), head.weight)
+            if views.class_attention and tokens.class_attention is not None:
+                cam = fused(cam, tokens.class_attention, views.class_attention)
             if affinity is not None:
                 cam = carried(cam, affinity, views.attention_steps).to(cam.dtype)
             cam = cam[labelled]

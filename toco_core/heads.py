@@ -28,12 +28,16 @@ class Tokens(NamedTuple):
     """(h, w)."""
     attention: Float[Tensor, "B N N"] | None = None
     """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
+    class_tokens: Float[Tensor, "B K D"] | None = None
+    """One per class, after the final norm, where `encode` was asked for `classes`."""
+    class_attention: Float[Tensor, "B K N"] | None = None
+    """Of these to the patches, mean over heads and all blocks that they go through; no gradient."""
 
     def part(self, images: slice) -> "Tokens":
         """Those of some images of the batch."""
-        attention = None if self.attention is None else self.attention[images]
         own = (self.class_token[images], self.patch_tokens[images], self.aux_patch_tokens[images])
-        return Tokens(*own, self.grid, attention)
+        more = (self.attention, self.class_tokens, self.class_attention)
+        return Tokens(*own, self.grid, *(None if value is None else value[images] for value in more))
 
     @property
     def patch_map(self) -> Float[Tensor, "B D h w"]:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from toco_core.backbone import build_encoder, embed_patches, resize_positions, rotary_positions
+from toco_core.backbone import NumbersOnCPU, build_encoder, embed_patches, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
@@ -28,7 +27,8 @@ from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, 
 from .machine.files import refuse_wrong_keys
 from .machine.graphs import BlockGraphs
 from .machine.torchvision_shim import make_importable
-from .refiners.attention import mean_attention
+from .methods.class_tokens import build_class_tokens, class_to_patch
+from .refiners.attention import mean_attention, plain_attention
 
 
 class ToCo(nn.Module):
@@ -78,6 +78,7 @@ class ToCo(nn.Module):
         self.proj_head_ema.load_state_dict(self.proj_head.state_dict())
         self.proj_head_ema.requires_grad_(False)
         self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1, dilation=config.decoder_dilation)
+        self.class_tokens: Any = build_class_tokens(self.encoder, config, n_classes)
 
         default = self.encoder.pretrained_cfg
         for name in ("mean", "std"):
@@ -114,33 +115,54 @@ class ToCo(nn.Module):
 
     # ---- encoder
 
-    def encode(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True) -> Tokens:
+    def encode(
+        self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), keep: bool = True, classes: bool = False
+    ) -> Tokens:
         """One pass through the encoder. Images are normalised (see `normalise`) and of any size.
 
         `attend`: blocks (from 1) whose mean attention the tokens shall carry; their attention is then computed by
         matrix products. Raises ToCoError for a block that is not there.
         `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
+        `classes`: with class tokens and their attention. Raises ToCoError for a model without them.
         """
-        serves = keep and self.kept is not None and self.kept.serves(self.layer, attend)
+        first = min(self.layer, self._branch()) if classes else self.layer
+        serves = keep and self.kept is not None and self.kept.serves(first, attend)
         kept = self.kept if serves else None
+        before: list[Tensor] = []
         with self._attention_of(attend) as maps:
             behind = self.layer > (kept.blocks if kept is not None else 0)
-            if self.graphs is not None and self.training and not attend and behind:
+            if self.graphs is not None and self.training and not attend and not classes and behind:
                 x, grid, done = self._embedded(images, kept)
                 aux, x = self.graphs(x, done, self.layer - 1)
             else:
                 for number, x, grid in self._run_blocks(images, kept):
                     if number == self.layer:
                         aux = x
-        tokens = self._tokens(self.final_norm(x), aux, grid)
-        if not maps:
-            return tokens
-        return tokens._replace(attention=mean_attention(maps, self.encoder.num_prefix_tokens))
+                    if classes and self._branch() <= number < self.depth:
+                        before.append(x)
+        return self._tokens(self.final_norm(x), aux, grid, maps, before)
 
-    def _tokens(self, last: Tensor, aux: Tensor, grid: tuple[int, int]) -> Tokens:
-        """From all tokens after the final norm, and all after block `layer`."""
+    def _tokens(
+        self, last: Tensor, aux: Tensor, grid: tuple[int, int], maps: list[Tensor], before: list[Tensor]
+    ) -> Tokens:
+        """From all tokens after the final norm and after block `layer`, the attention that was kept and, where class
+        tokens are wanted, all tokens in front of every block that they go through."""
         n_prefix = self.encoder.num_prefix_tokens
-        return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
+        tokens = Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
+        if maps:
+            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
+        if not before:
+            return tokens
+        after = self._branch()
+        with self._attention_of(range(after + 1, self.depth + 1)) as looks:
+            found = self.final_norm(self.class_tokens(self.encoder.blocks[after:], before))
+        return tokens._replace(class_tokens=found, class_attention=class_to_patch(looks, self.n_classes, n_prefix))
+
+    def _branch(self) -> int:
+        """The block after which class tokens branch off. Raises ToCoError where there are none."""
+        if self.class_tokens is None:
+            raise ToCoError("class tokens of a model with class_tokens_after = 0 are not to be had: above 0 is wanted")
+        return self.config.class_tokens_after
 
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept
@@ -292,18 +314,19 @@ class ToCo(nn.Module):
         return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
 
     @torch.no_grad()
-    def inside(self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = ()) -> "BlockTokens":
+    def inside(
+        self, images: Float[Tensor, "B 3 H W"], *, attend: Sequence[int] = (), classes: bool = False
+    ) -> "BlockTokens":
         """Everything that one pass can tell: `block_tokens`, the same through the final norm, and `encode` with the
-        same `attend`."""
+        same `attend` and `classes`."""
         n_prefix = self.encoder.num_prefix_tokens
         blocks, normed = [], []
         with self._attention_of(attend) as maps:
             for _, x, grid in self._run_blocks(images):
                 blocks.append(x)
                 normed.append(self.final_norm(x))
-        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
-        if maps:
-            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
+        before = blocks[self._branch() - 1 : -1] if classes else []
+        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid, maps, before)
         return BlockTokens([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
@@ -338,26 +361,14 @@ class ToCo(nn.Module):
                 stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
             yield maps
 
-    @contextlib.contextmanager
-    def plain_attention(self, *, fused_without_gradient: bool = False):
+    def plain_attention(self, *, fused_without_gradient: bool = False) -> contextlib.AbstractContextManager[None]:
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
 
         Then every token equals the release's bit for bit (on the same processor); also some processors are faster so in
         bf16. `fused_without_gradient`: only passes that keep a graph are computed so. The innermost context counts.
         """
-
-        def choose(attention: Any, _) -> None:
-            attention.fused_attn = fused_without_gradient and not torch.is_grad_enabled()
-
         attentions = [block.attn for block in self.encoder.blocks]
-        before = [attention.fused_attn for attention in attentions]
-        hooks = [attention.register_forward_pre_hook(choose) for attention in attentions]
-        try:
-            yield
-        finally:
-            for attention, fused, hook in zip(attentions, before, hooks, strict=True):
-                hook.remove()
-                attention.fused_attn = fused
+        return plain_attention(attentions, fused_without_gradient=fused_without_gradient)
 
 
 def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None = None) -> ToCo:
@@ -374,16 +385,8 @@ def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
     make_importable()  # before: that of PyTorch 2.6 computes with numbers while it is imported
-    with torch.device("meta"), _NumbersOnCPU():
+    with torch.device("meta"), NumbersOnCPU():
         return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
-
-
-class _NumbersOnCPU(TorchFunctionMode):
-    """Leave `torch.linspace` its numbers: timm before 1.0.21 reads them while it builds."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = {"device": "cpu"} if function is torch.linspace else {}
-        return function(*args, **more | (kwargs or {}))
 
 
 def loaded_model(what: str, found: Mapping[str, Tensor], config: TrainConfig, n_classes: int) -> ToCo:

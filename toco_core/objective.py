@@ -137,7 +137,8 @@ class Step:
     def tokens(self) -> Tokens:
         """Of the main images, with their graph."""
         with torch.set_grad_enabled(self.graph), self.autocast():
-            return self.model.encode(self.batch.images, attend=self.config.labels.attended())
+            classes = self.model.class_tokens is not None
+            return self.model.encode(self.batch.images, attend=self.config.labels.attended(), classes=classes)
 
     @cached_property
     def output(self) -> Output:
@@ -318,20 +319,8 @@ def ctc(step: Step) -> Float[Tensor, ""]:
         temperature=step.config.loss.temperature,
         negatives_only_term=step.config.release.ctc_negatives_only_term,
         cosine=step.config.loss.ctc_cosine,
-        unrelated=unrelated_images(step) if step.config.loss.ctc_batch_negatives else None,
+        unrelated=methods.unrelated_images(step) if step.config.loss.ctc_batch_negatives else None,
     )
-
-
-def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
-    """Whether two images of the batch share no class; an image is related to itself.
-
-    Raises ToCoError where the step holds a part of its batch only.
-    """
-    if step.parts > 1:
-        raise ToCoError(f"ctc_batch_negatives with a batch in {step.parts} parts is not allowed: one process, one part")
-    image_labels = step.batch.image_labels
-    apart = (image_labels @ image_labels.T == 0).fill_diagonal_(False)
-    return apart.to(step.batch.images.device, non_blocking=True)
 
 
 def seg(step: Step) -> Float[Tensor, ""]:
@@ -358,6 +347,8 @@ TERMS: dict[str, Term] = {
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
     "discrepancy": Term(methods.discrepancy),
+    "class_tokens": Term(methods.class_tokens),
+    "class_contrast": Term(methods.class_contrast, "token_label", methods.count_shown),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -206,7 +206,7 @@ class Trials:
     def _frame(self, model: ToCo, config: TrainConfig, step: int) -> Frame:
         images, image_labels = _batch(model, self.shown)
         with model.evaluating(), passes_of(model, config)():
-            tokens = model.encode(images, attend=config.labels.attended())
+            tokens = model.encode(images, attend=config.labels.attended(), classes=config.labels.class_attention > 0)
             options = {"tokens": tokens, "image_labels": image_labels, **config.labels.cam_options()}
             cams = multi_scale_cam(model, images, **options)
             seg_logits = model.decoder(tokens.patch_map)

@@ -79,6 +79,10 @@ class TrainConfig(Config):
         if self.loss.discrepancy and self.schedule.teacher_momentum:
             both = f"discrepancy = {self.loss.discrepancy} with teacher_momentum = {self.schedule.teacher_momentum}"
             raise ToCoError(f"{both} is not allowed: one of them is 0, labels are the rival's or the teacher's")
+        needs = {name: getattr(self.loss, name) for name in ("class_tokens", "class_contrast")}
+        for name, value in (needs | {"class_attention": self.labels.class_attention}).items():
+            if value and not self.model.class_tokens_after:
+                raise ToCoError(f"{name} = {value} with class_tokens_after = 0 is not allowed: above 0")
         self.check_parts()
 
     def check_parts(self, processes: int = 1) -> None:

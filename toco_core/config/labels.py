@@ -50,6 +50,15 @@ class LabelConfig(Config):
         one_of=("attention", "pattern"),
         added_later=True,
     )
+    class_attention: float = option(
+        0.0,
+        """Multiply every CAM by this power of its class token's attention to the patches (`cam.fused`), before it is
+        carried along attention. 1: the product of MCTformer (CVPR 2022), a map of few high places; smaller ones leave
+        it broader, for thresholds as they are. For models with `class_tokens_after`. 0: not, as published.""",
+        at_least=0,
+        at_most=1,
+        added_later=True,
+    )
     par_dilations: tuple[int, ...] = option(
         (1, 2, 4, 8, 12, 24), "Distances of the eight neighbours that PAR compares with.", at_least=1, at_most=10000
     )
@@ -104,9 +113,11 @@ class LabelConfig(Config):
         return self.attention_blocks if self.attention_steps else ()
 
     def cam_options(self) -> dict:
-        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention."""
+        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention and multiplied by
+        that of the class tokens."""
         carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
-        return {"scales": self.cam_scales, **(carried if self.attention_steps else {})}
+        fused = {"class_attention": self.class_attention} if self.class_attention else {}
+        return {"scales": self.cam_scales, **(carried if self.attention_steps else {}), **fused}
 
     def thresholds(self, progress: float = 1.0) -> dict:
         """The keywords `beta_l` and `beta_h`: after training, or where a share of it, `progress` in [0, 1], is done.

@@ -96,3 +96,19 @@ class LossConfig(Config):
     discrepancy_start: int = option(
         0, "First step with it; the second network learns from step 0 on.", at_least=0, added_later=True
     )
+    class_tokens: float = option(
+        0.0,
+        """Weight of the classification by class tokens (MCTformer, CVPR 2022; `methods.class_tokens`), which the model
+        has with `class_tokens_after`. 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    class_tokens_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    class_contrast: float = option(
+        0.0,
+        """Weight of the contrast of class tokens with the patch tokens of their class (MoRe, AAAI 2025;
+        `methods.class_tokens`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    class_contrast_start: int = option(0, "First step with it.", at_least=0, added_later=True)

@@ -49,6 +49,15 @@ class ModelConfig(Config):
         one_of=("max", "mean", "topk", "cam_topk"),
         added_later=True,
     )
+    class_tokens_after: int = option(
+        0,
+        """Block, from 1, after which K class tokens branch off the image's class token and look at the patches from
+        there on (MCTformer, CVPR 2022; `methods.class_tokens`). The terms `class_tokens` and `class_contrast` teach
+        them, `class_attention` uses their maps. 0: no class tokens, as published.""",
+        at_least=0,
+        at_most=1000,
+        added_later=True,
+    )
     proj_hidden: int = option(2048, "Width of the two hidden layers of the projection head.", at_least=1, at_most=65536)
     proj_bottleneck: int = option(
         256, "Width of the projection head before its last, weight-normalised layer.", at_least=1, at_most=65536

@@ -277,9 +277,10 @@ class _Views(NamedTuple):
 
     def settings(self) -> dict:
         """What a kept evaluation writes down."""
-        scales, flip, *carried = self.cam
+        scales, flip, *carried, class_attention = self.cam
         found = {"size": self.size, "scales": scales, "flip": flip, "seg_size": self.seg_size}
-        return found | {"seg_scales": self.seg_scales} | ({"attention": carried} if self.cam.attention_steps else {})
+        found |= {"seg_scales": self.seg_scales} | ({"class_attention": class_attention} if class_attention else {})
+        return found | ({"attention": carried} if self.cam.attention_steps else {})
 
     def __str__(self) -> str:
         return (
@@ -306,7 +307,7 @@ def _seen(model: ToCo, items: Sequence[EvalItem], views: _Views, autocast: Calla
     image_labels = torch.cat([i.image_labels for i in items]).to(device)
     images = model.normalise(unit)
     with autocast() if autocast else torch.autocast(device.type, enabled=False):
-        tokens = model.encode(images, attend=views.cam.attended())
+        tokens = model.encode(images, attend=views.cam.attended(), classes=views.cam.class_attention > 0)
         output = model.heads(tokens)
         cams = multi_scale_cam(model, images, tokens=tokens, image_labels=image_labels, **views.cam._asdict())
         if views.seg_size != views.size:
@@ -393,8 +394,11 @@ def _depends_on(model: ToCo, source, autocast: Callable | None) -> dict:
 
 
 def cam_named(views: CAMViews) -> str:
-    """ "scales 1, 0.5 + flip", and how the CAM is carried along attention, where it is."""
+    """ "scales 1, 0.5 + flip", and whether the CAM is fused with the class tokens' attention, and how it is carried
+    along that of the patches."""
     name = f"scales {listed(views.scales)}{' + flip' if views.flip else ''}"
+    if views.class_attention:
+        name += f", times the class tokens' attention to the power of {views.class_attention:g}"
     if not views.attention_steps:
         return name
     blocks, kind = listed(views.attention_blocks), views.attention_kind

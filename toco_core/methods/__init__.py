@@ -6,15 +6,20 @@ labels teach (`thresholds`, `surest`) are functions of tensors, too, and what a 
 measured in `docs/methods.md`.
 """
 
+from toco_core.methods.class_tokens import class_contrast, class_tokens, count_shown
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.discrepancy import discrepancy
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 from toco_core.methods.surest import grown, seg_label
 from toco_core.methods.thresholds import thresholds
+from toco_core.methods.unrelated import unrelated_images
 
 __all__ = [
+    "class_contrast",
+    "class_tokens",
     "consistency",
+    "count_shown",
     "discrepancy",
     "exchange",
     "exchanged",
@@ -22,5 +27,6 @@ __all__ = [
     "prototypes",
     "seg_label",
     "thresholds",
+    "unrelated_images",
     "unsure_choice",
 ]

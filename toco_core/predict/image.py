@@ -14,7 +14,7 @@ image. Sizes, scales, thresholds and the refiner are those of the config.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from toco_core.cam import class_activation, normalise_cam, scaled
+from toco_core.cam import class_activation, fused, normalise_cam, scaled
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import EvalItem, evaluation_items, to_unit
@@ -292,19 +292,21 @@ class ImagePredictor:
     def _pass(self, scale: float, mirrored: bool, flip: bool) -> BlockTokens:
         """One view; scaled views and their mirrors go together, as in `multi_scale_cam`."""
         if (scale, mirrored) not in self._passes:
-            attend = self.config.labels.attended()
+            labels = self.config.labels
+            options: dict[str, Any] = {"attend": labels.attended(), "classes": labels.class_attention > 0}
             with torch.no_grad(), self.passes():
                 views = scaled(self.model, self.images, scale)
                 if flip and scale != 1:
-                    both = self.model.inside(torch.cat([views, views.flip(-1)]), attend=attend)
+                    both = self.model.inside(torch.cat([views, views.flip(-1)]), **options)
                     self._passes[scale, False], self._passes[scale, True] = both.images()
                 else:
                     views = views.flip(-1) if mirrored else views
-                    self._passes[scale, mirrored] = self.model.inside(views, attend=attend)
+                    self._passes[scale, mirrored] = self.model.inside(views, **options)
         return self._passes[scale, mirrored]
 
     def _activation(self, scale: float, mirrored: bool, flip: bool, row: int) -> Float[Tensor, "1 K h w"]:
-        """Raw activations of all classes from one view, carried along its attention where the config says so."""
+        """Raw activations of all classes from one view, fused with its class tokens' attention and carried along
+        its own where the config says so."""
         key = ("raw", scale, mirrored, row)
         if key not in self._kept:
             model, labels, inner = self.model, self.config.labels, row not in (AUXILIARY, self.model.depth)
@@ -318,6 +320,8 @@ class ImagePredictor:
                 patch_map = inside.normed[row - 1].transpose(1, 2).unflatten(2, inside.tokens.grid)
             with torch.no_grad(), torch.autocast(patch_map.device.type, enabled=False):
                 raw = class_activation(patch_map.to(head.weight.dtype), head.weight)
+                if labels.class_attention:
+                    raw = fused(raw, inside.tokens.class_attention, labels.class_attention)
                 if labels.attention_steps:
                     affinity = token_affinity(inside.tokens.attention, labels.attention_kind)
                     raw = carried(raw, affinity, labels.attention_steps).to(raw.dtype)
@@ -401,6 +405,8 @@ def computed_by(model: ToCo) -> dict:
     network = {name: getattr(model.config, name) for name in fields}
     if model.config.aux_pooling:  # a later field: numbers kept before it are still those of today
         network["aux_pooling"] = model.config.aux_pooling
+    if model.config.class_tokens_after:
+        network["class_tokens_after"] = model.config.class_tokens_after
     network |= {"dropped_border": model.dropped_border, "mean": model.mean.tolist(), "std": model.std.tolist()}
     return {
         "device": device,

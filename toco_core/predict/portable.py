@@ -4,7 +4,8 @@
 
 The graph has one input, `images` (B 3 H W, RGB in [0, 1], H and W multiples of the patch), and three outputs: `scores`
 (B K, probability of each class), `cam` (B K H W in [0, 1), one scale, not mirrored, each class on its own) and
-`segmentation` (B C H W, logits, background first). Labels from scores, several scales, PAR and the CRF stay outside.
+`segmentation` (B C H W, logits, background first). Labels from scores, several scales, attention, PAR and the CRF stay
+outside.
 """
 
 import importlib

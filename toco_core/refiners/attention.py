@@ -16,7 +16,8 @@ Tokens of some small backbones attend to what they are not (body to background):
 onto the background, and only "pattern", which has no sign, is safe.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,3 +64,21 @@ def mean_attention(maps: Sequence[Float[Tensor, "B heads T T"]], n_prefix: int) 
     """Average attention probabilities over heads and blocks; patch tokens only (rows then sum to at most 1)."""
     mean: Any = sum(full_precision(attention.detach()).mean(1) for attention in maps) / len(maps)
     return mean[:, n_prefix:, n_prefix:]
+
+
+@contextlib.contextmanager
+def plain_attention(attentions: Sequence[Any], *, fused_without_gradient: bool = False) -> Iterator[None]:
+    """Within this context timm's attention modules compute by matrix products and a softmax (see
+    `ToCo.plain_attention`)."""
+
+    def choose(attention: Any, _) -> None:
+        attention.fused_attn = fused_without_gradient and not torch.is_grad_enabled()
+
+    before = [attention.fused_attn for attention in attentions]
+    hooks = [attention.register_forward_pre_hook(choose) for attention in attentions]
+    try:
+        yield
+    finally:
+        for attention, fused, hook in zip(attentions, before, hooks, strict=True):
+            hook.remove()
+            attention.fused_attn = fused

@@ -55,10 +55,11 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
     for bit, tensors that nobody uses included.
 
-    Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place
-    for either, and the release's tools would compute other class logits from the same tensors.
+    Errors: `ToCoError` for a model with class tokens, with `aux_norm` or with another pooling than the maximum: the
+    layout has no place for these, and the release's tools would compute other class logits from the same tensors.
     """
-    for name, known in (("pooling", "max"), ("aux_pooling", "max"), ("aux_norm", False)):
+    refused = (("pooling", "max"), ("aux_pooling", "max"), ("aux_norm", False), ("class_tokens_after", 0))
+    for name, known in refused:
         value = getattr(model.config, name)
         if value not in (None, known):  # an auxiliary pooling of None is the final one's
             raise ToCoError(f"{name} = {value!r} cannot be written in the release's layout: it knows {known!r} only")

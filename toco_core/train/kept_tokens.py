@@ -101,10 +101,12 @@ class KeptTokens:
 
 
 def kept_blocks(config: TrainConfig) -> int:
-    """Behind how many blocks a config keeps tokens: the frozen ones up to that of the auxiliary classifier and before
-    the first whose attention is asked for; 0 where images are varied anew in every pass."""
-    before = (block - 1 for block in config.labels.attended())
-    return min(config.schedule.frozen_blocks, config.model.layer, *before) if config.data.views_per_image else 0
+    """Behind how many blocks a config keeps tokens: the frozen ones up to that of the auxiliary classifier and that
+    after which class tokens branch off, and before the first whose attention is asked for; 0 where images are varied
+    anew in every pass."""
+    model, before = config.model, [block - 1 for block in config.labels.attended()]
+    before += [model.class_tokens_after] if model.class_tokens_after else []
+    return min(config.schedule.frozen_blocks, model.layer, *before) if config.data.views_per_image else 0
 
 
 def _pixels(image: Tensor) -> bytes:
