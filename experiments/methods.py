@@ -16,6 +16,13 @@ IDEAS = {
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
+    "affinity": {"affinity": 0.1, "attention_steps": 1, "attention_kind": "learned"},
+    "affinity, also in labels": {
+        "affinity": 0.1,
+        "attention_steps": 1,
+        "attention_kind": "learned",
+        "affinity_walk_start": 250,
+    },
 }
 """Name -> the fields of `tiny()` that it changes."""
 

@@ -1,8 +1,9 @@
-"""What the encoder says of a batch, and what stands on it: pooling for the classifiers, projection head, decoder."""
+"""What the encoder says of a batch, and what stands on it: pooling for the classifiers, projection head, decoder,
+affinity head."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,14 @@ class Tokens(NamedTuple):
     """(h, w)."""
     attention: Float[Tensor, "B N N"] | None = None
     """Between patch tokens, mean over heads and the blocks that `encode` was asked for; no gradient."""
+    affinity: Float[Tensor, "B N N"] | None = None
+    """What the model's `AffinityHead` makes of the attention of these blocks, where it has one that reads them."""
 
     def part(self, images: slice) -> "Tokens":
         """Those of some images of the batch."""
-        attention = None if self.attention is None else self.attention[images]
+        pairs = (None if one is None else one[images] for one in (self.attention, self.affinity))
         own = (self.class_token[images], self.patch_tokens[images], self.aux_patch_tokens[images])
-        return Tokens(*own, self.grid, attention)
+        return Tokens(*own, self.grid, *pairs)
 
     @property
     def patch_map(self) -> Float[Tensor, "B D h w"]:
@@ -169,3 +172,33 @@ class LargeFOV(nn.Module):
 
     def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
         return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
+
+
+class AffinityHead(nn.Module):
+    """How likely two patch tokens are to show the same class, read from the encoder's attention.
+
+    "Learning Affinity from Attention" (AFA, Ru et al., CVPR 2022): one linear layer over all heads of some blocks, and
+    a sigmoid. With A_mh the attention of head h in block m between the N patch tokens,
+
+        S = sigmoid(Z + Z^T + b),    Z = N sum over m, h of w_mh A_mh
+
+    Attention counts in multiples of 1 / N, what each token would get were all alike: the same weights then serve grids
+    of every size, and learn at the rate of other heads. Weights and bias begin at 0, so that no pair is preferred and
+    no gradient enters the attention before something is learned.
+    """
+
+    def __init__(self, blocks: Iterable[int], heads: int):
+        super().__init__()
+        self.blocks = tuple(sorted(set(blocks)))
+        self.weight = nn.Parameter(torch.zeros(len(self.blocks), heads))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, maps: Sequence[Float[Tensor, "B heads T T"]], n_prefix: int) -> Float[Tensor, "B N N"]:
+        """S of attention probabilities, block after block; the first `n_prefix` of the T tokens are no patches."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            z: Any = 0
+            for attention, weight in zip(maps, self.weight, strict=True):
+                patches = attention[:, :, n_prefix:, n_prefix:].to(weight.dtype)
+                z = z + torch.einsum("bhij,h->bij", patches, weight)
+            z = z * z.shape[-1]
+            return (z + z.transpose(1, 2) + self.bias).sigmoid()

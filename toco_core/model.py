@@ -11,23 +11,22 @@ twice.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from toco_core.backbone import build_encoder, embed_patches, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
+from .heads import AffinityHead, BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
 from .machine.files import refuse_wrong_keys
 from .machine.graphs import BlockGraphs
-from .machine.torchvision_shim import make_importable
+from .machine.meta_device import without_numbers
 from .refiners.attention import mean_attention
 
 
@@ -39,17 +38,21 @@ class ToCo(nn.Module):
     resized to the nearest multiple instead, because the ignored border is never seen and the maps, stretched back over
     the whole image, are shifted by up to a patch.
 
+    `affinity_blocks`: those whose attention an affinity head reads; by default there is no such head.
+
     `mean` and `std` are the normalisation that the encoder expects, for images in [0, 1] (see `normalise`).
 
-    Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had
-    or do not fit.
+    Errors: `ToCoError` for an unknown or unsuitable backbone, a block that it lacks, or weights that cannot be had or
+    do not fit.
     """
 
     encoder: Any  # one of timm's plain vision transformers
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False):
+    def __init__(
+        self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False, affinity_blocks: Sequence[int] = ()
+    ):
         super().__init__()
         if n_classes < 1:
             raise ToCoError(f"n_classes = {n_classes} is not allowed: at least 1 foreground class")
@@ -78,6 +81,9 @@ class ToCo(nn.Module):
         self.proj_head_ema.load_state_dict(self.proj_head.state_dict())
         self.proj_head_ema.requires_grad_(False)
         self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1, dilation=config.decoder_dilation)
+        self._refuse_missing(affinity_blocks)
+        heads = self.encoder.blocks[-1].attn.num_heads
+        self.affinity = AffinityHead(affinity_blocks, heads) if affinity_blocks else None
 
         default = self.encoder.pretrained_cfg
         for name in ("mean", "std"):
@@ -132,15 +138,16 @@ class ToCo(nn.Module):
                 for number, x, grid in self._run_blocks(images, kept):
                     if number == self.layer:
                         aux = x
-        tokens = self._tokens(self.final_norm(x), aux, grid)
+        return self._tokens(self.final_norm(x), aux, grid, attend, maps)
+
+    def _tokens(self, last: Tensor, aux: Tensor, grid: tuple[int, int], attend: Sequence[int], maps: list) -> Tokens:
+        """From all tokens after the final norm, all after block `layer`, and the attention of the blocks `attend`."""
+        n_prefix, head = self.encoder.num_prefix_tokens, self.affinity
+        tokens = Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
         if not maps:
             return tokens
-        return tokens._replace(attention=mean_attention(maps, self.encoder.num_prefix_tokens))
-
-    def _tokens(self, last: Tensor, aux: Tensor, grid: tuple[int, int]) -> Tokens:
-        """From all tokens after the final norm, and all after block `layer`."""
-        n_prefix = self.encoder.num_prefix_tokens
-        return Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
+        affinity = head(maps, n_prefix) if head is not None and {*attend} == {*head.blocks} else None
+        return tokens._replace(attention=mean_attention(maps, n_prefix), affinity=affinity)
 
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept
@@ -301,9 +308,7 @@ class ToCo(nn.Module):
             for _, x, grid in self._run_blocks(images):
                 blocks.append(x)
                 normed.append(self.final_norm(x))
-        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid)
-        if maps:
-            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
+        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid, attend, maps)
         return BlockTokens([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
@@ -327,8 +332,7 @@ class ToCo(nn.Module):
     def _attention_of(self, blocks: Sequence[int]):
         """Yield a list to which every pass within this context appends the attention probabilities of `blocks`."""
         wanted = set(blocks)
-        for number in sorted(wanted - set(range(1, self.depth + 1))):
-            raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
+        self._refuse_missing(wanted)
         maps: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if wanted:
@@ -337,6 +341,10 @@ class ToCo(nn.Module):
                 dropout = self.encoder.blocks[number - 1].attn.attn_drop
                 stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
             yield maps
+
+    def _refuse_missing(self, blocks: Iterable[int]) -> None:
+        for number in sorted(set(blocks) - set(range(1, self.depth + 1))):
+            raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
 
     @contextlib.contextmanager
     def plain_attention(self, *, fused_without_gradient: bool = False):
@@ -364,32 +372,26 @@ def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None 
     """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
     weights are loaded next.
 
-    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it.
+    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it, and it has an
+    affinity head where the loss `affinity` counts.
     """
     model = config.model if pretrained is None else dataclasses.replace(config.model, pretrained=pretrained)
-    return ToCo(model, n_classes, dropped_border=config.release.dropped_border)
+    border, blocks = config.release.dropped_border, config.affinity_blocks()
+    return ToCo(model, n_classes, dropped_border=border, affinity_blocks=blocks)
 
 
-def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
+def skeleton(config: ModelConfig, n_classes: int, *, affinity_blocks: Sequence[int] = ()) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
-    make_importable()  # before: that of PyTorch 2.6 computes with numbers while it is imported
-    with torch.device("meta"), _NumbersOnCPU():
-        return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
-
-
-class _NumbersOnCPU(TorchFunctionMode):
-    """Leave `torch.linspace` its numbers: timm before 1.0.21 reads them while it builds."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = {"device": "cpu"} if function is torch.linspace else {}
-        return function(*args, **more | (kwargs or {}))
+    with without_numbers():
+        return ToCo(dataclasses.replace(config, pretrained=False), n_classes, affinity_blocks=affinity_blocks)
 
 
 def loaded_model(what: str, found: Mapping[str, Tensor], config: TrainConfig, n_classes: int) -> ToCo:
     """Build the network of a config with the tensors of a file, `what` in messages. Raises ToCoError, before memory is
     taken, where they are not the config's."""
-    refuse_wrong_keys(what, found, skeleton(config.model, n_classes).state_dict())
+    wanted = skeleton(config.model, n_classes, affinity_blocks=config.affinity_blocks())
+    refuse_wrong_keys(what, found, wanted.state_dict())
     model = build_model(config, n_classes, pretrained=False)
     model.load_state_dict(found)
     return model

@@ -137,7 +137,7 @@ class Step:
     def tokens(self) -> Tokens:
         """Of the main images, with their graph."""
         with torch.set_grad_enabled(self.graph), self.autocast():
-            return self.model.encode(self.batch.images, attend=self.config.labels.attended())
+            return self.model.encode(self.batch.images, attend=self.config.attended())
 
     @cached_property
     def output(self) -> Output:
@@ -166,7 +166,7 @@ class Step:
     @cached_property
     def labelled(self) -> LabelledCAMs:
         """CAM and auxiliary CAM of the classes that the main images have, over the configured scales."""
-        batch, options = self.batch, self.config.labels.cam_options()
+        batch, options = self.batch, self.config.label_cam_options(self.number)
         model, tokens = (self.model, self.tokens) if self.teacher is None else (self.teacher, None)
         with torch.no_grad(), self.autocast():
             return labelled_cams(model, batch.images, batch.image_labels, **options, tokens=tokens)
@@ -287,8 +287,7 @@ def aux_cls(step: Step) -> Float[Tensor, ""]:
 
 def ptc(step: Step) -> Float[Tensor, ""]:
     """Patch token contrast."""
-    constant = step.config.release.ptc_constant
-    pairs = step.count("ptc")
+    constant, pairs = step.config.release.ptc_constant, step.count("ptc")
     return losses.ptc_loss(
         step.tokens.patch_map, step.token_label, pairs=pairs, parts=step.parts, keep_constant=constant
     )
@@ -358,6 +357,7 @@ TERMS: dict[str, Term] = {
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
+    "affinity": Term(methods.affinity, methods.token_pairs, methods.count_affinity_pairs),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -45,8 +45,9 @@ class LabelConfig(Config):
     attention_kind: str = option(
         "attention",
         """`attention`: tokens go together where they attend to each other. `pattern`: where they attend to the same
-        tokens, for backbones whose tokens attend to what they are not.""",
-        one_of=("attention", "pattern"),
+        tokens, for backbones whose tokens attend to what they are not. `learned`: where the loss `affinity` has taught
+        the model that they do (AFA, CVPR 2022).""",
+        one_of=("attention", "pattern", "learned"),
         added_later=True,
     )
     par_dilations: tuple[int, ...] = option(
@@ -75,10 +76,11 @@ class LabelConfig(Config):
         """The blocks whose attention a pass must keep for its CAMs."""
         return self.attention_blocks if self.attention_steps else ()
 
-    def cam_options(self) -> dict:
-        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention."""
-        carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
-        return {"scales": self.cam_scales, **(carried if self.attention_steps else {})}
+    def cam_options(self, *, carried: bool = True) -> dict:
+        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention, unless they are
+        not to be."""
+        along = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
+        return {"scales": self.cam_scales, **(along if self.attention_steps and carried else {})}
 
     def thresholds(self) -> dict:
         """The keywords `beta_l` and `beta_h`."""

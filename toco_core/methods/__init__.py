@@ -5,8 +5,18 @@ it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`.
 `docs/methods.md`.
 """
 
+from toco_core.methods.affinity import affinity, count_affinity_pairs, token_pairs
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.exchange import exchange, exchanged
 from toco_core.methods.prototypes import prototypes
 
-__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = [
+    "affinity",
+    "consistency",
+    "count_affinity_pairs",
+    "exchange",
+    "exchanged",
+    "prototypes",
+    "token_pairs",
+    "unsure_choice",
+]

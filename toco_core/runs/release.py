@@ -55,9 +55,11 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
     for bit, tensors that nobody uses included.
 
-    Errors: `ToCoError` for a model with `aux_norm` or with another pooling than the maximum: the layout has no place
-    for either, and the release's tools would compute other class logits from the same tensors.
+    Errors: `ToCoError` for a model with `aux_norm`, with another pooling than the maximum, or with an affinity head: no
+    place of the layout is theirs, and the release's tools would compute other maps from the same tensors.
     """
+    if model.affinity is not None:
+        raise ToCoError("an affinity head cannot be written in the release's layout: a model trained with affinity = 0")
     for name, known in (("pooling", "max"), ("aux_pooling", "max"), ("aux_norm", False)):
         value = getattr(model.config, name)
         if value not in (None, known):  # an auxiliary pooling of None is the final one's

@@ -103,7 +103,7 @@ class KeptTokens:
 def kept_blocks(config: TrainConfig) -> int:
     """Behind how many blocks a config keeps tokens: the frozen ones up to that of the auxiliary classifier and before
     the first whose attention is asked for; 0 where images are varied anew in every pass."""
-    before = (block - 1 for block in config.labels.attended())
+    before = (block - 1 for block in config.attended())
     return min(config.schedule.frozen_blocks, config.model.layer, *before) if config.data.views_per_image else 0
 
 
