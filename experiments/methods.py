@@ -30,6 +30,13 @@ IDEAS = {
         "class_contrast": 0.1,
         "class_contrast_start": 100,
     },
+    "affinity": {"affinity": 0.1, "attention_steps": 1, "attention_kind": "learned"},
+    "affinity, also in labels": {
+        "affinity": 0.1,
+        "attention_steps": 1,
+        "attention_kind": "learned",
+        "affinity_walk_start": 250,
+    },
 }
 """Name -> the fields of `tiny()` that it changes."""
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from toco_core.config import ModelConfig, did_you_mean
 from toco_core.errors import ToCoError
@@ -61,14 +60,6 @@ def resize_positions(
     as_map = patches.unflatten(1, old).permute(0, 3, 1, 2)
     as_map = F.interpolate(as_map, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([prefix, as_map.flatten(2).transpose(1, 2)], dim=1)
-
-
-class NumbersOnCPU(TorchFunctionMode):
-    """Leave `torch.linspace` its numbers: timm before 1.0.21 reads them while it builds."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = {"device": "cpu"} if function is torch.linspace else {}
-        return function(*args, **more | (kwargs or {}))
 
 
 class PlainViT(NamedTuple):

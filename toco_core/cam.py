@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import ToCoError
 from .model import ToCo, Tokens
-from .refiners.attention import carried, token_affinity
+from .refiners.attention import carried, walk
 
 EPSILON = 1e-5  # added to a map's maximum: a map without any activation stays 0
 
@@ -205,7 +205,7 @@ def _maps(model: ToCo, tokens: Tokens, mirrored: bool, labelled, size, views: CA
     at image size: at token size rounding would differ from the release."""
     found, affinity = [], None
     if views.attention_steps and tokens.attention is not None:
-        affinity = token_affinity(tokens.attention, views.attention_kind)
+        affinity = walk(tokens, views.attention_kind)
     for patch_map, head in ((tokens.patch_map, model.classifier), (tokens.aux_patch_map, model.aux_classifier)):
         with torch.autocast(patch_map.device.type, enabled=False):
             cam = class_activation(patch_map.to(head.weight.dtype), head.weight)

@@ -1,8 +1,9 @@
-"""What the encoder says of a batch, and what stands on it: pooling for the classifiers, projection head, decoder."""
+"""What the encoder says of a batch, and what stands on it: pooling for the classifiers, projection head, decoder,
+affinity head."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,14 @@ class Tokens(NamedTuple):
     """One per class, after the final norm, where `encode` was asked for `classes`."""
     class_attention: Float[Tensor, "B K N"] | None = None
     """Of these to the patches, mean over heads and all blocks that they go through; no gradient."""
+    affinity: Float[Tensor, "B N N"] | None = None
+    """What the model's `AffinityHead` makes of the attention of the blocks that `encode` was asked for, where it has
+    one that reads them."""
 
     def part(self, images: slice) -> "Tokens":
         """Those of some images of the batch."""
         own = (self.class_token[images], self.patch_tokens[images], self.aux_patch_tokens[images])
-        more = (self.attention, self.class_tokens, self.class_attention)
+        more = (self.attention, self.class_tokens, self.class_attention, self.affinity)
         return Tokens(*own, self.grid, *(None if value is None else value[images] for value in more))
 
     @property
@@ -173,3 +177,33 @@ class LargeFOV(nn.Module):
 
     def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
         return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
+
+
+class AffinityHead(nn.Module):
+    """How likely two patch tokens are to show the same class, read from the encoder's attention.
+
+    "Learning Affinity from Attention" (AFA, Ru et al., CVPR 2022): one linear layer over all heads of some blocks, and
+    a sigmoid. With A_mh the attention of head h in block m between the N patch tokens,
+
+        S = sigmoid(Z + Z^T + b),    Z = N sum over m, h of w_mh A_mh
+
+    Attention counts in multiples of 1 / N, what each token would get were all alike: the same weights then serve grids
+    of every size, and learn at the rate of other heads. Weights and bias begin at 0, so that no pair is preferred and
+    no gradient enters the attention before something is learned.
+    """
+
+    def __init__(self, blocks: Iterable[int], heads: int):
+        super().__init__()
+        self.blocks = tuple(sorted(set(blocks)))
+        self.weight = nn.Parameter(torch.zeros(len(self.blocks), heads))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, maps: Sequence[Float[Tensor, "B heads T T"]], n_prefix: int) -> Float[Tensor, "B N N"]:
+        """S of attention probabilities, block after block; the first `n_prefix` of the T tokens are no patches."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            z: Any = 0
+            for attention, weight in zip(maps, self.weight, strict=True):
+                patches = attention[:, :, n_prefix:, n_prefix:].to(weight.dtype)
+                z = z + torch.einsum("bhij,h->bij", patches, weight)
+            z = z * z.shape[-1]
+            return (z + z.transpose(1, 2) + self.bias).sigmoid()

@@ -105,10 +105,19 @@ def refined_token_label(
     """
     classes, present = _labelled_classes(image_labels)
     (classes,) = _on(cam.device, classes)
-    slot = pseudo_label(images, _take(cam, classes), present, **options)
-    shares = [F.adaptive_avg_pool2d((slot == s).float(), grid) for s in range(classes.shape[1] + 1)]
-    share, winner = torch.stack(shares).max(0)
-    return slot_to_class(winner.masked_fill(share < 0.5, IGNORE), classes)
+    label = slot_to_class(pseudo_label(images, _take(cam, classes), present, **options), classes)
+    return label_at_tokens(label, classes, grid)
+
+
+def label_at_tokens(
+    label: Int[Tensor, "B H W"], classes: Int[Tensor, "B k"], grid: tuple[int, int]
+) -> Int[Tensor, "B h w"]:
+    """A label at the grid (h, w) of patch tokens: what at least half of a token's pixels show, 0 background or one of
+    the image's `classes` 0..K-1 as label 1..K, else 255. Of two that have half each the lower one wins."""
+    possible = F.pad(classes + 1, (1, 0))
+    shares = [F.adaptive_avg_pool2d((label == one[:, None, None]).float(), grid) for one in possible.T]
+    share, slot = torch.stack(shares).max(0)
+    return slot_to_class(slot.masked_fill(share < 0.5, IGNORE), classes)
 
 
 def eval_label(

@@ -11,7 +11,7 @@ twice.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from toco_core.backbone import NumbersOnCPU, build_encoder, embed_patches, resize_positions, rotary_positions
+from toco_core.backbone import build_encoder, embed_patches, resize_positions, rotary_positions
 
 from .config import ModelConfig, TrainConfig
 from .errors import ToCoError
-from .heads import BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
+from .heads import AffinityHead, BlockTokens, Kept, LargeFOV, Output, ProjectionHead, Tokens, class_scores
 from .machine.files import refuse_wrong_keys
 from .machine.graphs import BlockGraphs
-from .machine.torchvision_shim import make_importable
-from .methods.class_tokens import build_class_tokens, class_to_patch
-from .refiners.attention import mean_attention, plain_attention
+from .machine.meta_device import without_numbers
+from .methods.class_tokens import branch_of, build_class_tokens, class_to_patch
+from .refiners.attention import attention_maps, mean_attention, plain_attention
 
 
 class ToCo(nn.Module):
@@ -39,17 +39,21 @@ class ToCo(nn.Module):
     resized to the nearest multiple instead, because the ignored border is never seen and the maps, stretched back over
     the whole image, are shifted by up to a patch.
 
+    `affinity_blocks`: those whose attention an affinity head reads; by default there is no such head.
+
     `mean` and `std` are the normalisation that the encoder expects, for images in [0, 1] (see `normalise`).
 
-    Errors: `ToCoError` for an unknown or unsuitable backbone, a `layer` beyond its depth, or weights that cannot be had
-    or do not fit.
+    Errors: `ToCoError` for an unknown or unsuitable backbone, a block that it lacks, or weights that cannot be had or
+    do not fit.
     """
 
     encoder: Any  # one of timm's plain vision transformers
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False):
+    def __init__(
+        self, config: ModelConfig, n_classes: int, *, dropped_border: bool = False, affinity_blocks: Sequence[int] = ()
+    ):
         super().__init__()
         if n_classes < 1:
             raise ToCoError(f"n_classes = {n_classes} is not allowed: at least 1 foreground class")
@@ -79,6 +83,9 @@ class ToCo(nn.Module):
         self.proj_head_ema.requires_grad_(False)
         self.decoder = LargeFOV(self.width, config.decoder_width, n_classes + 1, dilation=config.decoder_dilation)
         self.class_tokens: Any = build_class_tokens(self.encoder, config, n_classes)
+        self._refuse_missing(affinity_blocks)
+        heads = self.encoder.blocks[-1].attn.num_heads
+        self.affinity = AffinityHead(affinity_blocks, heads) if affinity_blocks else None
 
         default = self.encoder.pretrained_cfg
         for name in ("mean", "std"):
@@ -125,7 +132,7 @@ class ToCo(nn.Module):
         `keep`: False for pictures that nobody will ask for again, whose tokens need not be `kept`.
         `classes`: with class tokens and their attention. Raises ToCoError for a model without them.
         """
-        first = min(self.layer, self._branch()) if classes else self.layer
+        first = min(self.layer, branch_of(self)) if classes else self.layer
         serves = keep and self.kept is not None and self.kept.serves(first, attend)
         kept = self.kept if serves else None
         before: list[Tensor] = []
@@ -138,31 +145,26 @@ class ToCo(nn.Module):
                 for number, x, grid in self._run_blocks(images, kept):
                     if number == self.layer:
                         aux = x
-                    if classes and self._branch() <= number < self.depth:
+                    if classes and branch_of(self) <= number < self.depth:
                         before.append(x)
-        return self._tokens(self.final_norm(x), aux, grid, maps, before)
+        return self._tokens(self.final_norm(x), aux, grid, attend, maps, before)
 
     def _tokens(
-        self, last: Tensor, aux: Tensor, grid: tuple[int, int], maps: list[Tensor], before: list[Tensor]
+        self, last: Tensor, aux: Tensor, grid: tuple[int, int], attend: Sequence[int], maps: list, before: list[Tensor]
     ) -> Tokens:
-        """From all tokens after the final norm and after block `layer`, the attention that was kept and, where class
-        tokens are wanted, all tokens in front of every block that they go through."""
-        n_prefix = self.encoder.num_prefix_tokens
+        """From all tokens after the final norm and after block `layer`, the attention of the blocks `attend` and, where
+        class tokens are wanted, all tokens in front of every block that they go through."""
+        n_prefix, head = self.encoder.num_prefix_tokens, self.affinity
         tokens = Tokens(last[:, 0], last[:, n_prefix:], self.aux_norm(aux[:, n_prefix:]), grid)
         if maps:
-            tokens = tokens._replace(attention=mean_attention(maps, n_prefix))
+            affinity = head(maps, n_prefix) if head is not None and {*attend} == {*head.blocks} else None
+            tokens = tokens._replace(attention=mean_attention(maps, n_prefix), affinity=affinity)
         if not before:
             return tokens
-        after = self._branch()
+        after = branch_of(self)
         with self._attention_of(range(after + 1, self.depth + 1)) as looks:
             found = self.final_norm(self.class_tokens(self.encoder.blocks[after:], before))
         return tokens._replace(class_tokens=found, class_attention=class_to_patch(looks, self.n_classes, n_prefix))
-
-    def _branch(self) -> int:
-        """The block after which class tokens branch off. Raises ToCoError where there are none."""
-        if self.class_tokens is None:
-            raise ToCoError("class tokens of a model with class_tokens_after = 0 are not to be had: above 0 is wanted")
-        return self.config.class_tokens_after
 
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept
@@ -325,8 +327,8 @@ class ToCo(nn.Module):
             for _, x, grid in self._run_blocks(images):
                 blocks.append(x)
                 normed.append(self.final_norm(x))
-        before = blocks[self._branch() - 1 : -1] if classes else []
-        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid, maps, before)
+        before = blocks[branch_of(self) - 1 : -1] if classes else []
+        tokens = self._tokens(normed[-1], blocks[self.layer - 1], grid, attend, maps, before)
         return BlockTokens([x[:, n_prefix:] for x in blocks], [x[:, n_prefix:] for x in normed], tokens)
 
     @torch.no_grad()
@@ -346,20 +348,14 @@ class ToCo(nn.Module):
                     break
         return maps
 
-    @contextlib.contextmanager
-    def _attention_of(self, blocks: Sequence[int]):
+    def _attention_of(self, blocks: Sequence[int]) -> contextlib.AbstractContextManager[list[Tensor]]:
         """Yield a list to which every pass within this context appends the attention probabilities of `blocks`."""
-        wanted = set(blocks)
-        for number in sorted(wanted - set(range(1, self.depth + 1))):
+        self._refuse_missing(blocks)
+        return attention_maps([block.attn for block in self.encoder.blocks], blocks)
+
+    def _refuse_missing(self, blocks: Iterable[int]) -> None:
+        for number in sorted(set(blocks) - set(range(1, self.depth + 1))):
             raise ToCoError(f"block = {number} is not allowed: {self.config.backbone} has blocks 1..{self.depth}")
-        maps: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            if wanted:
-                stack.enter_context(self.plain_attention())
-            for number in wanted:
-                dropout = self.encoder.blocks[number - 1].attn.attn_drop
-                stack.callback(dropout.register_forward_pre_hook(lambda _, args: maps.append(args[0])).remove)
-            yield maps
 
     def plain_attention(self, *, fused_without_gradient: bool = False) -> contextlib.AbstractContextManager[None]:
         """Within this context attention is computed by matrix products and a softmax, not by the fused kernel.
@@ -375,24 +371,26 @@ def build_model(config: TrainConfig, n_classes: int, *, pretrained: bool | None 
     """Build the network of a config, as training begins with it. `pretrained`: None as configured; False for one whose
     weights are loaded next.
 
-    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it.
+    The one way from a `TrainConfig` to a model: the sections `model` and `release` both shape it, and it has an
+    affinity head where the loss `affinity` counts.
     """
     model = config.model if pretrained is None else dataclasses.replace(config.model, pretrained=pretrained)
-    return ToCo(model, n_classes, dropped_border=config.release.dropped_border)
+    border, blocks = config.release.dropped_border, config.affinity_blocks()
+    return ToCo(model, n_classes, dropped_border=border, affinity_blocks=blocks)
 
 
-def skeleton(config: ModelConfig, n_classes: int) -> ToCo:
+def skeleton(config: ModelConfig, n_classes: int, *, affinity_blocks: Sequence[int] = ()) -> ToCo:
     """A network without its numbers, which takes no memory: what a file's tensors are compared with before a model is
     built for them."""
-    make_importable()  # before: that of PyTorch 2.6 computes with numbers while it is imported
-    with torch.device("meta"), NumbersOnCPU():
-        return ToCo(dataclasses.replace(config, pretrained=False), n_classes)
+    with without_numbers():
+        return ToCo(dataclasses.replace(config, pretrained=False), n_classes, affinity_blocks=affinity_blocks)
 
 
 def loaded_model(what: str, found: Mapping[str, Tensor], config: TrainConfig, n_classes: int) -> ToCo:
     """Build the network of a config with the tensors of a file, `what` in messages. Raises ToCoError, before memory is
     taken, where they are not the config's."""
-    refuse_wrong_keys(what, found, skeleton(config.model, n_classes).state_dict())
+    wanted = skeleton(config.model, n_classes, affinity_blocks=config.affinity_blocks())
+    refuse_wrong_keys(what, found, wanted.state_dict())
     model = build_model(config, n_classes, pretrained=False)
     model.load_state_dict(found)
     return model

@@ -138,7 +138,7 @@ class Step:
         """Of the main images, with their graph."""
         with torch.set_grad_enabled(self.graph), self.autocast():
             classes = self.model.class_tokens is not None
-            return self.model.encode(self.batch.images, attend=self.config.labels.attended(), classes=classes)
+            return self.model.encode(self.batch.images, attend=self.config.attended(), classes=classes)
 
     @cached_property
     def output(self) -> Output:
@@ -167,7 +167,7 @@ class Step:
     @cached_property
     def labelled(self) -> LabelledCAMs:
         """CAM and auxiliary CAM of the classes that the main images have, over the configured scales."""
-        batch, options = self.batch, self.config.labels.cam_options()
+        batch, options = self.batch, self.config.label_cam_options(self.number)
         model, tokens = (self.model, self.tokens) if self.teacher is None else (self.teacher, None)
         with torch.no_grad(), self.autocast():
             return labelled_cams(model, batch.images, batch.image_labels, **options, tokens=tokens)
@@ -349,6 +349,7 @@ TERMS: dict[str, Term] = {
     "discrepancy": Term(methods.discrepancy),
     "class_tokens": Term(methods.class_tokens),
     "class_contrast": Term(methods.class_contrast, "token_label", methods.count_shown),
+    "affinity": Term(methods.affinity, methods.token_pairs, methods.count_affinity_pairs),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -83,6 +83,10 @@ class TrainConfig(Config):
         for name, value in (needs | {"class_attention": self.labels.class_attention}).items():
             if value and not self.model.class_tokens_after:
                 raise ToCoError(f"{name} = {value} with class_tokens_after = 0 is not allowed: above 0")
+        if self.labels.attention_kind == "learned" and not self.loss.affinity:
+            raise ToCoError(
+                "attention_kind = 'learned' with affinity = 0 is not allowed: above 0, or nothing is learned"
+            )
         self.check_parts()
 
     def check_parts(self, processes: int = 1) -> None:
@@ -97,6 +101,19 @@ class TrainConfig(Config):
             for name, needed in whole.items():
                 if n > 1 and needed:
                     raise ToCoError(f"{parts} = {n} with {name} is not allowed: 1, it needs the batch in one piece")
+
+    def affinity_blocks(self) -> tuple[int, ...]:
+        """The blocks whose attention the model's affinity head reads; none where it has no such head."""
+        return self.labels.attention_blocks if self.loss.affinity else ()
+
+    def attended(self) -> tuple[int, ...]:
+        """The blocks whose attention a training pass must keep: for its CAMs, or for the affinity head."""
+        return self.labels.attended() or self.affinity_blocks()
+
+    def label_cam_options(self, step: int) -> dict:
+        """The keywords of `cam.labelled_cams` for the labels of a step."""
+        begun = 0 < self.loss.affinity_walk_start <= step
+        return self.labels.cam_options(carried=begun or self.labels.attention_kind != "learned")
 
     def short_hash(self, *, every_field: bool = False) -> str:
         """Ten hexadecimal digits that name the experiment: equal for equal fields, wherever it is written (`out_dir`

@@ -46,8 +46,9 @@ class LabelConfig(Config):
     attention_kind: str = option(
         "attention",
         """`attention`: tokens go together where they attend to each other. `pattern`: where they attend to the same
-        tokens, for backbones whose tokens attend to what they are not.""",
-        one_of=("attention", "pattern"),
+        tokens, for backbones whose tokens attend to what they are not. `learned`: where the loss `affinity` has taught
+        the model that they do (AFA, CVPR 2022).""",
+        one_of=("attention", "pattern", "learned"),
         added_later=True,
     )
     class_attention: float = option(
@@ -112,12 +113,12 @@ class LabelConfig(Config):
         """The blocks whose attention a pass must keep for its CAMs."""
         return self.attention_blocks if self.attention_steps else ()
 
-    def cam_options(self) -> dict:
-        """The keywords of `cam.multi_scale_cam`: its scales, and how CAMs are carried along attention and multiplied by
-        that of the class tokens."""
-        carried = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
+    def cam_options(self, *, carried: bool = True) -> dict:
+        """The keywords of `cam.multi_scale_cam`: its scales, how CAMs are multiplied by the attention of the class
+        tokens, and how they are carried along that of patches, unless they are not to be."""
+        along = {name: getattr(self, name) for name in ("attention_steps", "attention_blocks", "attention_kind")}
         fused = {"class_attention": self.class_attention} if self.class_attention else {}
-        return {"scales": self.cam_scales, **(carried if self.attention_steps else {}), **fused}
+        return {"scales": self.cam_scales, **(along if self.attention_steps and carried else {}), **fused}
 
     def thresholds(self, progress: float = 1.0) -> dict:
         """The keywords `beta_l` and `beta_h`: after training, or where a share of it, `progress` in [0, 1], is done.

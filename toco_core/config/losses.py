@@ -112,3 +112,19 @@ class LossConfig(Config):
         added_later=True,
     )
     class_contrast_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    affinity: float = option(
+        0.0,
+        """Weight of the affinity that is learned from the attention of `attention_blocks` (AFA, CVPR 2022;
+        `methods.affinity`). Above 0 the model has an affinity head. 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    affinity_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    affinity_walk_start: int = option(
+        0,
+        """First step whose labels come from CAMs carried along that affinity, where `attention_kind` is `learned` and
+        `attention_steps` above 0; 0: none, so that what is not learned yet spoils no label (AFA on VOC: 6001 of 20000).
+        Scores and exported labels always come from carried CAMs.""",
+        at_least=0,
+        added_later=True,
+    )

@@ -6,6 +6,7 @@ labels teach (`thresholds`, `surest`) are functions of tensors, too, and what a 
 measured in `docs/methods.md`.
 """
 
+from toco_core.methods.affinity import affinity, count_affinity_pairs, token_pairs
 from toco_core.methods.class_tokens import class_contrast, class_tokens, count_shown
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.discrepancy import discrepancy
@@ -16,9 +17,11 @@ from toco_core.methods.thresholds import thresholds
 from toco_core.methods.unrelated import unrelated_images
 
 __all__ = [
+    "affinity",
     "class_contrast",
     "class_tokens",
     "consistency",
+    "count_affinity_pairs",
     "count_shown",
     "discrepancy",
     "exchange",
@@ -27,6 +30,7 @@ __all__ = [
     "prototypes",
     "seg_label",
     "thresholds",
+    "token_pairs",
     "unrelated_images",
     "unsure_choice",
 ]

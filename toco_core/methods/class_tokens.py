@@ -74,6 +74,13 @@ def build_class_tokens(encoder: Any, config: ModelConfig, n_classes: int) -> Cla
     return ClassTokens(n_classes, encoder.embed_dim)
 
 
+def branch_of(model) -> int:
+    """The block after which a network's class tokens branch off. Raises ToCoError where it has none."""
+    if model.class_tokens is None:
+        raise ToCoError("class tokens of a model with class_tokens_after = 0 are not to be had: above 0 is wanted")
+    return model.config.class_tokens_after
+
+
 def class_to_patch(
     maps: Sequence[Float[Tensor, "B heads T T"]], n_classes: int, n_prefix: int
 ) -> Float[Tensor, "B K N"]:

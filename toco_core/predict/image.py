@@ -33,7 +33,7 @@ from toco_core.model import BlockTokens, ToCo
 from toco_core.par import full_precision
 from toco_core.predict.segmentation import merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
-from toco_core.refiners.attention import carried, token_affinity
+from toco_core.refiners.attention import carried, walk
 from toco_core.refiners.crf import crf_label
 from toco_core.runs.folder import weights_hash
 
@@ -323,7 +323,7 @@ class ImagePredictor:
                 if labels.class_attention:
                     raw = fused(raw, inside.tokens.class_attention, labels.class_attention)
                 if labels.attention_steps:
-                    affinity = token_affinity(inside.tokens.attention, labels.attention_kind)
+                    affinity = walk(inside.tokens, labels.attention_kind)
                     raw = carried(raw, affinity, labels.attention_steps).to(raw.dtype)
             self._kept[key] = _finite(raw)
         return self._kept[key]

@@ -75,7 +75,8 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
         records = "manifest.json, metrics.json and scores.json"
         raise ToCoError(f"{run.folder}: no card can be made of {records} ({in_a_line(error)})") from error
     state = run.newest()["model"]
-    refuse_wrong_keys(str(run.folder), state, skeleton(config.model, len(names) - 1).state_dict())
+    wanted = skeleton(config.model, len(names) - 1, affinity_blocks=config.affinity_blocks())
+    refuse_wrong_keys(str(run.folder), state, wanted.state_dict())
     return write_pretrained(folder, state, config, names, card)
 
 

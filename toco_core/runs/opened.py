@@ -46,7 +46,8 @@ def open_run(
         raise ToCoError(f"{run.folder} has no teacher: its teacher_momentum is {config.schedule.teacher_momentum}")
     weights = state["teacher" if teacher else "model"]
     given, data = data is not None, data or open_data(config.data)
-    refuse_other_model(skeleton(config.model, data.train.n_classes), weights, run, data)
+    wanted = skeleton(config.model, data.train.n_classes, affinity_blocks=config.affinity_blocks())
+    refuse_other_model(wanted, weights, run, data)
     model = build_model(config, data.train.n_classes, pretrained=False)
     model.load_state_dict(weights)
     if given:

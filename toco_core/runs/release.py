@@ -55,9 +55,12 @@ def to_release(model: ToCo, *, module_prefix: bool = True) -> dict[str, Tensor]:
     """The model's tensors in the release's layout, for `torch.save`. After `from_release` the round trip is exact, bit
     for bit, tensors that nobody uses included.
 
-    Errors: `ToCoError` for a model with class tokens, with `aux_norm` or with another pooling than the maximum: the
-    layout has no place for these, and the release's tools would compute other class logits from the same tensors.
+    Errors: `ToCoError` for a model with class tokens, with an affinity head, with `aux_norm` or with another pooling
+    than the maximum: the layout has no place for these, and the release's tools would compute other maps from the same
+    tensors.
     """
+    if model.affinity is not None:
+        raise ToCoError("an affinity head cannot be written in the release's layout: a model trained with affinity = 0")
     refused = (("pooling", "max"), ("aux_pooling", "max"), ("aux_norm", False), ("class_tokens_after", 0))
     for name, known in refused:
         value = getattr(model.config, name)

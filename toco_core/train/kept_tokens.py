@@ -104,7 +104,7 @@ def kept_blocks(config: TrainConfig) -> int:
     """Behind how many blocks a config keeps tokens: the frozen ones up to that of the auxiliary classifier and that
     after which class tokens branch off, and before the first whose attention is asked for; 0 where images are varied
     anew in every pass."""
-    model, before = config.model, [block - 1 for block in config.labels.attended()]
+    model, before = config.model, [block - 1 for block in config.attended()]
     before += [model.class_tokens_after] if model.class_tokens_after else []
     return min(config.schedule.frozen_blocks, model.layer, *before) if config.data.views_per_image else 0
 
