@@ -10,21 +10,17 @@ map and the segmentation by a point, prototypes the pseudo label by two, attenti
 
 from common import RECORDS, command_line, run_all, table
 
+CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0}
+CLASS_MAP = {"class_attention": 0.25, "beta_l": 0.2, "beta_h": 0.35, "beta": 0.3}
 IDEAS = {
     "ToCo": {},
     "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
-    "class tokens": {"class_tokens_after": 8, "class_tokens": 1.0},
-    "class tokens, their map": {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25},
-    "class tokens, contrast": {
-        "class_tokens_after": 8,
-        "class_tokens": 1.0,
-        "class_attention": 0.25,
-        "class_contrast": 0.1,
-        "class_contrast_start": 100,
-    },
+    "class tokens": CLASS_TOKENS,
+    "class tokens, their map": CLASS_TOKENS | CLASS_MAP,
+    "class tokens, contrast": CLASS_TOKENS | CLASS_MAP | {"class_contrast": 0.1, "class_contrast_start": 100},
 }
 """Name -> the fields of `tiny()` that it changes."""
 
