@@ -10,33 +10,25 @@ map and the segmentation by a point, prototypes the pseudo label by two, attenti
 
 from common import RECORDS, command_line, run_all, table
 
+CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0}
+CLASS_MAP = {"class_attention": 0.25, "beta_l": 0.2, "beta_h": 0.35, "beta": 0.3}
+AFFINITY = {"affinity": 0.1, "attention_steps": 1, "attention_kind": "learned"}
 IDEAS = {
     "ToCo": {},
     "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
+    "discrepancy": {"discrepancy": 0.1},
     "progressive threshold": {"beta_h": 0.65, "beta_h_end": 0.5},
     "dynamic thresholds": {"dynamic_thresholds": True},
     "noise filter": {"seg_noise": 0.2, "seg_noise_start": 150},
     "growing regions": {"growing_start": 0.3},
-    "discrepancy": {"discrepancy": 0.1},
+    "class tokens": CLASS_TOKENS,
+    "class tokens, their map": CLASS_TOKENS | CLASS_MAP,
+    "class tokens, contrast": CLASS_TOKENS | CLASS_MAP | {"class_contrast": 0.1, "class_contrast_start": 100},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
-    "class tokens": {"class_tokens_after": 8, "class_tokens": 1.0},
-    "class tokens, their map": {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25},
-    "class tokens, contrast": {
-        "class_tokens_after": 8,
-        "class_tokens": 1.0,
-        "class_attention": 0.25,
-        "class_contrast": 0.1,
-        "class_contrast_start": 100,
-    },
-    "affinity": {"affinity": 0.1, "attention_steps": 1, "attention_kind": "learned"},
-    "affinity, also in labels": {
-        "affinity": 0.1,
-        "attention_steps": 1,
-        "attention_kind": "learned",
-        "affinity_walk_start": 250,
-    },
+    "affinity": AFFINITY,
+    "affinity, also in labels": AFFINITY | {"affinity_walk_start": 250},
 }
 """Name -> the fields of `tiny()` that it changes."""
 

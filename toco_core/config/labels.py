@@ -55,7 +55,8 @@ class LabelConfig(Config):
         0.0,
         """Multiply every CAM by this power of its class token's attention to the patches (`cam.fused`), before it is
         carried along attention. 1: the product of MCTformer (CVPR 2022), a map of few high places; smaller ones leave
-        it broader, for thresholds as they are. For models with `class_tokens_after`. 0: not, as published.""",
+        it broader. Thresholds must be lower than for plain CAMs. For models with `class_tokens_after`. 0: not, as
+        published.""",
         at_least=0,
         at_most=1,
         added_later=True,
