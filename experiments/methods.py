@@ -15,6 +15,9 @@ IDEAS = {
     "exchange": {"exchange": 0.05, "exchange_start": 200},
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
+    "frequency": {"frequency": 1.0},
+    "frequency for PTC": {"frequency": 1.0, "ptc": 0.0},
+    "reliable": {"reliable": 0.05, "reliable_start": 100},
     "attention": {"attention_steps": 1, "attention_kind": "pattern"},
 }
 """Name -> the fields of `tiny()` that it changes."""

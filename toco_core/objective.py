@@ -322,10 +322,7 @@ def ctc(step: Step) -> Float[Tensor, ""]:
 
 
 def unrelated_images(step: Step) -> Bool[Tensor, "B B"]:
-    """Whether two images of the batch share no class; an image is related to itself.
-
-    Raises ToCoError where the step holds a part of its batch only.
-    """
+    """Whether two images of the batch share no class. Raises ToCoError where the step holds a part of its batch."""
     if step.parts > 1:
         raise ToCoError(f"ctc_batch_negatives with a batch in {step.parts} parts is not allowed: one process, one part")
     image_labels = step.batch.image_labels
@@ -358,6 +355,8 @@ TERMS: dict[str, Term] = {
     "exchange": Term(methods.exchange, methods.exchanged, losses.count_known),
     "consistency": Term(methods.consistency, methods.unsure_choice, losses.count_known),
     "prototypes": Term(methods.prototypes, "token_label"),
+    "frequency": Term(methods.frequency),
+    "reliable": Term(methods.reliable, methods.surest, losses.count_known),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -7,6 +7,17 @@ it learns from. Its row stands in `objective.TERMS`, its weight in `LossConfig`.
 
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.exchange import exchange, exchanged
+from toco_core.methods.frequency import frequency
 from toco_core.methods.prototypes import prototypes
+from toco_core.methods.reliable import reliable, surest
 
-__all__ = ["consistency", "exchange", "exchanged", "prototypes", "unsure_choice"]
+__all__ = [
+    "consistency",
+    "exchange",
+    "exchanged",
+    "frequency",
+    "prototypes",
+    "reliable",
+    "surest",
+    "unsure_choice",
+]
