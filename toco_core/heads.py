@@ -175,8 +175,12 @@ class LargeFOV(nn.Module):
         self.conv7 = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation, bias=False)
         self.conv8 = nn.Conv2d(hidden, out, 1, bias=False)
 
+    def hidden(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B F h w"]:
+        """What the last layer reads, at least 0."""
+        return F.relu(self.conv7(F.relu(self.conv6(patch_map))))
+
     def forward(self, patch_map: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
-        return self.conv8(F.relu(self.conv7(F.relu(self.conv6(patch_map)))))
+        return self.conv8(self.hidden(patch_map))
 
 
 class AffinityHead(nn.Module):

@@ -350,6 +350,8 @@ TERMS: dict[str, Term] = {
     "class_tokens": Term(methods.class_tokens),
     "class_contrast": Term(methods.class_contrast, "token_label", methods.count_shown),
     "affinity": Term(methods.affinity, methods.token_pairs, methods.count_affinity_pairs),
+    "frequency": Term(methods.frequency),
+    "reliable": Term(methods.reliable, methods.reliable_tokens, losses.count_known),
 }
 PAPER = ("cls", "aux_cls", "ptc", "ctc", "seg", "energy")
 

@@ -128,3 +128,19 @@ class LossConfig(Config):
         at_least=0,
         added_later=True,
     )
+    frequency: float = option(
+        0.0,
+        """Weight of what the final tokens lack of the fine detail of block `layer` (after FFR, CVPR 2025;
+        `methods.frequency`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    frequency_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    reliable: float = option(
+        0.0,
+        """Weight of the contrast of the decoder's features at tokens whose pseudo label is sure (UGRL, AAAI 2026;
+        `methods.reliable`). 0: as published.""",
+        at_least=0,
+        added_later=True,
+    )
+    reliable_start: int = option(0, "First step with it.", at_least=0, added_later=True)

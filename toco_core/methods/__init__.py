@@ -11,7 +11,9 @@ from toco_core.methods.class_tokens import class_contrast, class_tokens, count_s
 from toco_core.methods.consistency import consistency, unsure_choice
 from toco_core.methods.discrepancy import discrepancy
 from toco_core.methods.exchange import exchange, exchanged
+from toco_core.methods.frequency import frequency
 from toco_core.methods.prototypes import prototypes
+from toco_core.methods.reliable import reliable, reliable_tokens
 from toco_core.methods.surest import grown, seg_label
 from toco_core.methods.thresholds import thresholds
 from toco_core.methods.unrelated import unrelated_images
@@ -26,8 +28,11 @@ __all__ = [
     "discrepancy",
     "exchange",
     "exchanged",
+    "frequency",
     "grown",
     "prototypes",
+    "reliable",
+    "reliable_tokens",
     "seg_label",
     "thresholds",
     "token_pairs",
