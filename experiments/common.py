@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -63,8 +64,11 @@ def result_of(config: TrainConfig, scores: RunScores) -> dict:
     }
 
 
-def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Namespace:
-    """Options that every experiment on variants has; `variants` and `common` of the answer hold the overrides."""
+def command_line(
+    doc: str, variants: dict[str, dict], argv=None, *, more: Callable[[argparse.ArgumentParser], object] | None = None
+) -> argparse.Namespace:
+    """Options that every experiment on variants has, and `more` that it adds to the parser; `variants` and `common` of
+    the answer hold the overrides."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(variants), choices=list(variants), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -72,6 +76,8 @@ def command_line(doc: str, variants: dict[str, dict], argv=None) -> argparse.Nam
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the one process that trains")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the config, for all")
     parser.add_argument("--out-dir", type=Path, default=Path("runs"))
+    if more is not None:
+        more(parser)
     args = parser.parse_args(argv)
     args.variants = {name: variants[name] for name in args.variants}
     args.common = {} if args.steps is None else {"steps": args.steps}

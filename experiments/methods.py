@@ -1,14 +1,25 @@
 """Do ideas of later papers beat ToCo here, on the same network, data and number of steps?
 
     python experiments/methods.py --seeds 0 1 2 --threads 1
+    python experiments/methods.py --costs --threads 1
 
 Each row adds one idea to `tiny()`. Expected: an idea that makes better labels (attention, the decoder's answer to the
-CAM) helps the pseudo label most, one that contrasts tokens once more helps little beside PTC. Found: exchange moves the
-map and the segmentation by a point, prototypes the pseudo label by two, attention takes ten away. Cost: a run of
-`tiny()` for each variant and seed. Writes experiments/records/methods.json, which `notebooks/methods.ipynb` shows.
+CAM) helps the pseudo label most, one that contrasts tokens once more helps little beside PTC. Cost: a run of `tiny()`
+for each variant and seed. `--costs` measures instead what a training with each idea takes, in time and memory, as a
+multiple of ToCo's: half a minute for each, on a machine that does nothing else. Writes
+experiments/records/methods.json, which `notebooks/methods.ipynb` shows.
 """
 
-from common import RECORDS, command_line, run_all, table
+import json
+import statistics
+from pathlib import Path
+
+from common import RECORDS, command_line, run_all, table, use_threads
+
+from toco_core.config import configured, tiny
+from toco_core.data import open_data
+from toco_core.machine.writing import write_whole
+from toco_core.train.budget import estimate_seconds, step_memory
 
 CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0}
 CLASS_MAP = {"class_attention": 0.25, "beta_l": 0.2, "beta_h": 0.35, "beta": 0.3}
@@ -36,8 +47,36 @@ IDEAS = {
 """Name -> the fields of `tiny()` that it changes."""
 
 
+ROUNDS = 3
+
+
+def costs(variants: dict[str, dict], record: Path) -> dict[str, dict]:
+    """Time and memory of each variant's training over those of ToCo, each time measured just before it; median of some
+    rounds. Kept in the record beside what is known of other variants."""
+    data, plain = open_data(tiny().data), tiny()
+    state = json.loads(record.read_text(encoding="utf-8"))
+    memory = step_memory(plain, data).total
+    for name, overrides in variants.items():
+        config, ratios = configured(plain, **overrides), []
+        for _ in range(ROUNDS):
+            before = estimate_seconds(plain, data)
+            ratios.append(estimate_seconds(config, data) / before)
+        found = {
+            "time": round(statistics.median(ratios), 2),
+            "memory": round(step_memory(config, data).total / memory, 2),
+        }
+        print(name, found, flush=True)
+        state["costs"] = state.get("costs", {}) | {name: found}
+        write_whole(record, json.dumps(state, indent=1) + "\n")
+    return state["costs"]
+
+
 def main() -> None:
-    args = command_line(__doc__, IDEAS)
+    args = command_line(__doc__, IDEAS, more=lambda parser: parser.add_argument("--costs", action="store_true"))
+    if args.costs:
+        use_threads(args.threads)
+        costs(args.variants, RECORDS / "methods.json")
+        return
     state = run_all(args, "do ideas of later papers beat ToCo here?", RECORDS / "methods.json")
     print(table(state["variants"]))
 
