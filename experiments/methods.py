@@ -30,7 +30,7 @@ IDEAS = {
     "consistency": {"consistency": 0.1, "consistency_start": 150},
     "prototypes": {"prototypes": 0.3},
     "discrepancy": {"discrepancy": 0.1},
-    "progressive threshold": {"beta_h": 0.65, "beta_h_end": 0.5},
+    "progressive threshold": {"beta_h_first": 0.65},
     "dynamic thresholds": {"dynamic_thresholds": True},
     "noise filter": {"seg_noise": 0.2, "seg_noise_start": 150},
     "growing regions": {"growing_start": 0.3},

@@ -57,6 +57,24 @@ def test_only_the_page_on_the_screen_is_worked_out(gallery):
     assert [i["index"] for i in gallery.grid.items] == [8] and "page 3 of 3" in gallery.position.value
 
 
+def test_what_is_found_while_the_page_is_drawn_is_seen(gallery, monkeypatch):
+    item, tellers, found = gallery._item, [], gallery.survey.found
+
+    def slow_item(index):
+        drawn = item(index)
+        if not tellers:  # behind the reading of the first image: another thread finds that it has a problem, and tells
+            found[0] = found[0]._replace(problem="unreadable")
+            tellers.append(threading.Thread(target=gallery._told))
+            tellers[0].start()
+            tellers[0].join(0.3)
+        return drawn
+
+    monkeypatch.setattr(gallery, "_item", slow_item)
+    gallery._show(ask=False)
+    tellers[0].join(10)
+    assert gallery.grid.items[0]["words"] == "unreadable"
+
+
 def test_numbers_are_those_of_the_explorer(gallery, session):
     judged(gallery)
     for index in range(N):

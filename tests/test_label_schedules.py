@@ -16,7 +16,6 @@ from toco_core.errors import ToCoError
 from toco_core.methods.surest import certainty, surest, without_noise
 from toco_core.methods.thresholds import moved_thresholds, otsu_threshold
 from toco_core.objective import Step, StepInput, objective
-from toco_core.predict.export import with_thresholds
 from toco_core.predict.image import ImagePredictor
 from toco_core.train.backward import backward, crop_generator
 from toco_core.widgets.settings import settings_of
@@ -77,7 +76,7 @@ def assert_labels(step, wanted):
 
 @pytest.mark.parametrize("end", [0.45, 0.9])
 def test_the_upper_threshold_goes_by_half_a_cosine(end):
-    config = config_with(beta_h_end=end)
+    config = config_with(beta_h_first=0.6, beta_h=end)
     for t in (0, 1, 13, 20, 39, 40, 55):
         found = config.labels.thresholds(config.schedule.progress(t))
         angle = math.pi * min(t, STEPS) / STEPS
@@ -87,19 +86,19 @@ def test_the_upper_threshold_goes_by_half_a_cosine(end):
     assert LabelConfig(beta_h=0.6).thresholds(0.3)["beta_h"] == 0.6  # it stays
 
 
-def test_an_upper_threshold_that_falls_below_the_lower_one_is_refused():
-    for end in (0.3, 0.1):
-        with pytest.raises(ToCoError, match=f"^beta_l = 0.3 must be below beta_h_end = {end}$"):
-            config_with(beta_h_end=end)
-    with pytest.raises(ToCoError, match="beta_h_end = 1.5 is not allowed: at least 0, at most 1"):
-        config_with(beta_h_end=1.5)
+def test_an_upper_threshold_that_begins_below_the_lower_one_is_refused():
+    for first in (0.3, 0.1):
+        with pytest.raises(ToCoError, match=f"^beta_l = 0.3 must be below beta_h_first = {first}$"):
+            config_with(beta_h_first=first)
+    with pytest.raises(ToCoError, match="beta_h_first = 1.5 is not allowed: at least 0, at most 1"):
+        config_with(beta_h_first=1.5)
 
 
 @pytest.mark.parametrize("token_refiner", ["none", "par"])
 def test_a_step_makes_its_labels_with_its_upper_threshold(model, token_refiner):
     found = {}
     for number in (0, 10, 400):
-        step = step_of(model, number, beta_h_end=0.8, token_refiner=token_refiner)
+        step = step_of(model, number, beta_h_first=0.6, beta_h=0.8, token_refiner=token_refiner)
         upper = 0.8 - 0.2 * (1 + math.cos(math.pi * min(number, STEPS) / STEPS)) / 2
         assert_labels(step, labels_by(step, [(0.3, upper)] * 2, token_refiner))
         found[number] = step
@@ -107,8 +106,8 @@ def test_a_step_makes_its_labels_with_its_upper_threshold(model, token_refiner):
         assert not torch.equal(getattr(found[0], name), getattr(found[400], name)), name
 
 
-def test_after_training_the_last_upper_threshold_holds(model):
-    config, image = config_with(beta_h_end=0.8), (255 * drawn(37, 52, 3)).to(torch.uint8).numpy()
+def test_after_training_nothing_is_left_of_the_first_upper_threshold(model):
+    config, image = config_with(beta_h_first=0.6, beta_h=0.8), (255 * drawn(37, 52, 3)).to(torch.uint8).numpy()
     fixed, first = (config_with(beta_h=beta) for beta in (0.8, 0.6))
     made = []
     for one in (config, fixed, first):
@@ -118,10 +117,6 @@ def test_after_training_the_last_upper_threshold_holds(model):
     for now, wanted, before in zip(*made, strict=True):
         assert (now == wanted).all() and (now != before).any()
     assert settings_of(config, 3) == settings_of(fixed, 3)
-    assert with_thresholds(config, beta=None).labels.thresholds() == {"beta_l": 0.3, "beta_h": 0.8}
-    assert with_thresholds(config, beta_l=0.7).labels.thresholds() == {"beta_l": 0.7, "beta_h": 0.8}
-    assert with_thresholds(config, beta_h=0.5, beta=0.2).labels.thresholds() == {"beta_l": 0.3, "beta_h": 0.5}
-    assert with_thresholds(fixed, beta_l=None) == fixed
 
 
 # ---- thresholds that follow the CAM values
@@ -163,7 +158,7 @@ def test_the_interval_moves_and_keeps_its_width(centre, low, high):
 
 
 def test_a_step_moves_its_thresholds_to_the_cam_values(model):
-    step = step_of(model, 10, dynamic_thresholds=True, beta_h_end=0.5)
+    step = step_of(model, 10, dynamic_thresholds=True, beta_h_first=0.6, beta_h=0.5)
     upper, betas = 0.5 + 0.1 * (1 + math.cos(math.pi / 4)) / 2, []
     for cam in (step.cams.aux_cam, step.cams.cam):
         values = []
@@ -173,7 +168,7 @@ def test_a_step_moves_its_thresholds_to_the_cam_values(model):
         betas.append((centre - (upper - 0.3) / 2, centre + (upper - 0.3) / 2))
     assert 0 < betas[0][0] and betas[0] != betas[1] != (0.3, upper)
     assert_labels(step, labels_by(step, betas))
-    still = step_of(model, 10, beta_h_end=0.5)
+    still = step_of(model, 10, beta_h_first=0.6, beta_h=0.5)
     assert not torch.equal(step.token_label, still.token_label)
     assert step.config.labels.thresholds() == {"beta_l": 0.3, "beta_h": 0.5}  # with which it is evaluated
 
@@ -345,7 +340,7 @@ def test_the_filter_keeps_its_share_of_a_shorter_training():
 
 def test_parts_one_after_the_other_are_the_whole(model):
     """What counts pixels and pairs counts those that are left, over all parts."""
-    fields = {"seg_noise": 0.25, "growing_start": 0.25, "beta_h_end": 0.5, "ctc": 0.0}
+    fields = {"seg_noise": 0.25, "growing_start": 0.25, "beta_h_first": 0.6, "beta_h": 0.5, "ctc": 0.0}
     found = []
     for accumulate in (1, 2):
         config = config_with(accumulate=accumulate, **fields)
@@ -359,7 +354,7 @@ def test_parts_one_after_the_other_are_the_whole(model):
 
 
 def test_images_without_a_class(model):
-    fields = {"dynamic_thresholds": True, "seg_noise": 0.25, "growing_start": 0.25, "beta_h_end": 0.5}
+    fields = {"dynamic_thresholds": True, "seg_noise": 0.25, "growing_start": 0.25, "beta_h_first": 0.6, "beta_h": 0.5}
     step = step_of(model, 1, batch(((0.0, 0, 0), (0, 0, 0))), **fields)
     found = objective(step)
     assert torch.isfinite(found.total) and not step.region_mask.any()

@@ -79,10 +79,10 @@ class LabelConfig(Config):
         added_later=True,
     )
 
-    beta_h_end: float | None = option(
+    beta_h_first: float | None = option(
         None,
-        """What `beta_h` has become after training: it goes there from step 0 on, by half a cosine (DuPL, CVPR 2024).
-        Evaluation, export and predictors use this one. None: it stays, as published.""",
+        """What `beta_h` is on step 0; it goes from there to `beta_h` by half a cosine over the training (DuPL, CVPR
+        2024). None: `beta_h` from the beginning, as published.""",
         at_least=0,
         at_most=1,
         added_later=True,
@@ -105,7 +105,7 @@ class LabelConfig(Config):
     )
 
     def check(self):
-        for name in ("beta_h", "beta_h_end"):
+        for name in ("beta_h", "beta_h_first"):
             upper = getattr(self, name)
             if upper is not None and self.beta_l >= upper:
                 raise ToCoError(f"beta_l = {self.beta_l} must be below {name} = {upper}")
@@ -124,13 +124,12 @@ class LabelConfig(Config):
     def thresholds(self, progress: float = 1.0) -> dict:
         """The keywords `beta_l` and `beta_h`: after training, or where a share of it, `progress` in [0, 1], is done.
 
-        Where `beta_h_end` is given, beta_h(t) = beta_h_end + (beta_h - beta_h_end) (1 + cos(pi t)) / 2 with t the
-        progress.
+        beta_h(t) = beta_h + (beta_h_first - beta_h) (1 + cos(pi t)) / 2 with t the progress.
         """
-        if self.beta_h_end is None:
-            return {"beta_l": self.beta_l, "beta_h": self.beta_h}
-        rest = (1 + math.cos(math.pi * progress)) / 2
-        return {"beta_l": self.beta_l, "beta_h": self.beta_h_end + (self.beta_h - self.beta_h_end) * rest}
+        beta_h = self.beta_h
+        if self.beta_h_first is not None:
+            beta_h += (self.beta_h_first - beta_h) * (1 + math.cos(math.pi * progress)) / 2
+        return {"beta_l": self.beta_l, "beta_h": beta_h}
 
     def taught_share(self, progress: float) -> float:
         """Share of a label's surest places that teach where a share `progress` of the training is done: `growing_start`

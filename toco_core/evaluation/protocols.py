@@ -234,7 +234,7 @@ def assess(
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
     cam = f"{where}, image labels known, CAM {cam_named(CAMViews(**config.labels.cam_options()))}"
-    two, refiner = "thresholds {beta_l:g} and {beta_h:g}".format(**config.labels.thresholds()), refiner_named(config)
+    two, refiner = f"thresholds {config.labels.beta_l:g} and {config.labels.beta_h:g}", refiner_named(config)
     several = f"{where}, scales {listed(scales)} + flip"
     protocol = {
         "cam": f"{cam}, threshold {beta:g} chosen on {chosen_on}",

@@ -136,9 +136,8 @@ def tell_outside(source: Split) -> None:
 
 
 def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
-    """The config with the thresholds that hold after training, and instead of these those that are not None."""
-    given = {name: value for name, value in thresholds.items() if value is not None}
-    return override(config, **{**config.labels.thresholds(), "beta_h_end": None, **given})
+    """The config with those thresholds that are not None."""
+    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
 class LabelMethod(NamedTuple):

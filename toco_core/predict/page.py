@@ -152,7 +152,7 @@ def _content(predictor, side, title, class_names, model, mask, mask_names, class
         "mask": None if mask is None else label_picture(mask),
         "show": wanted.get("show") if wanted.get("show") in SHOWN else "CAM",
         "strength": wanted.get("strength", 0.65),
-        **{name: wanted.get(name, value) for name, value in {"beta": labels.beta, **labels.thresholds()}.items()},
+        **{name: wanted.get(name, getattr(labels, name)) for name in ("beta", "beta_l", "beta_h")},
         "par": {
             "size": small,
             "image": _png(_resized_image(predictor.unit, small)),

@@ -7,6 +7,7 @@ with a bar, and can be stopped. Kinds of errors are those of `analysis.errors`.
 """
 
 import base64
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,7 @@ class Gallery(w.VBox):
         self.session, self.on_open, self.per_page = session, on_open or session.go, per_page
         self.pictures = session.pictures
         self.problem, self.page, self.order = "", 0, list(range(len(self.pictures)))
-        self.surveying = Surveying(self._told, give_way=give_way)
+        self.surveying, self._drawing = Surveying(self._told, give_way=give_way), threading.RLock()
         self._surveys: dict[tuple, LabelSurvey] = {}
         self._differing: dict[tuple, float] = {}
         self._thumbnails: dict[tuple, str] = {}
@@ -265,6 +266,11 @@ class Gallery(w.VBox):
     def _show(self, *, ask: bool = True) -> None:
         if ask:
             self.surveying.want(self._all_surveys(), self._on_page())
+        with self._drawing:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Read what is known and put it on the screen; one thread at a time, or an older state might come last."""
         with self.grid.hold_sync():
             self.grid.items = [self._item(index) for index in self._on_page()]
         total = sum(len(self.pictures) for _ in self._all_surveys())

@@ -87,7 +87,7 @@ def settings_of(config: TrainConfig, depth: int) -> Settings:
     known = {f.name for f in fields(Settings)}
     shared = {f.name: getattr(config.labels, f.name) for f in fields(LabelConfig) if f.name in known}
     crops = {"crop_size": config.crops.local_size, "n_crops": config.crops.n_local or 4}
-    return Settings(**shared | config.labels.thresholds(), **crops, block=depth)
+    return Settings(**shared, **crops, block=depth)
 
 
 @functools.lru_cache(maxsize=64)
