@@ -32,8 +32,8 @@ RECORD = RECORDS / "published_schedule.json"
 CURVE = ("cam_miou", "aux_cam_miou", "seg_miou", "map", "aux_map", "best_beta")
 
 
-def recipes(dataset: str, steps: int, small_steps: int) -> dict[str, TrainConfig]:
-    """The recipes with ten validations each; the warm-up of the published one keeps its share of the steps."""
+def recipes(dataset: str, steps: int, small_steps: int, validations: int) -> dict[str, TrainConfig]:
+    """The recipes with so many validations each; the warm-up of the published one keeps its share of the steps."""
     published = voc(dataset)
     published = configured(
         published,
@@ -41,13 +41,13 @@ def recipes(dataset: str, steps: int, small_steps: int) -> dict[str, TrainConfig
         train_split="train",
         steps=steps,
         warmup_steps=round(published.schedule.warmup_steps * steps / published.schedule.steps),
-        eval_interval=steps // 10,
+        eval_interval=steps // validations,
         workers=0,
     )
     return {
         PUBLISHED: published,
         f"{PUBLISHED}, auxiliary tokens normalised": configured(published, aux_norm=True),
-        "photographs": configured(photographs(dataset), steps=small_steps, eval_interval=small_steps // 10),
+        "photographs": configured(photographs(dataset), steps=small_steps, eval_interval=small_steps // validations),
     }
 
 
@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--small-steps", type=int, default=400, help="of the recipe `photographs`")
     parser.add_argument("--rows", nargs="+", type=int, default=[0, 1, 2], choices=[0, 1, 2], help="of the table")
     parser.add_argument("--curve-on", default="val", help="list of images for the validations of a run")
+    parser.add_argument("--validations", type=int, default=10, help="in a run")
     parser.add_argument("--precision", default="auto", help="as in the config; bf16 halves the time on many CPUs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out-dir", type=Path, default=Path("runs"))
     args = parser.parse_args()
     use_threads(args.threads)
     common = {"weights": args.weights, "out_dir": str(args.out_dir), "precision": args.precision}
-    found = list(recipes(args.dataset, args.steps, args.small_steps).items())
+    found = list(recipes(args.dataset, args.steps, args.small_steps, args.validations).items())
     for name, config in (found[i] for i in args.rows):
         config = configured(config, **common, val_split=args.curve_on)
         train(config, save_every=25)
