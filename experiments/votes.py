@@ -2,9 +2,9 @@
 
     python experiments/votes.py --seeds 0 1 2 --threads 1
 
-Rows are trainings of `tiny()`: ToCo, with token labels refined by PAR, with prototypes, with both. Columns are labels
-of one network: pseudo label (final CAM, two thresholds, what lies between them counts as missed), final CAM + PAR
-and vote of both CAMs and the decoder, each cut at the recipe's one threshold. Nothing is chosen on masks. Expected:
+Rows are trainings of `tiny()`: ToCo, with token labels refined by PAR, with prototypes, with both, with class tokens
+and their map. Columns are labels of one network: pseudo label (final CAM, two thresholds, what lies between them counts
+as missed), final CAM + PAR and vote of both CAMs and the decoder, each cut at the row's one threshold. Expected:
 the heads err in different places, so the vote is above the best of them; what PTC learns from matters less here, where
 the auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and seed. Writes
 experiments/records/votes.json; scores the part "test". `photographs.py` measures the same on photographs.
@@ -12,6 +12,7 @@ experiments/records/votes.json; scores the part "test". `photographs.py` measure
 
 import torch
 from common import RECORDS, command_line, mean_and_spread, use_threads
+from methods import IDEAS
 from photographs import keep_result, run_variant
 
 from toco_core.config import configured, tiny
@@ -25,6 +26,7 @@ VARIANTS = {
     "refined token labels": REFINED,
     "prototypes": {"prototypes": 0.3},
     "both": {"prototypes": 0.3} | REFINED,
+    "class tokens, their map": IDEAS["class tokens, their map"],
 }
 """Name -> the fields of `tiny()` that it changes."""
 KINDS = {"pseudo_label": "pseudo label", "refined": "final CAM + PAR", "vote": "vote", "seg": "segmentation"}
