@@ -19,7 +19,7 @@ from toco_core.machine import distributed
 from toco_core.machine.device import keep_freed_memory, resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
-from toco_core.objective import TERMS, Objective, Term, objective
+from toco_core.objective import TERMS, Objective, Term
 from toco_core.runs.comparison import refuse_other_run
 from toco_core.runs.folder import Run, data_digest, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
@@ -124,8 +124,7 @@ def train(
     camera = Film(run, data.val, config, every=film if share.first else 0)
     training.begin(share.from_first(run.load() if resume and share.first else None), kept)
     start = training.start
-    step_of = objective if training.rival is None else of_both
-    compute = distributed.shared_step(step_of, torch.nn.ModuleList(training.networks), share)
+    compute = distributed.shared_step(of_both, torch.nn.ModuleList(training.networks), share)
     saved_at, guard = time.monotonic(), StepGuard(start, patient=share.n == 1)
 
     def keeps(done: int) -> bool:
