@@ -426,7 +426,7 @@ def test_out_of_memory_says_what_to_make_smaller(config, monkeypatch):
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
-    monkeypatch.setattr(training, "objective", too_much)
+    monkeypatch.setattr(training, "of_both", too_much)
     with pytest.raises(
         ToCoError, match="out of memory, a larger accumulate or a smaller batch_size or crop_size .*2 GiB"
     ):

@@ -26,6 +26,7 @@ from toco_core.runs.folder import Run
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.budget import estimate_seconds
 from toco_core.train.loop import train, trained_run
+from toco_core.train.rival import of_both
 
 BACKBONE = "plain_vit(image=32, patch=8, width=32, depth=3, heads=2, mlp=64)"
 SMALL = {
@@ -362,7 +363,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(config, whole, st
 
 
 def test_a_finished_run_is_loaded_and_not_repeated(config, whole, monkeypatch):
-    monkeypatch.setattr(training, "objective", pytest.fail)
+    monkeypatch.setattr(training, "of_both", pytest.fail)
     told = []
     config = override(config, out_dir=str(whole[0].run.folder.parent))
     loaded = train(config, on_record=told.append, progress=False)
@@ -397,10 +398,10 @@ def test_the_teachers_head_is_averaged_in_the_loop(config, monkeypatch, before):
 
     def losses_of_a_step(*args, **kwargs):
         order.append("losses")
-        return objective(*args, **kwargs)
+        return of_both(*args, **kwargs)
 
     monkeypatch.setattr(ToCo, "update_ema", update_ema)
-    monkeypatch.setattr(training, "objective", losses_of_a_step)
+    monkeypatch.setattr(training, "of_both", losses_of_a_step)
     release = ReleaseBehaviour(average_before_teacher=before)
     config = override(config, steps=3, eval_interval=0, momentum=0.7, release=release)
     torch.manual_seed(config.seed)
@@ -468,14 +469,14 @@ def test_what_cannot_work_is_refused_before_training(config, wrong, words):
     [*((name, -1) for name in ("save_every", "keep_every", "skip_nonfinite", "film")), ("save_minutes", math.nan)],
 )
 def test_less_than_none_is_refused_before_training(config, monkeypatch, name, value):
-    monkeypatch.setattr(training, "objective", pytest.fail)
+    monkeypatch.setattr(training, "of_both", pytest.fail)
     with pytest.raises(ToCoError, match=f"^{name} = {value} is not allowed: 0 or more$"):
         train(config, progress=False, **{name: value})
 
 
 def test_an_out_dir_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(training, "objective", pytest.fail)
+    monkeypatch.setattr(training, "of_both", pytest.fail)
     with pytest.raises(ToCoError, match="out_dir: cannot write to .*file/runs"):
         train(override(config, out_dir=str(tmp_path / "file" / "runs")), progress=False)
 
