@@ -2,24 +2,38 @@
 
     python experiments/methods.py --seeds 0 1 2 --threads 1
     python experiments/methods.py --costs --threads 1
+    python experiments/methods.py --pictures
 
 Each row adds one idea to `tiny()`. Expected: an idea that makes better labels (attention, the decoder's answer to the
 CAM) helps the pseudo label most, one that contrasts tokens once more helps little beside PTC. Cost: a run of `tiny()`
 for each variant and seed. `--costs` measures instead what a training with each idea takes, in time and memory, as a
 multiple of ToCo's: half a minute for each, on a machine that does nothing else. Writes
 experiments/records/methods.json, which `notebooks/methods.ipynb` shows.
+
+`--pictures` keeps what finished runs of seed 0 make of some images of the part "test" that show two classes or more,
+evenly spread: records/methods/<idea>.png, their pseudo labels side by side, indices of VOC's palette.
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 from common import RECORDS, command_line, run_all, table, use_threads
 
 from toco_core.config import configured, tiny
-from toco_core.data import open_data
+from toco_core.data import Split, TrainVal, evaluation_items, open_data
+from toco_core.data.files import palette_png
+from toco_core.evaluation.protocols import evenly
+from toco_core.evaluation.scores import reported_part
 from toco_core.machine.writing import write_whole
+from toco_core.predict.image import ImagePredictor
+from toco_core.runs.folder import Run
+from toco_core.runs.opened import open_run
+from toco_core.runs.shipped import shipped_runs
 from toco_core.train.budget import estimate_seconds, step_memory
+from toco_core.widgets.draw import resized
 
 CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0}
 CLASS_MAP = {"class_attention": 0.25, "beta_l": 0.2, "beta_h": 0.35, "beta": 0.3}
@@ -48,6 +62,39 @@ IDEAS = {
 
 
 ROUNDS = 3
+N_SHOWN = 6
+
+
+def shown_images(data: TrainVal) -> Split:
+    """The images of `--pictures`."""
+    test = reported_part(data)[1]
+    several = [i for i, labels in enumerate(test.image_labels) if labels.sum() > 1]
+    return evenly(test.subset(several), N_SHOWN)
+
+
+def picture_file(name: str) -> Path:
+    """Of an idea."""
+    return RECORDS / "methods" / f"{name.replace(', ', '_').replace(' ', '_').lower()}.png"
+
+
+def keep_pictures(variants: dict[str, dict], out_dir: Path) -> None:
+    """What is there of finished runs is drawn; others are named."""
+    data = open_data(tiny().data)
+    shown = list(evaluation_items(shown_images(data), size=tiny().data.crop_size, native=True))
+    shipped = {run.config().short_hash(): run for run in shipped_runs().values()}
+    picture_file("").parent.mkdir(exist_ok=True)
+    for name, overrides in variants.items():
+        config = configured(tiny(), **overrides, seed=0, out_dir=str(out_dir))
+        run = shipped.get(config.short_hash()) or Run.of(config)
+        if not run.finished:
+            print(f"{name}: not trained, {run.folder} is missing", flush=True)
+            continue
+        opened, labels = open_run(run.folder, data=data), []
+        predictor = ImagePredictor(opened.model, opened.config)
+        for item in shown:
+            predictor.set_item(item)
+            labels.append(resized(predictor.pseudo_label(), item.image.shape[-2:]))
+        write_whole(picture_file(name), palette_png(np.concatenate(labels, axis=1)))
 
 
 def costs(variants: dict[str, dict], record: Path) -> dict[str, dict]:
@@ -71,11 +118,21 @@ def costs(variants: dict[str, dict], record: Path) -> dict[str, dict]:
     return state["costs"]
 
 
+def other_work(parser: argparse.ArgumentParser) -> None:
+    """What can be asked for instead of trainings."""
+    parser.add_argument("--costs", action="store_true", help="measure what a training with each takes")
+    parser.add_argument("--pictures", action="store_true", help="keep labels of some images, of finished runs")
+
+
 def main() -> None:
-    args = command_line(__doc__, IDEAS, more=lambda parser: parser.add_argument("--costs", action="store_true"))
-    if args.costs:
+    args = command_line(__doc__, IDEAS, more=other_work)
+    if args.costs or args.pictures:
         use_threads(args.threads)
+    if args.costs:
         costs(args.variants, RECORDS / "methods.json")
+    if args.pictures:
+        keep_pictures(args.variants, args.out_dir)
+    if args.costs or args.pictures:
         return
     state = run_all(args, "do ideas of later papers beat ToCo here?", RECORDS / "methods.json")
     print(table(state["variants"]))

@@ -40,12 +40,27 @@ KINDS = {
     "vote": "vote",
     "seg": "segmentation",
 }
-VARIANTS = LOSS_TERMS | {
-    "+ PTC, token labels as published": {"token_refiner": "none"},
-    "+ PTC + prototypes": {"prototypes": 0.3, "prototypes_start": 100},
-    "+ PTC + exchange": {"exchange": 0.05, "exchange_start": 100},
+CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25}
+IDEAS = {
+    "prototypes": {"prototypes": 0.3, "prototypes_start": 100},
+    "exchange": {"exchange": 0.05, "exchange_start": 100},
+    "discrepancy": {"discrepancy": 0.1},
+    "progressive threshold": {"beta_h_first": 0.55},
+    "dynamic thresholds": {"dynamic_thresholds": True},
+    "noise filter": {"seg_noise": 0.2, "seg_noise_start": 200},
+    "growing regions": {"growing_start": 0.3},
+    "class tokens, their map": CLASS_TOKENS,
+    "class tokens, contrast": CLASS_TOKENS | {"class_contrast": 0.1, "class_contrast_start": 100},
+    "frequency": {"frequency": 1.0},
+    "reliable": {"reliable": 0.05, "reliable_start": 200},
+    "affinity": {"affinity": 0.1, "attention_kind": "learned"},
 }
-"""Name -> the fields of `photographs()` that it changes."""
+VARIANTS = (
+    LOSS_TERMS
+    | {"+ PTC, token labels as published": {"token_refiner": "none"}, "+ frequency": {"frequency": 1.0, "ptc": 0.0}}
+    | {f"+ PTC + {name}": overrides for name, overrides in IDEAS.items()}
+)
+"""Name -> the fields of `photographs()` that it changes; first steps are those of 400."""
 SEVERAL = {"seg_ms": "segmentation, scales 0.75, 1, 1.25 + flip", "seg_crf": "the same + dense CRF"}
 
 

@@ -17,7 +17,7 @@ from toco_core.config import ModelConfig, override, tiny
 from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import cam_named, evaluate_as
-from toco_core.methods.class_tokens import class_contrast_loss, count_shown
+from toco_core.methods.class_tokens import class_contrast_loss, count_shown, is_plain, through_block
 from toco_core.model import ToCo
 from toco_core.objective import PAPER, Step, objective
 from toco_core.predict.image import ImagePredictor
@@ -278,6 +278,22 @@ def test_what_cannot_be_is_refused():
     rotary = small_config(class_tokens_after=2, backbone="vit_small_patch16_dinov3")
     with pytest.raises(ToCoError, match="class_tokens_after = 2 is not allowed: 0 with the rotary positions of vit_sm"):
         ToCo(rotary, K)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [{}, {"qkv_bias": False, "qk_norm": True}, {"qkv_bias": True, "init_values": 0.3}])
+def test_a_block_says_the_same_of_them_alone(kind):
+    """Whatever kind of timm's block: what it says of the first tokens of a sequence, without the others' part."""
+    from timm.models.vision_transformer import Block, ResPostBlock
+
+    block = Block(12, HEADS, **kind).double().eval()
+    stir(block, 0.4)
+    assert not is_plain(ResPostBlock(12, HEADS))
+    x = torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    assert is_plain(block)
+    found, chances = through_block(block, x[:, :5], x[:, 5:])
+    assert_close(found, block(x)[:, :5])
+    assert chances.shape == (2, HEADS, 5, 9) and (chances.sum(-1) - 1).abs().max() < 1e-9
     for encode in (small_model().encode, small_model().inside):
         with pytest.raises(ToCoError, match="class tokens of a model with class_tokens_after = 0"):
             encode(images(), classes=True)

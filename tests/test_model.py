@@ -184,6 +184,7 @@ def test_plain_transformers_of_timm(name, n_prefix):
         ({"backbone": "vit_tiny_patch16_224.augre"}, "did you mean vit_tiny_patch16_224.augreg"),
         ({"backbone": "resnet50"}, "'resnet50' is not a plain vision transformer"),
         ({"backbone": "vit_base_patch16_siglip_224"}, "has no class token"),
+        ({"backbone": "vit_small_patch16_18x2_224"}, "has blocks without one attention before one MLP"),
         ({"layer": 5}, r"layer = 5 is not allowed: plain_vit.* has blocks 1\.\.4"),
         ({"backbone": "plain_vit(patch=8)"}, "is not understood"),
         ({"backbone": str(SPEC._replace(heads=5))}, "width must be a multiple of heads"),

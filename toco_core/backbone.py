@@ -159,7 +159,7 @@ def build_timm(name: str, *, download: bool, head: bool = False) -> nn.Module:
     try:
         options: dict[str, Any] = {} if head else {"num_classes": 0}
         with quick_hub():
-            encoder = timm.create_model(name, pretrained=download, dynamic_img_size=True, **options)
+            encoder: Any = timm.create_model(name, pretrained=download, dynamic_img_size=True, **options)
     except Exception as error:
         reason = hub_reason(error)
         if not download:
@@ -174,6 +174,11 @@ def build_timm(name: str, *, download: bool, head: bool = False) -> nn.Module:
         raise ToCoError(
             f"backbone = {name!r} has no class token, which class token contrast needs: "
             "choose one that pools by its class token"
+        )
+    if not all(hasattr(block, "attn") for block in encoder.blocks):
+        raise ToCoError(
+            f"backbone = {name!r} has blocks without one attention before one MLP, as a plain vision transformer has: "
+            "choose another"
         )
     return encoder
 

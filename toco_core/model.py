@@ -27,7 +27,7 @@ from .heads import AffinityHead, BlockTokens, Kept, LargeFOV, Output, Projection
 from .machine.files import refuse_wrong_keys
 from .machine.graphs import BlockGraphs
 from .machine.meta_device import without_numbers
-from .methods.class_tokens import branch_of, build_class_tokens, class_to_patch
+from .methods.class_tokens import branch_of, build_class_tokens
 from .refiners.attention import attention_maps, mean_attention, plain_attention
 
 
@@ -161,10 +161,8 @@ class ToCo(nn.Module):
             tokens = tokens._replace(attention=mean_attention(maps, n_prefix), affinity=affinity)
         if not before:
             return tokens
-        after = branch_of(self)
-        with self._attention_of(range(after + 1, self.depth + 1)) as looks:
-            found = self.final_norm(self.class_tokens(self.encoder.blocks[after:], before))
-        return tokens._replace(class_tokens=found, class_attention=class_to_patch(looks, self.n_classes, n_prefix))
+        found, looks = self.class_tokens(self.encoder.blocks[branch_of(self) :], before, n_prefix)
+        return tokens._replace(class_tokens=self.final_norm(found), class_attention=looks)
 
     def _run_blocks(self, images: Tensor, kept: Kept | None = None):
         """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept

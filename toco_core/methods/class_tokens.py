@@ -40,25 +40,58 @@ class ClassTokens(nn.Module):
         self.offset = nn.Parameter(SPREAD * torch.randn(n_classes, width))
         self.readout = nn.Linear(width, 1, bias=False)
 
-    def forward(self, blocks: Iterable[nn.Module], before: Sequence[Float[Tensor, "B T D"]]) -> Float[Tensor, "B K D"]:
-        """The class tokens after the last of the `blocks`; `before`: all tokens in front of each, class token first.
+    def forward(
+        self, blocks: Iterable[Any], before: Sequence[Float[Tensor, "B T D"]], n_prefix: int
+    ) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B K N"]]:
+        """The class tokens after the last of the `blocks`, and their attention to the N patches, averaged over heads
+        and blocks: rows sum to at most 1, no gradient.
 
-        Every block sees the class tokens and its own tokens together; of what it says the class tokens' part is taken.
+        `before`: all tokens in front of each block, the first `n_prefix` of which are no patches, class token first.
         """
-        tokens = before[0][:, :1] + self.offset
-        for block, x in zip(blocks, before, strict=True):
-            tokens = block(torch.cat([tokens, x], dim=1))[:, : len(self.offset)]
-        return tokens
+        tokens, looks = before[0][:, :1] + self.offset, []
+        for block, others in zip(blocks, before, strict=True):
+            tokens, chances = through_block(block, tokens, others)
+            looks.append(full_precision(chances.detach()[..., len(self.offset) + n_prefix :]).mean(1))
+        return tokens, torch.stack(looks).mean(0)
 
     def scores(self, class_tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K"]:
         """Class logits: every class's token, after the final norm, through the one read-out."""
         return self.readout(class_tokens).squeeze(-1)
 
 
+def through_block(
+    block: Any, tokens: Float[Tensor, "B K D"], others: Float[Tensor, "B T D"]
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B heads K K+T"]]:
+    """What a block makes of some tokens that see themselves and others, and where they look.
+
+    The others are only seen: they ask nothing and go through no MLP, which is most of a block's work.
+    """
+    seen = block.norm1(torch.cat([tokens, others], dim=1))
+    said, chances = ask(block.attn, seen[:, : tokens.shape[1]], seen)
+    tokens = tokens + block.drop_path1(block.ls1(said))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), chances
+
+
+def ask(
+    attention: Any, asking: Float[Tensor, "B K D"], seen: Float[Tensor, "B T D"]
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B heads K T"]]:
+    """Attend by a timm module's weights, where not all of the tokens that are `seen` ask; with the probabilities."""
+    weight, bias, width = attention.qkv.weight, attention.qkv.bias, attention.num_heads * attention.head_dim
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    of_heads = (attention.num_heads, attention.head_dim)
+    queries = F.linear(asking, weight[:width], bias[:width]).unflatten(-1, of_heads).transpose(1, 2)
+    keys, values = F.linear(seen, weight[width:], bias[width:]).unflatten(-1, (2, *of_heads)).permute(2, 0, 3, 1, 4)
+    chances = attention.scale * attention.q_norm(queries) @ attention.k_norm(keys).transpose(-2, -1)
+    chances = attention.attn_drop(chances.softmax(-1))
+    said = attention.norm((chances @ values).transpose(1, 2).flatten(2))
+    return attention.proj_drop(attention.proj(said)), chances
+
+
 def build_class_tokens(encoder: Any, config: ModelConfig, n_classes: int) -> ClassTokens | None:
     """The class tokens of a config's network; None where it has none.
 
-    Raises ToCoError where no block is left for them, and for rotary positions, which give every token a place.
+    Raises ToCoError where no block is left for them, for rotary positions, which give every token a place, and for
+    blocks that are not a plain attention before a plain MLP.
     """
     after, depth = config.class_tokens_after, len(encoder.blocks)
     if not after:
@@ -67,11 +100,18 @@ def build_class_tokens(encoder: Any, config: ModelConfig, n_classes: int) -> Cla
         raise ToCoError(
             f"class_tokens_after = {after} is not allowed: {config.backbone} has {depth} blocks, at most {depth - 1}"
         )
-    if getattr(encoder, "rope", None) is not None:
-        raise ToCoError(
-            f"class_tokens_after = {after} is not allowed: 0 with the rotary positions of {config.backbone}"
-        )
+    wrong = "rotary positions" if getattr(encoder, "rope", None) is not None else ""
+    if not wrong and not all(is_plain(block) for block in encoder.blocks[after:]):
+        wrong = "blocks"
+    if wrong:
+        raise ToCoError(f"class_tokens_after = {after} is not allowed: 0 with the {wrong} of {config.backbone}")
     return ClassTokens(n_classes, encoder.embed_dim)
+
+
+def is_plain(block: Any) -> bool:
+    """Whether `through_block` computes what a block of timm's does."""
+    kinds = (type(block).__name__, type(block.attn).__name__)
+    return kinds == ("Block", "Attention") and getattr(block.attn, "gate", None) is None
 
 
 def branch_of(model) -> int:
@@ -79,18 +119,6 @@ def branch_of(model) -> int:
     if model.class_tokens is None:
         raise ToCoError("class tokens of a model with class_tokens_after = 0 are not to be had: above 0 is wanted")
     return model.config.class_tokens_after
-
-
-def class_to_patch(
-    maps: Sequence[Float[Tensor, "B heads T T"]], n_classes: int, n_prefix: int
-) -> Float[Tensor, "B K N"]:
-    """Average the attention of the class tokens to the patches over heads and blocks; no gradient.
-
-    Of the T tokens the first `n_classes` are the class tokens, then come `n_prefix` that are no patches. Rows sum to at
-    most 1.
-    """
-    rows = [full_precision(attention.detach()[:, :, :n_classes, n_classes + n_prefix :]).mean(1) for attention in maps]
-    return torch.stack(rows).mean(0)
 
 
 def class_tokens(step) -> Float[Tensor, ""]:
