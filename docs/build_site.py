@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -38,7 +39,7 @@ nb_mime_priority_overrides = [("html", "image/png", 0), ("html", "image/svg+xml"
 suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]  # two classes may have one name
 html_theme = "sphinx_book_theme"
 html_title = "toco_core"
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "navbar_persistent": []}
+html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "navbar_persistent": [], "collapse_navbar": True}
 toc_object_entries_show_parents = "hide"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
@@ -156,20 +157,24 @@ def alternative(text: str, title: str) -> str:
 
 
 def write_api(folder: Path) -> None:
-    """A page for each module, and a list of them with their first sentences."""
+    """A page for each module, below that of its package, and a list of them with their first sentences."""
     folder.mkdir()
     package = ROOT / "toco_core"
-    rows, names = [], []
+    rows, below = [], defaultdict(list)
     for path in sorted(package.rglob("*.py"), key=lambda path: (len(path.relative_to(package).parts), path)):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         text = ast.get_docstring(tree) or ""
         (folder / f"{name}.md").write_text("\n".join(module_page(name, tree)), encoding="utf-8")
-        names.append(f"{name.removeprefix('toco_core.')} <{name}>")
+        parent = name.rpartition(".")[0]
+        below[parent if parent != "toco_core" else ""].append(f"{name.removeprefix('toco_core.')} <{name}>")
         rows.append(f"| [`{name}`]({name}.md) | {escaped(first_sentence(text)).replace('|', chr(92) + '|')} |")
-    index = ["# Modules", "", "| Module | |", "|---|---|", *rows, "", "```{toctree}", ":hidden:", "", *names, "```", ""]
+    index = ["# Modules", "", "| Module | |", "|---|---|", *rows, ""]
     (folder / "index.md").write_text("\n".join(index), encoding="utf-8")
+    for parent, names in below.items():
+        with (folder / f"{parent or 'index'}.md").open("a", encoding="utf-8") as page:
+            page.write("\n".join(["", "```{toctree}", ":hidden:", "", *names, "```", ""]))
 
 
 def first_sentence(text: str) -> str:

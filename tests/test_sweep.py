@@ -70,7 +70,7 @@ def test_a_sweep_killed_at_any_moment_goes_on(notebook, tmp_path):
     out, chance = tmp_path / "out", random.Random(4)
     script, grid = ROOT / "experiments" / "sweep.py", ["--grid", "divisor=1,2,0", "seed=0,1", "--jobs", "2"]
     command, kills = [sys.executable, str(script), str(notebook), *grid, "--out", str(out)], 0
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             process.wait(2 + 8 * chance.random())
