@@ -191,9 +191,10 @@ def gains_over(recipe: list[dict], runs: list[dict], metric: str = "cam_miou") -
     return [run[metric] - own[run["seed"]] for run in runs if run["seed"] in own and metric in run]
 
 
-def mean_and_spread(values: list[float], digits: int = 1) -> str:
-    """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have; `-` for none."""
+def mean_and_spread(values: list[float], digits: int = 1, *, signed: bool = False) -> str:
+    """`61.3 ± 0.8`: mean and sample standard deviation, which one value alone does not have; `-` for none. `signed`:
+    `+61.3 ± 0.8`."""
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

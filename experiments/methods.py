@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from common import RECORDS, command_line, run_all, table, use_threads
 
-from toco_core.config import configured, tiny
+from toco_core.config import TrainConfig, configured, tiny
 from toco_core.data import Split, TrainVal, evaluation_items, open_data
 from toco_core.data.files import palette_png
 from toco_core.evaluation.protocols import evenly
@@ -97,11 +97,10 @@ def keep_pictures(variants: dict[str, dict], out_dir: Path) -> None:
         write_whole(picture_file(name), palette_png(np.concatenate(labels, axis=1)))
 
 
-def costs(variants: dict[str, dict], record: Path) -> dict[str, dict]:
-    """Time and memory of each variant's training over those of ToCo, each time measured just before it; median of some
-    rounds. Kept in the record beside what is known of other variants."""
-    data, plain = open_data(tiny().data), tiny()
-    state = json.loads(record.read_text(encoding="utf-8"))
+def costs(plain: TrainConfig, variants: dict[str, dict], record: Path) -> dict[str, dict]:
+    """Time and memory of a training with each variant's fields over those of `plain`, each time measured just before
+    it; median of some rounds. Kept in the record beside what is known of other variants."""
+    data, state = open_data(plain.data), json.loads(record.read_text(encoding="utf-8"))
     memory = step_memory(plain, data).total
     for name, overrides in variants.items():
         config, ratios = configured(plain, **overrides), []
@@ -129,7 +128,7 @@ def main() -> None:
     if args.costs or args.pictures:
         use_threads(args.threads)
     if args.costs:
-        costs(args.variants, RECORDS / "methods.json")
+        costs(tiny(), args.variants, RECORDS / "methods.json")
     if args.pictures:
         keep_pictures(args.variants, args.out_dir)
     if args.costs or args.pictures:

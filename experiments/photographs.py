@@ -6,7 +6,8 @@ Scores the split `val`, or a fixed fifth of the images where there is none (`dat
 once, with the recipe's thresholds, which were chosen on parts of the training images. The pseudo label (final CAM, two
 thresholds, PAR) leaves pixels open; they count as missed. "final CAM + PAR" is cut at one threshold and leaves none.
 `--multi-scale` adds the segmentation over three scales and after a dense CRF. `--confused person horse` also tells
-which share of the one class's pixels is given to the other.
+which share of the one class's pixels is given to the other. `--costs` measures instead what a training with a variant
+takes, in time and memory, as a multiple of ToCo's with token labels as published.
 
 A class's CAM lies on the object by this share: pixels that the final CAM gives to the class (labels of the image known)
 and that show it, of all that it gives to the class, void pixels left out.
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from common import RECORDS, mean_and_spread, use_threads
 from loss_terms import VARIANTS as LOSS_TERMS
+from methods import costs
 
 from toco_core.config import TrainConfig, configured, photographs
 from toco_core.data import Split, TrainVal
@@ -40,6 +42,7 @@ KINDS = {
     "vote": "vote",
     "seg": "segmentation",
 }
+PLAIN = "+ PTC, token labels as published"
 CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention": 0.25}
 IDEAS = {
     "prototypes": {"prototypes": 0.3, "prototypes_start": 100},
@@ -57,7 +60,7 @@ IDEAS = {
 }
 VARIANTS = (
     LOSS_TERMS
-    | {"+ PTC, token labels as published": {"token_refiner": "none"}, "+ frequency": {"frequency": 1.0, "ptc": 0.0}}
+    | {PLAIN: {"token_refiner": "none"}, "+ frequency": {"frequency": 1.0, "ptc": 0.0}}
     | {f"+ PTC + {name}": overrides for name, overrides in IDEAS.items()}
 )
 """Name -> the fields of `photographs()` that it changes; first steps are those of 400."""
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=photographs().schedule.steps)
     parser.add_argument("--multi-scale", action="store_true")
+    parser.add_argument("--costs", action="store_true", help="measure what a training with each variant takes instead")
     parser.add_argument("--confused", nargs=2, default=[], metavar="CLASS")
     parser.add_argument("--precision", default="auto", help="as in the config; bf16 halves the time on many CPUs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -156,6 +160,10 @@ def main() -> None:
     common = {"weights": args.weights, "steps": args.steps, "out_dir": str(args.out_dir), "eval_interval": 0}
     common |= {"precision": args.precision}
     record_file = RECORDS / f"photographs_{args.name}.json"
+    if args.costs:
+        plain = configured(photographs(args.dataset), **common, **VARIANTS[PLAIN])
+        costs(plain, {name: {"token_refiner": "par"} | VARIANTS[name] for name in args.variants}, record_file)
+        return
     kinds = [*KINDS, *(SEVERAL if args.multi_scale else ())]
     for seed in args.seeds:
         kept = KeptTokens(gib=3)  # all variants see the same pictures

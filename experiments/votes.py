@@ -3,11 +3,12 @@
     python experiments/votes.py --seeds 0 1 2 --threads 1
 
 Rows are trainings of `tiny()`: ToCo, with token labels refined by PAR, with prototypes, with both, with class tokens
-and their map. Columns are labels of one network: pseudo label (final CAM, two thresholds, what lies between them counts
-as missed), final CAM + PAR and vote of both CAMs and the decoder, each cut at the row's one threshold. Expected:
-the heads err in different places, so the vote is above the best of them; what PTC learns from matters less here, where
-the auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and seed. Writes
-experiments/records/votes.json; scores the part "test". `photographs.py` measures the same on photographs.
+and their map, without and with the contrast of class tokens and patches. Columns are labels of one network: pseudo
+label (final CAM, two thresholds, what lies between them counts as missed), final CAM + PAR and vote of both CAMs and
+the decoder, each cut at the row's one threshold. Expected: the heads err in different places, so the vote is above the
+best of them; what PTC learns from matters less here, where the auxiliary CAM is broad already. Cost: a run of `tiny()`
+for each row and seed. Writes experiments/records/votes.json; scores the part "test". `photographs.py` measures the same
+on photographs.
 """
 
 import torch
@@ -27,14 +28,17 @@ VARIANTS = {
     "prototypes": {"prototypes": 0.3},
     "both": {"prototypes": 0.3} | REFINED,
     "class tokens, their map": IDEAS["class tokens, their map"],
+    "class tokens, contrast": IDEAS["class tokens, contrast"],
 }
 """Name -> the fields of `tiny()` that it changes."""
 KINDS = {"pseudo_label": "pseudo label", "refined": "final CAM + PAR", "vote": "vote", "seg": "segmentation"}
 
 
-def gains(runs: dict[str, list[dict]], name: str, kind: str) -> list[float]:
-    """Points of a kind of label of one row above ToCo's pseudo label, seed by seed."""
-    plain = {run["seed"]: run["miou"]["pseudo_label"] for run in runs.get("ToCo", [])}
+def gains(
+    runs: dict[str, list[dict]], name: str, kind: str, *, over: str = "ToCo", over_kind: str = "pseudo_label"
+) -> list[float]:
+    """Points of a kind of label of one row above one of another row, seed by seed."""
+    plain = {run["seed"]: run["miou"][over_kind] for run in runs.get(over, [])}
     return [run["miou"][kind] - plain[run["seed"]] for run in runs.get(name, []) if run["seed"] in plain]
 
 
