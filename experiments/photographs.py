@@ -56,7 +56,7 @@ IDEAS = {
     "class tokens, contrast": CLASS_TOKENS | {"class_contrast": 0.1, "class_contrast_start": 100},
     "frequency": {"frequency": 1.0},
     "reliable": {"reliable": 0.05, "reliable_start": 200},
-    "affinity": {"affinity": 0.1, "attention_kind": "learned"},
+    "affinity": {"affinity": 0.1, "attention_kind": "learned", "affinity_walk_start": 100},
 }
 VARIANTS = (
     LOSS_TERMS
