@@ -168,12 +168,12 @@ def write_api(folder: Path) -> None:
         text = ast.get_docstring(tree) or ""
         (folder / f"{name}.md").write_text("\n".join(module_page(name, tree)), encoding="utf-8")
         parent = name.rpartition(".")[0]
-        below[parent if parent != "toco_core" else ""].append(f"{name.removeprefix('toco_core.')} <{name}>")
+        below["index" if parent in ("", "toco_core") else parent].append(f"{name.removeprefix('toco_core.')} <{name}>")
         rows.append(f"| [`{name}`]({name}.md) | {escaped(first_sentence(text)).replace('|', chr(92) + '|')} |")
     index = ["# Modules", "", "| Module | |", "|---|---|", *rows, ""]
     (folder / "index.md").write_text("\n".join(index), encoding="utf-8")
     for parent, names in below.items():
-        with (folder / f"{parent or 'index'}.md").open("a", encoding="utf-8") as page:
+        with (folder / f"{parent}.md").open("a", encoding="utf-8") as page:
             page.write("\n".join(["", "```{toctree}", ":hidden:", "", *names, "```", ""]))
 
 

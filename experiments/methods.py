@@ -19,6 +19,7 @@ import json
 import statistics
 from pathlib import Path
 
+import cv2
 import numpy as np
 from common import RECORDS, command_line, run_all, table, use_threads
 
@@ -33,7 +34,6 @@ from toco_core.runs.folder import Run
 from toco_core.runs.opened import open_run
 from toco_core.runs.shipped import shipped_runs
 from toco_core.train.budget import estimate_seconds, step_memory
-from toco_core.widgets.draw import resized
 
 CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0}
 CLASS_MAP = {"class_attention": 0.25, "beta_l": 0.2, "beta_h": 0.35, "beta": 0.3}
@@ -93,7 +93,8 @@ def keep_pictures(variants: dict[str, dict], out_dir: Path) -> None:
         predictor = ImagePredictor(opened.model, opened.config)
         for item in shown:
             predictor.set_item(item)
-            labels.append(resized(predictor.pseudo_label(), item.image.shape[-2:]))
+            size = item.image.shape[-2:]
+            labels.append(cv2.resize(predictor.pseudo_label(), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT))
         write_whole(picture_file(name), palette_png(np.concatenate(labels, axis=1)))
 
 
@@ -125,16 +126,14 @@ def other_work(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = command_line(__doc__, IDEAS, more=other_work)
-    if args.costs or args.pictures:
-        use_threads(args.threads)
+    use_threads(args.threads)
     if args.costs:
         costs(tiny(), args.variants, RECORDS / "methods.json")
     if args.pictures:
         keep_pictures(args.variants, args.out_dir)
-    if args.costs or args.pictures:
-        return
-    state = run_all(args, "do ideas of later papers beat ToCo here?", RECORDS / "methods.json")
-    print(table(state["variants"]))
+    if not (args.costs or args.pictures):
+        state = run_all(args, "do ideas of later papers beat ToCo here?", RECORDS / "methods.json")
+        print(table(state["variants"]))
 
 
 if __name__ == "__main__":
