@@ -69,6 +69,17 @@ def test_its_config_says_what_taught_it(run, second):
     assert config.model == before.model and config.schedule == before.schedule
 
 
+def test_a_run_with_maps_that_must_be_learned_has_a_second_network(run, tmp_path):
+    """A second network learns no affinity: its config was refused, after it had been trained."""
+    learned = {"affinity": 0.1, "attention_steps": 1, "attention_blocks": (2,), "attention_kind": "learned"}
+    mapped = {"class_tokens_after": 1, "class_tokens": 1.0, "class_attention": 0.5}
+    config = override(run.config(), **learned, **mapped, steps=1, out_dir=str(tmp_path / "runs"))
+    first = train(config, progress=False).run
+    assert main(["second", str(first.folder), config.data.dataset, str(tmp_path / "second"), "--steps", "1"]) == 0
+    opened = open_model(tmp_path / "second")
+    assert opened.config.loss.affinity == 0 and opened.config.labels == config.labels
+
+
 def test_it_labels_by_its_segmentation(run, second, tmp_path):
     """Its classifiers are as they began: by default they chose classes, and their CAMs made the label maps."""
     photos = f"{run.config().data.dataset}/JPEGImages"

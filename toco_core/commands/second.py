@@ -28,7 +28,7 @@ def second_command(arguments: list[str]) -> int:
     parser.add_argument("--split", default="train", help="list of the images to train on (train)")
     parser.add_argument("--steps", type=int, help="steps of training (default: the run's)")
     chosen = parser.parse_args(arguments)
-    config = open_model(chosen.run).config
+    config = override(open_model(chosen.run).config, loss=SECOND_LOSS)
     if chosen.steps is not None and not 1 <= chosen.steps <= LARGEST:
         raise ToCoError(f"steps = {chosen.steps} is not allowed: at least 1, at most {LARGEST}")
     refuse_other_files(Path(chosen.folder))
@@ -37,6 +37,5 @@ def second_command(arguments: list[str]) -> int:
     model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
     facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
     card = SECOND + CARD.format(**facts, classes=", ".join(source.class_names[1:]))
-    taught = override(config, loss=SECOND_LOSS)
-    print(write_pretrained(chosen.folder, model.state_dict(), taught, source.class_names, card))
+    print(write_pretrained(chosen.folder, model.state_dict(), config, source.class_names, card))
     return 0

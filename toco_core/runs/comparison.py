@@ -1,6 +1,7 @@
 """Runs side by side: which fields of their configs differ, which facts about machine and versions, which classes."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,32 @@ def class_differences(first: Sequence[float], second: Sequence[float]) -> list[f
     if len(first) != len(second):
         raise ToCoError(f"scores of {len(first)} and of {len(second)} classes cannot be compared class by class")
     return [b - a for a, b in zip(first, second, strict=True)]
+
+
+def paired_p_value(differences: Iterable[float]) -> float:
+    """Probability that differences of pairs (seeds, images, classes) come out as far from 0 by chance, in [0, 1].
+
+    The two-sided t test of pairs: t is the mean over its standard error, with one degree of freedom n less than there
+    are differences; for whole n its distribution is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4). NaN is
+    left out; 1 for fewer than two differences, which have no spread.
+    """
+    values = [float(value) for value in differences if not math.isnan(value)]
+    n, mean = len(values) - 1, statistics.fmean(values) if values else 0.0
+    if n < 1 or mean == 0:
+        return 1.0
+    angle = math.atan2(abs(mean) * math.sqrt(n + 1), statistics.stdev(values) * math.sqrt(n))
+    term = math.cos(angle) if n % 2 else 1.0
+    inside = angle if n % 2 else 0.0  # inside: the probability of a smaller t
+    for i in range(2 + n % 2, n + 1, 2):
+        inside += math.sin(angle) * term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    return 1 - inside * (2 / math.pi if n % 2 else 1)
+
+
+def within_noise(differences: Iterable[float]) -> bool:
+    """Whether differences as large for their spread come by chance more than once in twenty (`paired_p_value`): at
+    three seeds all with a mean below 2.5 times their standard deviation."""
+    return paired_p_value(differences) > 0.05
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
