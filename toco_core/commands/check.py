@@ -28,4 +28,4 @@ def check_command(arguments: list[str]) -> int:
         print(f"{error}\n{how_to_get(chosen.dataset)}".strip())
         return 1
     print(seen)
-    return int(bool(seen.unreadable or seen.leaks))
+    return int(bool(seen.unreadable or seen.leaks or seen.odd_masks))

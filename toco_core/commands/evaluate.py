@@ -38,7 +38,8 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def scores_table(scores: RunScores, class_names: tuple[str, ...]) -> str:
-    """Lines of text: the protocol, the mean, every class; a dash for a class that is not there."""
+    """Lines of text: the protocol, the mean, every class; a dash for a class that is not there. A last one, where the
+    mean is of the background alone."""
     heads = [KIND_NAMES[kind] for kind in SCORED]
     rows = {"mIoU": [scores.miou[kind] for kind in SCORED]}
     rows |= {name: [scores.iou[kind][c] for kind in SCORED] for c, name in enumerate(class_names)}
@@ -47,4 +48,6 @@ def scores_table(scores: RunScores, class_names: tuple[str, ...]) -> str:
     for name, values in rows.items():
         cells = ("-" if math.isnan(value) else f"{value:.1f}" for value in values)
         lines.append(name.ljust(first) + "".join(f"  {c:>{len(h)}}" for c, h in zip(cells, heads, strict=True)))
+    if scores.of_background_alone:
+        lines.append(f"no mask of {scores.part} shows a class, each mIoU is the background's IoU: see `toco check`")
     return "\n".join(lines)

@@ -27,12 +27,6 @@ def export_command(arguments: list[str]) -> int:
         "each",
     )
     add_label_options(parser)
-    parser.add_argument(
-        "--format",
-        default="voc",
-        choices=["voc", *FORMATS],
-        help="; ".join(f"{k}: also {v}, to be corrected (see toco corrected)" for k, v in FORMATS.items()),
-    )
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
     try:
@@ -61,13 +55,19 @@ def export_command(arguments: list[str]) -> int:
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `toco export` and `toco label` have in common: how labels are made, and where their images go."""
+    """Add what `toco export` and `toco label` have in common: how labels are made, where their images go, for whom."""
     methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
     default = "par; seg for a second network, whose classifiers were not trained"
     parser.add_argument("--method", choices=METHODS, help=f"{methods} (default {default})")
     for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
+    parser.add_argument(
+        "--format",
+        default="voc",
+        choices=["voc", *FORMATS],
+        help="; ".join(f"{k}: also {v}, to be corrected (see toco corrected)" for k, v in FORMATS.items()),
+    )
 
 
 def split_of_run(config: TrainConfig, split: str) -> Split:

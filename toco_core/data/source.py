@@ -129,10 +129,9 @@ def _kind(dataset: Path | str) -> tuple[str, Path]:
         return "VOC", scenes_folder()
     root = Path(dataset)
     if root.is_file():
-        if root.suffix.lower() in (".csv", ".tsv"):
-            return "list of tags", root
-        if root.suffix.lower() == ".json":
-            return ("COCO" if coco.is_coco_json(root) else "list of tags"), root
+        if root.suffix.lower() in tags.LIST_SUFFIXES:
+            is_coco = root.suffix.lower() == ".json" and coco.is_coco_json(root)
+            return ("COCO" if is_coco else "list of tags"), root
         raise ToCoError(f"dataset {root} is a file that is neither .csv, .tsv nor .json; {ALLOWED}")
     if not root.is_dir():
         raise ToCoError(f"dataset folder {root} does not exist; {ALLOWED}")

@@ -305,8 +305,9 @@ def inside_name(entry: Any, where: str, folder: str) -> str:
     if not isinstance(entry, str):
         raise ToCoError(f"{where}: {entry!r:.80} is not a name inside {folder}")
     parts = PurePosixPath(entry).parts
+    refused = "absolute paths and '..' are refused" + (", and so is a backslash" if "\\" in entry else "")
     if not parts or entry.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", entry):
-        raise ToCoError(f"{where}: {entry!r:.200} is not a name inside {folder}; absolute paths and '..' are refused")
+        raise ToCoError(f"{where}: {entry!r:.200} is not a name inside {folder}; {refused}")
     utf8(entry, where)
     if max(len(part.encode()) for part in parts) > 240 or len(entry) > 1000:
         raise ToCoError(f"{where}: {entry!r:.80}... is too long for the name of a file")

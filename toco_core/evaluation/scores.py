@@ -66,6 +66,11 @@ class RunScores(NamedTuple):
     token_similarity: list[float]
     """After each block, in [-1, 1] (see `similarity`)."""
 
+    @property
+    def of_background_alone(self) -> bool:
+        """Whether no mask of `part` shows a class: the mean over what is shown is the background's IoU."""
+        return all(self.miou[kind] == self.iou[kind][0] for kind in SCORED)
+
 
 class Scored(NamedTuple):
     """A finished run and its scores."""
