@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from toco_core.conventions import voc_palette
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine.intake import limit, open_file, read_bytes, refuse_above
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
@@ -164,7 +164,7 @@ def why_unused(path: Path, first: Path | None) -> str:
 def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, progress: bool = True) -> list:
     """`[function(item) for item in items]` on several threads, in order; a progress bar for more than `PROGRESS_FROM`.
 
-    All items are visited even if some fail. Raises one ToCoError: the first failure, and how many more there are.
+    All items are visited even if some fail. Raises one BrokenFile: the first failure, and how many more there are.
     """
     return raise_first(attempt_files(function, items, what=what, progress=progress))
 
@@ -188,11 +188,11 @@ def attempt_files(
 
 
 def raise_first(outcomes: list[tuple[Any, ToCoError | None]]) -> list:
-    """What came out of each item; or one ToCoError, the first, and how many more there are."""
+    """What came out of each item; or one BrokenFile, the first, and how many more there are."""
     errors = [error for _, error in outcomes if error is not None]
     if errors:
         more = f" ({len(errors) - 1} more of {len(outcomes)} files have problems)" if len(errors) > 1 else ""
-        raise ToCoError(f"{errors[0]}{more}") from errors[0]
+        raise BrokenFile(f"{errors[0]}{more}") from errors[0]
     return [value for value, _ in outcomes]
 
 

@@ -117,9 +117,10 @@ def open_train_val(
     return TrainVal(whole.subset(kept), whole.subset(out), True)
 
 
-def open_data(config: DataConfig) -> TrainVal:
-    """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
-    return open_train_val(config.dataset, train=config.train_split, val=config.val_split)
+def open_data(config: DataConfig, *, broken: str = "stop") -> TrainVal:
+    """The two splits that a config names, `broken` as in `open_source`; the embedded data set is drawn first where it
+    is not there yet."""
+    return open_train_val(config.dataset, train=config.train_split, val=config.val_split, broken=broken)
 
 
 def _kind(dataset: Path | str) -> tuple[str, Path]:

@@ -218,6 +218,13 @@ class Split:
             left_out=self.left_out,
         )
 
+    def look_at(self, index: int, *, masks: bool = True) -> None:
+        """Decode one image, and its mask unless told otherwise. Raises ToCoError where one cannot be used."""
+        if masks:
+            self._check_one(index)
+        else:
+            self.image(index)
+
     def _check_one(self, index: int) -> tuple[tuple[int, int], np.ndarray | None, int]:
         """(H, W), label row, number of void pixels."""
         image, mask = self.pair(index)

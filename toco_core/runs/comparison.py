@@ -41,7 +41,14 @@ def config_differences(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str
 
 def refuse_other_run(run: Run, config: TrainConfig, data: TrainVal) -> None:
     """Raise ToCoError where a run that was found by a config is not its: trained on other data or weights (see
-    `Run.refuse_other_data`), or with other values in its config.json. A run without one cannot be compared."""
+    `Run.refuse_other_data`), or with other values in its config.json (see `refuse_edited`)."""
+    refuse_edited(run, config)
+    run.refuse_other_data(data, config.model.weights_file)
+
+
+def refuse_edited(run: Run, config: TrainConfig) -> None:
+    """Raise ToCoError where the config.json of a run that was found by a config has other values. A run without one
+    cannot be compared."""
     if (run.folder / "config.json").is_file():
         differs = config_differences({"found": run.config().named(), "wanted": config.named()})
         words = [f"{f} = {v['found']!r} is not {v['wanted']!r}" for f, v in differs.items() if f not in PLACES]
@@ -50,7 +57,6 @@ def refuse_other_run(run: Run, config: TrainConfig, data: TrainVal) -> None:
                 f"{run.folder / 'config.json'} was edited: {', '.join(words)}; train(..., resume=False) replaces that "
                 f"run, another out_dir keeps both"
             )
-    run.refuse_other_data(data, config.model.weights_file)
 
 
 def manifest_differences(manifests: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:

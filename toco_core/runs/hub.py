@@ -47,6 +47,7 @@ SCORES = {
 
 SECOND = "# A second network"  # how the card of one begins
 SECOND_LOSS = LossConfig(cls=0.0, aux_cls=0.0, ptc=0.0, ctc=0.0, seg=1.0, seg_start=0, energy=0.0)  # and what taught it
+TRAINING = "training"  # in its folder: what it goes on from until it is written
 
 
 class Pretrained(NamedTuple):
@@ -97,14 +98,16 @@ def write_pretrained(
         f"{json.dumps(facts, indent=2)}\n".encode(),
         card.encode(errors="replace"),
     )
-    with alone(folder, "writes"), writing(folder), contextlib.ExitStack() as stack:
+    with alone(folder, "writes"), writing(folder):
         refuse_other_files(folder)
         remove_parts(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in zip(FILES, contents, strict=True):
-            file = stack.enter_context(whole_file(folder / name))
-            file.write(content)
-            file.flush()  # none takes its place before all have theirs on the disk
+        with contextlib.ExitStack() as stack:
+            for name, content in zip(FILES, contents, strict=True):
+                file = stack.enter_context(whole_file(folder / name))
+                file.write(content)
+                file.flush()  # none takes its place before all have theirs on the disk
+        _remove_training(folder / TRAINING)
     return folder
 
 
@@ -120,9 +123,12 @@ def claim_new(folder: Path) -> None:
 
 def refuse_other_files(folder: Path) -> None:
     """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
+    training, own = folder / TRAINING, {*FILES, f"{TRAINING}/checkpoint.pt"}
     with writing(folder):
         there = list(folder.iterdir()) if os.path.lexists(folder) else []
-    if any(path.is_dir() or path.name not in FILES and path.suffix != PART for path in there):
+        if training.is_dir() and not training.is_symlink():
+            there = [path for path in there if path != training] + list(training.iterdir())
+    if any(path.is_dir() or path.relative_to(folder).as_posix() not in own and path.suffix != PART for path in there):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
@@ -220,6 +226,14 @@ model, config, class_names = from_pretrained("<this folder or repository>")
 
 The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
 """
+
+
+def _remove_training(folder: Path) -> None:
+    """What a finished training of a second network has left in its folder."""
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    remove_parts(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _without_paths(config: TrainConfig) -> TrainConfig:
