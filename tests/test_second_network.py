@@ -18,10 +18,14 @@ from toco_core.config import override
 from toco_core.data import VOCFolder, read_mask
 from toco_core.data.files import palette_png, picture_bytes
 from toco_core.errors import ToCoError
+from toco_core.evaluation.evaluate import evaluate_as
+from toco_core.evaluation.scores import score_run
 from toco_core.predict.class_maps import cams
 from toco_core.predict.label import label_photographs
 from toco_core.predict.models import open_model
-from toco_core.runs.folder import Run
+from toco_core.runs.folder import Run, as_json
+from toco_core.runs.hub import save_pretrained
+from toco_core.runs.opened import open_run
 from toco_core.train.loop import train
 
 
@@ -195,6 +199,7 @@ def test_a_run_with_maps_that_must_be_learned_has_a_second_network(run, tmp_path
     assert main(["second", str(first.folder), config.data.dataset, str(tmp_path / "second"), "--steps", "1"]) == 0
     opened = open_model(tmp_path / "second")
     assert opened.config.loss.affinity == 0 and opened.config.labels == config.labels
+    assert main(["evaluate", str(tmp_path / "second"), "--data", config.data.dataset]) == 0
 
 
 def test_it_labels_by_its_segmentation(run, second, tmp_path):
@@ -225,6 +230,37 @@ def test_what_needs_its_classifiers_is_refused(run, second, tmp_path):
     with pytest.raises(SystemExit, match="error: second has no trained classifier: .* --method seg"):
         main(["page", str(second), f"{photos}/img_0.jpg", str(tmp_path / "x.html")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run_is_named(run, second, tmp_path):
+    """TrainConfig has no field 'toco_core', was said."""
+    shared = save_pretrained(run, tmp_path / "shared")
+    for folder in map(str, (second, shared)):
+        said = f"error: {folder} is no run but a model that `toco share` or `toco second` wrote: `toco label` and"
+        for name, *out in (["evaluate"], ["export", "out"], ["onnx", "out"], ["share", "out"]):
+            with pytest.raises(SystemExit, match=said):
+                main([name, folder, *(str(tmp_path / path) for path in out)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_scored_on_a_data_set(run, second, tmp_path, capsys):
+    """Its segmentation alone; a model that was handed on whole as its run is."""
+    data, out = run.config().data.dataset, tmp_path / "scores.json"
+    assert main(["evaluate", str(second), "--data", data, "--out", str(out)]) == 0
+    _, heads, mean, *classes = capsys.readouterr().out.splitlines()
+    opened, found = open_model(second), json.loads(out.read_text())
+    seg = evaluate_as(opened.config, opened.model, VOCFolder(data, "train"), progress=False).seg
+    assert found["miou"]["seg"] == pytest.approx(100 * seg.miou, abs=6e-4) and heads.endswith("segmentation")
+    assert mean.split() == ["mIoU", *["-"] * 4, f"{100 * seg.miou:.1f}"] and len(classes) == len(CLASSES)
+    assert found["miou"]["cam"] is None and found["protocol"].endswith("; the classifiers were not trained")
+    assert not (second / "scores.json").exists()
+    shared = save_pretrained(run, tmp_path / "shared")
+    assert main(["evaluate", str(shared), "--data", data, "--out", str(out)]) == 0
+    scores = score_run(open_run(run.folder), progress=False)._asdict()
+    assert json.loads(out.read_text()) == json.loads(as_json(scores | {"classes": CLASSES}))
+    other = write_voc_folder(tmp_path / "other", classes=("background", "cat", "wolf", "sheep"))
+    with pytest.raises(SystemExit, match="error: second knows the classes cat, dog, sheep, but .*other has cat, wolf"):
+        main(["evaluate", str(second), "--data", str(other)])
 
 
 def test_second_networks_of_older_versions_are_known_by_their_card(run, second, tmp_path):

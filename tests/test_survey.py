@@ -6,7 +6,7 @@ from PIL import Image
 from voc_folder import CLASSES, rectangle_mask, save_palette_mask, write_list, write_voc_folder
 
 from toco_core.commands.check import check_command as main
-from toco_core.data import VOC_CLASSES, open_source
+from toco_core.data import VOC_CLASSES, open_source, open_train_val
 from toco_core.data.survey import fingerprint, how_to_get, inventory, near_pairs, survey
 from toco_core.errors import ToCoError
 
@@ -341,6 +341,29 @@ def test_the_command_takes_a_test_part_without_masks(root, capsys):
     assert "unreadable: 1" in (told := capsys.readouterr().out) and "img_8.jpg has no mask to derive" in told
     write_list(root, "val", ["img_8"])
     assert main([str(root)]) == 1 and "img_8.jpg has no mask img_8.png" in capsys.readouterr().out
+
+
+def test_the_command_looks_into_the_part_that_is_held_out(root, capsys):
+    """Without a list for val a fifth of train is scored: one picture on both sides was a duplicate within train."""
+    (root / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    write_list(root, "train", [f"img_{i}" for i in range(10)])
+    parts = open_train_val(root)
+    assert main([str(root)]) == 0
+    told, (learned, held) = capsys.readouterr().out, (parts.train.names[0], parts.val.names[0])
+    assert (learned, held) == ("img_1", "img_0")
+    assert f"train: {len(parts.train)} images" in told and f"val (held out of train): {len(parts.val)} images" in told
+    save(root, 0, scene(83, 106, 1))  # image 1 again
+    assert main([str(root)]) == 1
+    assert f"leaks between splits: 1\n  train/{learned} = val (held out of train)/{held}" in capsys.readouterr().out
+    assert main([str(root), "--split", "train"]) == 0
+    assert "duplicates within a split: 1\n  train/img_0 = train/img_1" in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_no_leak_into_longer_lists(root, capsys):
+    (root / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    for longer in ("train", "trainval", "all"):
+        write_list(root, longer, [f"img_{i}" for i in range(10)])
+    assert main([str(root)]) == 0 and "leaks between splits: 0" in capsys.readouterr().out
 
 
 def test_the_command_where_no_image_can_be_read(tmp_path, capsys):

@@ -23,6 +23,7 @@ from toco_core.machine.intake import read_text, real_path
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 BROKEN = ("stop", "leave out")
+HELD_OUT = "val (held out of {})"  # what reports call a part that was cut from a list
 
 
 class Report(NamedTuple):
@@ -161,6 +162,12 @@ class Split:
         part._image_labels = None if self._image_labels is None else self._image_labels[indices]
         return part
 
+    def called(self, split: str) -> "Split":
+        """The same items under another name of their split."""
+        part = copy.copy(self)
+        part.split = split
+        return part
+
     def spread(self, n: int, *, labelled: bool = False) -> "Split":
         """`n` items spread evenly over the split, all where it has fewer; `labelled`: of those that show a class, where
         any does."""
@@ -261,6 +268,11 @@ class TrainVal(NamedTuple):
     train: Split
     val: Split
     held_out: bool
+
+    @property
+    def val_name(self) -> str:
+        """What reports call the second part: where it was cut from a list, they say so."""
+        return HELD_OUT.format(self.val.split) if self.held_out else self.val.split
 
 
 def holdout(names: Sequence[str], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:

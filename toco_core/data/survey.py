@@ -18,8 +18,8 @@ from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, i
 from toco_core.data.layouts import coco
 from toco_core.data.layouts.sbd import sbd_folder
 from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
-from toco_core.data.source import Layout, recognise
-from toco_core.data.split import Split, one_spelling, without_suffix
+from toco_core.data.source import Layout, open_source, open_train_val, open_unscored, recognise
+from toco_core.data.split import HELD_OUT, Split, one_spelling, without_suffix
 from toco_core.errors import ToCoError, one_line
 from toco_core.machine.intake import read_bytes, read_json
 
@@ -30,6 +30,7 @@ NESTED = (
     {"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"},
     {"val", coco.VAL_PART},
 )  # fmt: skip
+CUT_FROM = {HELD_OUT.format("train"): "train"}
 OF_OTHERS = {"all", "corrected"}  # what `toco export --split all` and `toco corrected` list besides other lists
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
 SBD_HOME = (
@@ -169,6 +170,21 @@ class Survey(NamedTuple):
         return "\n".join(lines)
 
 
+def surveyed_splits(dataset: Path | str, names: Sequence[str] = ()) -> list[Split]:
+    """Open the splits to survey: those named, or else all. Where no list is called val, all has train in the two parts
+    that training cuts it into (`open_train_val`): what is held out must not be learned from either."""
+    known = recognise(dataset).splits
+    cut = not names and "train" in known and "val" not in known
+    found: list[Split] = []
+    for name in names or known:
+        if cut and name == "train":
+            parts = open_train_val(dataset)
+            found += [parts.train, parts.val.called(parts.val_name)]
+        else:
+            found.append((open_unscored if name == "test" else open_source)(dataset, name))
+    return found
+
+
 def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) -> Survey:
     """Decode every image and mask of some splits; find what is broken and what comes twice.
 
@@ -278,9 +294,10 @@ def _first(things: Sequence) -> list[str]:
 
 def _is_shared(pair: DuplicatePair, names: Mapping[str, set[str]]) -> bool:
     """Whether two lists hold each other by design, and both pictures are in one of them; `names` are those of each."""
-    lists = {pair.one[0], pair.other[0]}
+    parts = {pair.one[0], pair.other[0]}
+    lists = {CUT_FROM.get(part, part) for part in parts}
     by_design = lists in NESTED or lists & OF_OTHERS
-    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in lists)
+    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in parts)
 
 
 def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:

@@ -10,6 +10,7 @@ from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import named_run
 
 MISSING = "-"
 PLACES = ("dataset", "weights")  # fields that may be written in several ways; what is there is compared
@@ -21,8 +22,9 @@ def found_runs(folder: Path | str) -> list[Run]:
 
 
 def open_folders(folders: Iterable[Path | str]) -> list[Run]:
-    """The runs in these folders. Raises ToCoError for a folder that holds no run, or for one named twice."""
-    runs = [Run(folder) for folder in folders]
+    """The runs in these folders, or shipped runs by name. Raises ToCoError for a folder that holds no run, or for one
+    named twice."""
+    runs = [named_run(folder) for folder in folders]
     seen = set()
     for run in runs:
         run.config()  # says what is missing

@@ -149,12 +149,42 @@ class Run:
         return (self.folder / "metrics.json").is_file()
 
     def config(self) -> TrainConfig:
-        """The config it was started with."""
-        return TrainConfig.from_dict(self._read("config.json"))
+        """The config it was started with. Raises ToCoError that says so for the folder of a model that was handed on
+        (see `hub`)."""
+        values = self._read("config.json")
+        if {"class_names", "config"} <= values.keys():
+            raise ToCoError(
+                f"{self.folder} is no run but a model that `toco share` or `toco second` wrote: `toco label` and "
+                f"`toco evaluate --data` take it"
+            )
+        return TrainConfig.from_dict(values)
 
     def manifest(self) -> dict:
         """Versions, machine, git state and data of its start."""
         return self._read("manifest.json")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes that it was trained for, background first; None where no manifest tells them."""
+        if not (self.folder / "manifest.json").is_file():
+            return None
+        data = self.manifest().get("data")
+        names = data.get("classes") if isinstance(data, dict) else None
+        told = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        return tuple(names) if told else None
+
+    def refuse_other_classes(self, names: Sequence[str], where: object) -> None:
+        """Raise ToCoError where the classes of `where`, background first, are not those that it was trained for: what
+        it says of one would be taken for another. A run that does not tell its classes cannot be compared."""
+        known = self.class_names()
+        if known is None or known == tuple(names):
+            return
+        gone, new = ([name for name in one if name not in other] for one, other in ((known, names), (names, known)))
+        words = [f"{verb} {', '.join(some)}" for verb, some in (("lacks", gone), ("has", new)) if some]
+        raise ToCoError(
+            f"{self.folder} was trained on other classes: {where} {' and '.join(words) or 'has them in another order'} "
+            f"today; name and order them as then (classes.txt keeps an order), or train anew; `toco label` needs no "
+            f"data set"
+        )
 
     def metrics(self) -> dict:
         """The final numbers. Raises ToCoError for a run that is not finished."""

@@ -34,6 +34,7 @@ from toco_core.machine.locks import alone
 from toco_core.machine.writing import PART, new_part, remove_parts, whole_file, writing
 from toco_core.model import ToCo, loaded_model, skeleton
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import named_run
 
 FILES = ("model.safetensors", "config.json", "README.md")
 SCORES = {
@@ -65,10 +66,11 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     Raises ToCoError for a run that is not finished, or whose records or tensors are not those of its config, and for a
     folder that holds other files or cannot be written.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = run if isinstance(run, Run) else named_run(run)
+    config = run.config()
     if not run.finished:
         raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
-    config, manifest, metrics, scores = _without_paths(run.config()), run.manifest(), run.metrics(), run.scores()
+    config, manifest, metrics, scores = _without_paths(config), run.manifest(), run.metrics(), run.scores()
     try:
         names = [utf8(name, f"{run.folder}/manifest.json") for name in manifest["data"]["classes"]]
         card = model_card(config, manifest, metrics, scores)
