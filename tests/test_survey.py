@@ -182,7 +182,7 @@ def halves(left, right=0):
 def test_masks_that_show_no_class_are_named(tmp_path, capsys):
     """0 and 255, as drawing programs write them, were 24 sound masks, and an mIoU of 100."""
     root = tagged(tmp_path / "own", [halves(255), halves(0), halves(1), halves(255)])
-    assert main([str(root)]) == 1
+    assert main([str(root), "--split", "train"]) == 1
     told = capsys.readouterr().out
     assert "1 of no class; cat 2, dog 2; 25.0% of the mask pixels void\n" in told and "unreadable: 0" in told
     assert "masks of train that contradict the labels: 2 (1 cat, 2 dog)\n" in told
@@ -197,7 +197,7 @@ def test_masks_that_show_no_class_are_named(tmp_path, capsys):
 def test_masks_that_show_what_the_tags_do_not_are_named(tmp_path, capsys):
     """Their classes were numbered in another order than the sorted tags, or belong to other pictures."""
     root = tagged(tmp_path / "own", [halves(2), halves(1, 2), halves(1, 2), halves(1)])
-    assert main([str(root)]) == 1
+    assert main([str(root), "--split", "train"]) == 1
     told = capsys.readouterr().out
     assert "contradict the labels: 3 (1 cat, 2 dog)\n  0: the mask shows dog, which the labels do not have\n" in told
     assert "  1: the mask shows cat, which" in told and "  3: the mask shows cat, which" in told
