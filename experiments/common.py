@@ -84,10 +84,19 @@ def command_line(
     try:
         args.common |= named_values(args.set)
         for overrides in args.variants.values():  # a wrong field is refused before the first run
-            configured(tiny(), **{**args.common, **overrides})
+            config = configured(tiny(), **{**args.common, **overrides})
+            refuse_late(overrides, config.schedule.steps)
     except ToCoError as error:
         parser.error(str(error))
     return args
+
+
+def refuse_late(overrides: dict, steps: int) -> None:
+    """Raise ToCoError for a first step that a variant names and the schedule never reaches: it would be a run without
+    what the variant is called after."""
+    for name, value in overrides.items():
+        if name.endswith("_start") and name.removesuffix("_start") in overrides and value >= steps:
+            raise ToCoError(f"{name} = {value} with steps = {steps} is not allowed: less, or it never begins")
 
 
 def run_all(args: argparse.Namespace, question: str, record: Path) -> dict:
@@ -112,7 +121,7 @@ def use_threads(n: int) -> None:
 
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
     """Put one result into a record file: other variants stay, as do this one's other seeds of today's recipe."""
-    state = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"variants": {}}
+    state = {"variants": {}} | (json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {})
     overrides = json.loads(json.dumps(overrides))  # tuples as the record gives them back
     others = runs_of(overrides, {run["run"]: run for run in state["variants"].get(name, {}).get("runs", [])})
     others = [run for run in others if run["seed"] != result["seed"]]

@@ -9,10 +9,12 @@ images of other classes, all three together. Besides the scores each run is held
 the masks. Expected: the paper's form tells crops from whole images by their size and lets all projections of crops come
 together (likeness near 1); the variants do not; none moves the CAM by more than seeds do. Found: all collapse. Cost: a
 run of `tiny()` for each variant and seed, with resized crops about twice as long. Shipped runs (seed 0 of the first
-two) are not trained again, whatever the threads. Writes experiments/records/ctc_variants.json.
+two) are not trained again, whatever the threads. `--costs` measures instead what a training with each takes. Writes
+experiments/records/ctc_variants.json.
 """
 
 from common import RECORDS, add_result, command_line, run_variant, table, use_threads
+from methods import costs
 
 from toco_core.analysis.crop_contrast import crop_contrast
 from toco_core.config import TrainConfig, configured, tiny
@@ -27,13 +29,18 @@ VARIANTS = {
     "batch negatives": CTC | {"ctc_batch_negatives": True},
     "all three": CTC | {"local_resized": True, "ctc_cosine": True, "ctc_batch_negatives": True},
 }
+RECORD = RECORDS / "ctc_variants.json"
 MOST, LEAST = 0.6, 0.05
 """Share of object from which a crop shows one, and up to which it shows background."""
 
 
 def main() -> None:
-    args = command_line(__doc__, VARIANTS)
+    asked = {"action": "store_true", "help": "measure what a training with each takes"}
+    args = command_line(__doc__, VARIANTS, more=lambda parser: parser.add_argument("--costs", **asked))
     use_threads(args.threads)
+    if args.costs:
+        costs(configured(tiny(), **args.common), args.variants, RECORD)
+        return
     state = {"variants": {}}
     for seed in args.seeds:
         for name, overrides in args.variants.items():
@@ -44,7 +51,7 @@ def main() -> None:
             print(" ".join(f"{key}={value}" for key, value in result.items()), flush=True)
             shown = name if args.threads == 1 else f"{name}, {args.threads} threads"
             question = "does class token contrast help on top of PTC, and does it collapse?"
-            state = add_result(RECORDS / "ctc_variants.json", question, shown, overrides, result)
+            state = add_result(RECORD, question, shown, overrides, result)
     print(table(state["variants"]))
 
 

@@ -101,7 +101,7 @@ def keep_pictures(variants: dict[str, dict], out_dir: Path) -> None:
 def costs(plain: TrainConfig, variants: dict[str, dict], record: Path) -> dict[str, dict]:
     """Time and memory of a training with each variant's fields over those of `plain`, each time measured just before
     it; median of some rounds. Kept in the record beside what is known of other variants."""
-    data, state = open_data(plain.data), json.loads(record.read_text(encoding="utf-8"))
+    data, state = open_data(plain.data), json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     memory = step_memory(plain, data).total
     for name, overrides in variants.items():
         config, ratios = configured(plain, **overrides), []
@@ -128,9 +128,9 @@ def main() -> None:
     args = command_line(__doc__, IDEAS, more=other_work)
     use_threads(args.threads)
     if args.costs:
-        costs(tiny(), args.variants, RECORDS / "methods.json")
+        costs(configured(tiny(), **args.common), args.variants, RECORDS / "methods.json")
     if args.pictures:
-        keep_pictures(args.variants, args.out_dir)
+        keep_pictures({name: args.common | overrides for name, overrides in args.variants.items()}, args.out_dir)
     if not (args.costs or args.pictures):
         state = run_all(args, "do ideas of later papers beat ToCo here?", RECORDS / "methods.json")
         print(table(state["variants"]))

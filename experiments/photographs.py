@@ -23,12 +23,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import RECORDS, mean_and_spread, use_threads
+from common import RECORDS, mean_and_spread, refuse_late, use_threads
 from loss_terms import VARIANTS as LOSS_TERMS
 from methods import costs
 
-from toco_core.config import TrainConfig, configured, photographs
+from toco_core.config import TrainConfig, configured, override, photographs
 from toco_core.data import Split, TrainVal
+from toco_core.errors import ToCoError
 from toco_core.evaluation.protocols import assess
 from toco_core.machine.writing import write_whole
 from toco_core.train.kept_tokens import KeptTokens
@@ -47,6 +48,7 @@ CLASS_TOKENS = {"class_tokens_after": 8, "class_tokens": 1.0, "class_attention":
 IDEAS = {
     "prototypes": {"prototypes": 0.3, "prototypes_start": 100},
     "exchange": {"exchange": 0.05, "exchange_start": 100},
+    "consistency": {"consistency": 0.1, "consistency_start": 150},
     "discrepancy": {"discrepancy": 0.1},
     "progressive threshold": {"beta_h_first": 0.55},
     "dynamic thresholds": {"dynamic_thresholds": True},
@@ -117,13 +119,18 @@ def known_results(record: Path, kinds) -> dict[str, dict]:
 
 def read(record: Path) -> dict:
     """What the record says."""
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"runs": {}}
+    return {"runs": {}} | (json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {})
 
 
-def keep_result(record: Path, name: str, result: dict, table: Callable[[dict], str], facts: dict) -> dict:
-    """Put the result of a row's seed into a record file; returns the whole. Other seeds may be computed beside it."""
+def keep_result(
+    record: Path, name: str, result: dict, table: Callable[[dict], str], facts: dict, config: TrainConfig
+) -> dict:
+    """Put the result of a row's seed into a record file; returns the whole. Other seeds may be computed beside it;
+    those of another config than the row's of today are given up."""
     state = read(record)
+    hashes = {run["seed"]: override(config, seed=run["seed"]).short_hash() for run in state["runs"].get(name, [])}
     others = [run for run in state["runs"].get(name, []) if run["seed"] != result["seed"]]
+    others = [run for run in others if run["run"] == hashes[run["seed"]]]
     state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
     state |= facts | {"table": table(state["runs"]).splitlines()}
     write_whole(record, json.dumps(state, indent=1) + "\n")
@@ -164,6 +171,13 @@ def main() -> None:
         plain = configured(photographs(args.dataset), **common, **VARIANTS[PLAIN])
         costs(plain, {name: {"token_refiner": "par"} | VARIANTS[name] for name in args.variants}, record_file)
         return
+    try:
+        for name in args.variants:
+            refuse_late(VARIANTS[name], args.steps)
+    except ToCoError as error:
+        parser.error(str(error))
+    if (steps := read(record_file).get("steps", args.steps)) != args.steps:
+        parser.error(f"{record_file} holds runs of {steps} steps: another --name, or --steps {steps}")
     kinds = [*KINDS, *(SEVERAL if args.multi_scale else ())]
     for seed in args.seeds:
         kept = KeptTokens(gib=3)  # all variants see the same pictures
@@ -173,7 +187,7 @@ def main() -> None:
                 config, several=args.multi_scale, confused=args.confused, kept=kept
             )
             facts = {"steps": args.steps, "thresholds": "the recipe's", "torch": torch.__version__}
-            state = keep_result(record_file, name, result, table, facts)
+            state = keep_result(record_file, name, result, table, facts, config)
             print(table(state["runs"]), flush=True)
 
 

@@ -83,7 +83,7 @@ def main() -> None:
             result |= {"steps": config.schedule.steps, "curve": curve(config)}
         print(name, Run.of(config).folder, flush=True)
         facts = {"thresholds": "the recipes'", "curve_on": args.curve_on, "torch": torch.__version__}
-        print(table(keep_result(RECORD, name, result, table, facts)["runs"]), flush=True)
+        print(table(keep_result(RECORD, name, result, table, facts, config)["runs"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     python experiments/votes.py --seeds 0 1 2 --threads 1
 
 Rows are trainings of `tiny()`: ToCo, with token labels refined by PAR, with prototypes, with both, with class tokens
-and their map, without and with the contrast of class tokens and patches. Columns are labels of one network: pseudo
-label (final CAM, two thresholds, what lies between them counts as missed), final CAM + PAR and vote of both CAMs and
-the decoder, each cut at the row's one threshold. Expected: the heads err in different places, so the vote is above the
-best of them; what PTC learns from matters less here, where the auxiliary CAM is broad already. Cost: a run of `tiny()`
-for each row and seed. Writes experiments/records/votes.json; scores the part "test". `photographs.py` measures the same
-on photographs.
+and their map, without and with the contrast of class tokens and patches, and this with refined token labels ("all of
+it"). Columns are labels of one network: pseudo label (final CAM, two thresholds, what lies between them counts as
+missed), final CAM + PAR and vote of both CAMs and the decoder, each cut at the row's one threshold. Expected: the heads
+err in different places, so the vote is above the best of them; what PTC learns from matters less here, where the
+auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and seed. Writes experiments/records/votes.json;
+scores the part "test". `photographs.py` measures the same on photographs.
 """
 
 import torch
@@ -29,6 +29,7 @@ VARIANTS = {
     "both": {"prototypes": 0.3} | REFINED,
     "class tokens, their map": IDEAS["class tokens, their map"],
     "class tokens, contrast": IDEAS["class tokens, contrast"],
+    "all of it": IDEAS["class tokens, contrast"] | REFINED,
 }
 """Name -> the fields of `tiny()` that it changes."""
 KINDS = {"pseudo_label": "pseudo label", "refined": "final CAM + PAR", "vote": "vote", "seg": "segmentation"}
@@ -61,7 +62,7 @@ def main() -> None:
             config = configured(tiny(), **{**args.common, **overrides, "seed": seed, "out_dir": str(args.out_dir)})
             result = run_variant(config, part=lambda data: reported_part(data)[1], kept=kept)
             facts = {"part": "test", "thresholds": "the recipe's", "torch": torch.__version__}
-            state = keep_result(record, name, result, table, facts)
+            state = keep_result(record, name, result, table, facts, config)
             print(table(state["runs"]), flush=True)
 
 

@@ -36,7 +36,7 @@ def with_class_tokens(**changes) -> ToCo:
 def slow_class_tokens(model, image):
     """One image's class tokens, K D, and their attention, K N: each token asks every head of every block by itself."""
     w = dict(model.encoder.named_parameters())
-    states = [x[0] for _, x, _ in model._run_blocks(image[None])]
+    states = [x[0] for _, x, _ in model._run_blocks(model._embedded(image[None]))]
     offset = model.class_tokens.offset
     tokens = [states[AFTER - 1][0] + offset[k] for k in range(K)]
     n_patches = len(states[0]) - model.encoder.num_prefix_tokens
@@ -234,7 +234,9 @@ def test_every_view_is_fused_with_its_own_attention(flip, steps):
 def test_the_predictor_and_the_step_see_the_same_maps():
     model = stirred_network()
     sizes = {"crop_size": 32, "local_size": 16, "par_iterations": 2, "par_dilations": (1, 2), "cam_scales": (1.0, 0.5)}
-    config = override(small_recipe(), class_tokens_after=1, class_attention=0.5, beta_l=0.3, beta_h=0.6, **sizes)
+    config = override(
+        small_recipe(), class_tokens_after=1, class_tokens=1.0, class_attention=0.5, beta_l=0.3, beta_h=0.6, **sizes
+    )
     predictor = ImagePredictor(model, config)
     picture = np.random.default_rng(3).integers(0, 255, (37, 52, 3), dtype=np.uint8)
     predictor.set_image(picture, [1, 0, 1])

@@ -126,6 +126,23 @@ def test_one_annotation_file_with_images_beside_it(tmp_path):
         COCOFolder(root / "mine.json", "val")
 
 
+def test_an_image_with_a_box_alone_has_no_mask(root):
+    """Its mask was all background beside others with polygons, and it was scored by it."""
+
+    def without_shapes(content):
+        for entry in content["annotations"]:
+            if entry["image_id"] == 100 or entry["id"] == 11:
+                entry |= {"bbox": [3, 2, 12, 10], "segmentation": []}
+        content["annotations"].append({"id": 99, "image_id": 102, "category_id": 1, "bbox": [1, 1, 3, 3]})
+
+    spoil(root, without_shapes)
+    folder = COCOFolder(root, "train", unlabelled=True)
+    assert [folder.mask(i) is None for i in range(5)] == [True, True, True, False, False] and folder.n_masks == 2
+    assert not folder.mask(3).any() and folder.image_labels[:3].tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    np.testing.assert_array_equal(folder.mask(4), expected_mask(4))
+    assert folder.check().n_masks == 2
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_run_lengths_equal_those_of_pycocotools(seed, monkeypatch):
     rng = np.random.default_rng(seed)

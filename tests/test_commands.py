@@ -110,5 +110,9 @@ def test_a_run_is_scored_class_by_class(tmp_path, capsys):
 def test_a_class_that_nobody_shows_has_a_dash_and_a_null():
     one = {kind: [50.0, math.nan] for kind in SCORED}
     scores = RunScores("val", "val: 1 image", 0.1, 0.2, 0.3, {}, dict.fromkeys(SCORED, 50.0), one, 90.0, [])
-    assert scores_table(scores, ("background", "cat")).splitlines()[-1].split() == ["cat"] + ["-"] * len(SCORED)
+    *_, row, last = scores_table(scores, ("background", "cat")).splitlines()
+    assert row.split() == ["cat"] + ["-"] * len(SCORED)
+    assert last == "no mask of val shows a class, each mIoU is the background's IoU: see `toco check`"
+    shown = scores._replace(iou={kind: [50.0, 40.0] for kind in SCORED}, miou=dict.fromkeys(SCORED, 45.0))
+    assert scores_table(shown, ("background", "cat")).splitlines()[-1].startswith("cat")
     assert json.loads(as_json(scores._asdict()))["iou"]["cam"] == [50.0, None]

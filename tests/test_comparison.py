@@ -1,6 +1,8 @@
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from toco_core.config import override, tiny, voc
 from toco_core.errors import ToCoError
@@ -11,8 +13,10 @@ from toco_core.runs.comparison import (
     manifest_differences,
     markdown_table,
     open_folders,
+    paired_p_value,
     short_names,
     shown,
+    within_noise,
 )
 from toco_core.runs.folder import Run
 
@@ -93,3 +97,18 @@ def test_tables():
         "| nan | - |",
     ]
     assert shown("x" * 80) == "x" * 57 + "..." and shown(12.345678) == "12.346" and shown(True) == "True"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 9, 30])
+@pytest.mark.parametrize("shift", [0.03, -0.7, 2.5])
+def test_p_values_are_those_of_the_paired_t_test(n, shift):
+    values = np.random.default_rng(n).normal(shift, 1.3, n)
+    wanted = scipy.stats.ttest_1samp(values, 0).pvalue
+    assert paired_p_value(values) == pytest.approx(wanted, rel=1e-9)
+    assert within_noise(values) == (wanted > 0.05)
+    assert paired_p_value([*values, math.nan]) == paired_p_value(values)
+
+
+def test_differences_without_a_spread():
+    assert paired_p_value([]) == paired_p_value([3.0]) == paired_p_value([0.0, 0.0]) == 1
+    assert paired_p_value([2.0, 2.0, 2.0]) == pytest.approx(0) and not within_noise([2.0, 2.0, 2.0])

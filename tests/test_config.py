@@ -335,6 +335,16 @@ def test_configs_are_frozen_and_keyword_only():
         ({"backbone": ""}, "backbone = ''"),
         ({"decay_all": 1}, "decay_all = 1 is not allowed: True or False"),
         ({"loss": 3}, "loss = 3 is not allowed: a LossConfig"),
+        (
+            {"class_tokens_after": 8, "class_attention": 0.3},
+            "class_attention = 0.3 with class_tokens = 0 and class_contrast = 0 is not allowed",
+        ),
+        ({"exchange": 0.1, "exchange_start": 2000}, "exchange_start at least seg_start"),
+        ({"exchange": 0.1, "exchange_start": 2001, "seg": 0}, "seg = 0.0 is not allowed: .*seg above 0"),
+        (
+            {"consistency": 0.1, "release": ReleaseBehaviour.release_exact()},
+            "consistency = 0.1 with independent_local_image = True is not allowed",
+        ),
     ],
 )
 def test_wrong_values_are_refused_by_name(values, message):
@@ -365,6 +375,8 @@ def test_a_shortened_experiment_keeps_its_stages_and_its_warm_up():
     assert shortened(config, 40).schedule.warmup_steps == 20
     assert shortened(override(config, eval_interval=0), 100).eval_interval == 0
     assert shortened(config, 1).schedule.steps == 1
+    walk = override(config, affinity=0.1, attention_steps=1, attention_kind="learned", affinity_walk_start=3)
+    assert shortened(walk, 1).loss.affinity_walk_start == 1  # 0 would be never
 
 
 def test_steps_alone_shorten_every_stage_that_is_not_named():

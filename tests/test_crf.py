@@ -16,7 +16,7 @@ from toco_core.errors import ToCoError
 from toco_core.labels import refined_labels
 from toco_core.lattice import Lattice, energy_lattices, image_lattice
 from toco_core.losses import dense_energy_loss
-from toco_core.refiners.crf import crf_lattices, dense_crf, mean_field
+from toco_core.refiners.crf import CRFSettings, crf_lattices, dense_crf, mean_field
 
 B, C, H, W = 2, 4, 10, 14
 # A pixel whose distance from the corner is exactly one standard deviation lies on the border of two simplices, where
@@ -358,3 +358,19 @@ def test_lattice_is_made_of_tensors_only():
     assert all(
         isinstance(getattr(Lattice.build(torch.randn(4, 2)), f.name), torch.Tensor) for f in dataclasses.fields(Lattice)
     )
+
+
+def test_a_large_photograph_is_refined_at_fewer_pixels(monkeypatch):
+    """One of 24 megapixels took 17 GB at its own size."""
+    from toco_core.predict import segmentation
+
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.nn.functional.interpolate(torch.randn(1, C, 6, 9, generator=generator), size=(48, 72))
+    unit = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 9, generator=generator), size=(48, 72))
+    options, refine, seen = dataclasses.asdict(CRFSettings(appearance_sigma_xy=9.5)), segmentation.dense_crf, []
+    monkeypatch.setattr(segmentation, "dense_crf", lambda *a, **k: seen.append(tuple(a[0].shape)) or refine(*a, **k))
+    whole = segmentation.crf_label(logits, unit, options)
+    monkeypatch.setattr(segmentation, "CRF_PIXELS", 24 * 36)
+    smaller = segmentation.crf_label(logits, unit, options)
+    assert seen == [(C, 48, 72), (C, 24, 36)] and smaller.shape == whole.shape == (1, 48, 72)
+    assert (smaller == whole).float().mean() > 0.9 and len(whole.unique()) == C

@@ -60,6 +60,26 @@ def test_options_become_fields_and_wrong_ones_are_refused(common, capsys):
         with pytest.raises(SystemExit):
             common.command_line("x", variants, ["--set", wrong])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        common.command_line("x", {"late": {"exchange": 0.1, "exchange_start": 200}}, ["--steps", "200"])
+    assert "exchange_start = 200 with steps = 200 is not allowed: less" in capsys.readouterr().err
+
+
+def test_a_row_of_photographs_holds_runs_of_one_config(tmp_path):
+    import photographs
+
+    record, config = tmp_path / "x.json", override(tiny(), ptc=0.5)
+
+    def put(config, seed, value):
+        config = override(config, seed=seed)
+        result = {"seed": seed, "miou": dict.fromkeys(photographs.KINDS, value), "run": config.short_hash()}
+        return photographs.keep_result(record, "row", result, photographs.table, {"steps": 3}, config)
+
+    put(config, 1, 40.0)
+    state = put(config, 0, 50.0)
+    assert [run["seed"] for run in state["runs"]["row"]] == [0, 1] and "| row | 2 | 45.0 ± 7.1 |" in state["table"][2]
+    state = put(override(config, lr=1e-3), 2, 60.0)
+    assert [run["seed"] for run in state["runs"]["row"]] == [2]  # other settings: nothing to average with
 
 
 @pytest.mark.slow

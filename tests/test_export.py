@@ -231,7 +231,7 @@ OTHERS = {  # what is no switch
 def test_whatever_of_a_config_moves_a_label_is_in_its_settings(model, source, config, method):
     """Label maps of other scales, of another PAR, of another decoder were taken for today's."""
     config, part = override(config, attention_steps=1, attention_blocks=(2,)), source.subset([0, 2])
-    config = override(config, seg_scales=(1.0, 0.5), class_tokens_after=1, class_attention=0.5)
+    config = override(config, seg_scales=(1.0, 0.5), class_tokens_after=1, class_tokens=1.0, class_attention=0.5)
     how = LabelMethod.of(method, config, {"iterations": 2})
 
     def made(config):

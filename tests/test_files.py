@@ -204,6 +204,37 @@ def test_index_files(tmp_path):
     }
 
 
+def test_of_two_files_that_differ_in_capitals_the_same_one_counts(tmp_path, monkeypatch):
+    """Which one was up to the order in which the system lists a folder."""
+    for name in ("b.jpg", "b.JPG", "a.png"):
+        (tmp_path / name).touch()
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("the file system takes both for one")
+    for order in (sorted, lambda names: sorted(names, reverse=True)):
+        walk = [(str(tmp_path), [], order(["b.jpg", "b.JPG", "a.png"]))]
+        monkeypatch.setattr(files.os, "walk", lambda *_, walk=walk, **__: walk)
+        assert list(index_files(tmp_path, files.IMAGE_SUFFIXES).items()) == [
+            ("b", tmp_path / "b.JPG"),
+            ("a", tmp_path / "a.png"),
+        ]
+
+
+def test_hidden_files_may_be_left_out(tmp_path):
+    for name in (
+        "a.jpg",
+        "@me.jpg",
+        "._a.jpg",
+        ".thumbnails/a.jpg",
+        "sub/@eaDir/a.jpg",
+        "__MACOSX/sub/a.jpg",
+        "sub/b.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(index_files(tmp_path, files.IMAGE_SUFFIXES, hidden=False)) == ["@me", "a", "sub/b"]
+    assert len(index_files(tmp_path, files.IMAGE_SUFFIXES)) == 7
+
+
 def test_map_files_keeps_the_order_and_counts_the_failures():
     assert map_files(lambda i: i * i, range(50), what="squares") == [i * i for i in range(50)]
 

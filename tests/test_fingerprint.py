@@ -17,9 +17,12 @@ from test_interruptions import raise_interrupt, stop_at
 from voc_folder import rectangle_mask, save_palette_mask, write_list, write_voc_folder
 
 import toco_core.evaluation.scores as scoring
+from toco_core.__main__ import main
 from toco_core.config import RECIPES, TrainConfig, override, tiny
 from toco_core.data import VOCFolder, fingerprint, open_data, open_source, scenes
 from toco_core.data.fingerprint import differences, split_fingerprint
+from toco_core.data.layouts.tags import write_tag_list
+from toco_core.data.source import open_beside
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate
 from toco_core.evaluation.scores import scored_run
@@ -204,6 +207,56 @@ def test_a_run_of_other_data_is_refused(config, root, finished, change, words):
     again = train(config, resume=False, progress=False)
     assert not finished or weights_hash(again.model) != weights_hash(first.model) or "val" in words
     train(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("cat wolf sheep", "lacks dog and has wolf"),
+        ("cat sheep dog", "has them in another order"),
+        ("cat dog sheep cow", "has cow"),
+        ("cat sheep", "lacks dog"),
+    ],
+)
+def test_a_run_of_other_classes_is_not_opened(config, root, names, words):
+    run = train(override(config, steps=1, warmup_steps=0), progress=False).run
+    open_run(run.folder)
+    (root / "classes.txt").write_text("\n".join(["background", *names.split()]))
+    message = f"was trained on other classes: .*data {words} today; name and order them as then"
+    with pytest.raises(ToCoError, match=message):
+        open_run(run.folder)
+    if names.count(" ") == 2:  # of runs that do not tell their classes, the number is compared
+        for path, content in (("manifest.json", '{"data": {"train": 4}}'), ("manifest.json", "{}")):
+            (run.folder / path).write_text(content)
+            open_run(run.folder)
+        (run.folder / "manifest.json").unlink()
+        open_run(run.folder)
+
+
+def test_a_renamed_tag_gives_no_labels_under_another_name(config, tmp_path):
+    """The sorted classes had other places, and each label map was of another class than its number said."""
+    splits = {name: VOCFolder(tmp_path / "data", name) for name in ("train", "val")}
+    photos = write_tag_list(tmp_path / "photos", splits, masks=["val"])
+    (photos.parent / "classes.txt").unlink()
+    config = override(config, dataset=str(photos), steps=1, warmup_steps=0)
+    run = train(config, progress=False).run
+    photos.write_text(photos.read_text().replace("sheep", "aries"))
+    for command in (["export", str(run.folder), str(tmp_path / "labels")], ["evaluate", str(run.folder)]):
+        with pytest.raises(SystemExit, match="error: .*tags.csv lacks sheep and has aries today"):
+            main(command)
+    assert not (tmp_path / "labels").exists()
+    photos.write_text(photos.read_text().replace("aries", "sheep"))
+    assert main(["export", str(run.folder), str(tmp_path / "labels"), "--method", "cam"]) == 0
+
+
+def test_another_part_with_other_classes_is_refused(tmp_path):
+    root = write_coco_folder(tmp_path / "coco", {"train": range(4), "val": (4, 5), "test": (6, 7)})
+    path = next((root / "annotations").glob("*test*.json"))
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "wolf"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ToCoError, match="coco: train has the classes .* but test has .*wolf"):
+        open_beside(open_source(root, "train"), "test")
 
 
 def test_other_weights_in_the_same_file_are_refused(config, tmp_path):

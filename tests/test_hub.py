@@ -69,8 +69,12 @@ def test_scores_that_were_kept_are_on_the_card(trained):
 
 
 def test_what_cannot_be_handed_on_or_read_is_named(trained, tmp_path):
-    with pytest.raises(ToCoError, match="is not a finished run"):
+    with pytest.raises(ToCoError, match="none has no config.json: it is not the folder of a run"):
         hub.save_pretrained(Run(tmp_path / "none"), tmp_path / "shared")
+    begun = Run(tmp_path / "begun")
+    begun.begin(trained.run.config())
+    with pytest.raises(ToCoError, match="begun is not a finished run: train it to its end first"):
+        hub.save_pretrained(begun, tmp_path / "shared")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ToCoError, match="full' holds other files"):

@@ -195,6 +195,20 @@ def data_of_numbers(n):
     return Source()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_attention_that_is_asked_for_behind_them_changes_no_kept_token(autocast):
+    """Blocks whose attention is wanted compute by matrix products, which is another kernel with other bits."""
+    model, pictures = frozen_model(), images(2)
+    found = []
+    for attend in ((), (10, 11)):
+        kept = KeptTokens()
+        with kept.of(model, blocks=8), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.encode(pictures, attend=attend)
+            found.append(kept.tokens(model, pictures)[0])
+        assert (kept.computed, kept.found) == (2, 2)
+    assert torch.equal(*found)
+
+
 @pytest.mark.slow
 def test_runs_share_what_they_keep_and_a_resumed_one_has_the_same_bits(data, tmp_path):
     def trained(name, kept, **options):

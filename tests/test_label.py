@@ -126,6 +126,34 @@ def test_what_cannot_be_used_is_listed_and_skipped(opened, photos, tmp_path):
         label_photographs(opened, photos, tmp_path / "none", method="cam", progress=False)
 
 
+def test_two_photographs_whose_suffixes_differ_in_capitals(photos):
+    """One was dropped and nowhere listed."""
+    for name in ("b.jpg", "b.JPG"):
+        shutil.copy(photos / "a.jpg", photos / name)
+    if not (photos / "b.jpg").samefile(photos / "b.JPG"):
+        found = find_photographs(photos, CLASSES)
+        assert [p.path.name for p in found.photographs if p.name == "b"] == ["b.JPG"]
+        assert found.skipped == {str(photos / "b.jpg"): "b.JPG has the same name"}
+
+
+def test_folders_that_programs_keep_for_themselves_hold_no_photographs(photos):
+    for name in ("@eaDir/t.jpg", "sub/.thumbnails/t.jpg", "__MACOSX/._a.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        shutil.copy(photos / "a.jpg", photos / name)
+    found = find_photographs(photos, CLASSES)
+    assert [p.name for p in found.photographs] == ["a", "c d", "e", "sub/b"] and not found.skipped
+
+
+@pytest.mark.parametrize("name", ["photo.webp", "photo.HEIC", "tags.txt", "photo"])
+@pytest.mark.parametrize("tags", ["auto", "none"])
+def test_a_file_of_another_kind_is_no_list_of_tags(photos, name, tags):
+    """It was read as one, or the whole folder was labelled in its place."""
+    (photos / name).write_text("file,tags\na.jpg,cat\n")
+    words = r" is not read: .jpg, .jpeg, .png, .bmp are, and .csv, .tsv, .json as a list of tags$"
+    with pytest.raises(ToCoError, match=f"^photographs = '{photos / name}'{words}"):
+        find_photographs(photos / name, CLASSES, tags=tags)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
 def test_names_that_are_no_text_are_skipped_in_a_line_each(opened, photos, tmp_path):
     """All was labelled, and then no list was written."""
@@ -403,6 +431,15 @@ def test_wrong_options_are_refused_before_anything_is_written(opened, photos, tm
     with pytest.raises(ToCoError, match=message):
         label_photographs(opened, photos, tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "file"), [("label-studio", "label_studio.json"), ("cvat", "cvat.zip")])
+def test_the_command_writes_for_the_tools_that_correct(opened, photos, tmp_path, capsys, kind, file):
+    write_pretrained(tmp_path / "shared", opened.model.state_dict(), opened.config, CLASSES, "")
+    arguments = ["label", str(tmp_path / "shared"), str(photos), str(tmp_path / "out"), "--method", "cam"]
+    assert main([*arguments, "--format", kind]) == 0
+    assert f"{tmp_path / 'out' / file}\n" in capsys.readouterr().out
+    assert (tmp_path / "out" / file).stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_prototypes_want_the_batch_in_one_piece():
         override(config, accumulate=2)
     with pytest.raises(ToCoError, match="processes = 2 with prototypes is not allowed: 1"):
         config.check_parts(2)
-    override(config, prototypes=0.0, exchange=0.1, consistency=0.1, accumulate=2).check_parts(2)
+    override(config, prototypes=0.0, exchange=0.1, seg_start=0, consistency=0.1, accumulate=2).check_parts(2)
 
 
 def test_consistency_leaves_out_padding():

@@ -137,7 +137,7 @@ def test_each_decoder_learns_from_the_others_label():
 def test_all_other_terms_are_of_one_network():
     """A rival changes none of them, nor where views are cut; and its own are what it would find alone."""
     weights = {name: weight for name, weight in ALL.items() if name not in ("seg", "discrepancy")}
-    config = override(in_step(), exchange=0.4, consistency=0.3)
+    config = override(in_step(), exchange=0.4, exchange_start=1, consistency=0.3)
     step, other, first, second = both_steps(config, weights)
     for one, model in ((step, first), (other, second)):
         found = objective(one)
@@ -208,7 +208,7 @@ def assert_same_step(found, wanted):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_one_after_the_other_are_the_whole(parts):
-    config = in_step(exchange=0.4, consistency=0.3)
+    config = in_step(exchange=0.4, exchange_start=1, consistency=0.3)
     wanted = one_step(config)
     assert_same_step(one_step(override(config, accumulate=parts)), wanted)
     assert all(value != 0 for value in wanted[0].values())
@@ -217,7 +217,7 @@ def test_parts_one_after_the_other_are_the_whole(parts):
 def in_one_of_two(rank, meeting, folder):
     torch.set_num_threads(1)
     with distributed.joined("cpu", init_method=meeting, rank=rank, world_size=2) as share:
-        config = in_step(exchange=0.4, consistency=0.3)
+        config = in_step(exchange=0.4, exchange_start=1, consistency=0.3)
         found = [one_step(override(config, accumulate=n), share) for n in (1, 2)]
         torch.save(found, f"{folder}/{rank}.pt")
 
@@ -227,7 +227,7 @@ def test_two_processes_are_the_whole(tmp_path):
     """Each with its two images at once, and with one after the other."""
     arguments = ((tmp_path / "store").as_uri(), str(tmp_path))
     torch.multiprocessing.start_processes(in_one_of_two, arguments, nprocs=2, start_method="spawn")
-    wanted = one_step(in_step(exchange=0.4, consistency=0.3))
+    wanted = one_step(in_step(exchange=0.4, exchange_start=1, consistency=0.3))
     for rank in range(2):
         for found in torch.load(tmp_path / f"{rank}.pt"):
             assert_same_step(found, wanted)

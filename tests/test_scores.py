@@ -1,7 +1,9 @@
 """Scores of runs: chosen on val, reported on test, kept beside the run."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ import torch
 from PIL import Image
 from small_config import small_recipe
 from torch.testing import assert_close
-from voc_folder import CLASSES, smooth_image, write_voc_folder
+from voc_folder import CLASSES, smooth_image, write_list, write_voc_folder
 
 import toco_core.evaluation.scores as scoring
 from toco_core.__main__ import main
 from toco_core.config import override
-from toco_core.data import VOCFolder, evaluation_items, open_train_val
+from toco_core.data import VOCFolder, evaluation_items, open_source, open_train_val
+from toco_core.data.layouts.tags import write_tag_list
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as, look
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts
@@ -235,6 +238,69 @@ def test_a_test_part_without_masks_is_not_reported(tmp_path):
     assert reported_part(data) == ("val", data.val)
     found = scored_run(config_of(root, tmp_path / "runs"), progress=False).scores
     assert found.part == "val" and found.protocol.startswith("val: ")
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """A run on tagged photographs of which the test part alone has masks."""
+    folder = tmp_path_factory.mktemp("tagged")
+    splits = {"train": range(4), "val": (4, 5, 6), "test": (7, 8)}
+    drawn = write_voc_folder(folder / "voc", n=9, splits=splits)
+    photos = write_tag_list(folder / "photos", {name: VOCFolder(drawn, name) for name in splits}, masks=["test"])
+    return drawn, scored_run(config_of(photos, folder / "runs", beta=0.35), progress=False)
+
+
+def test_where_val_has_no_masks_the_thresholds_are_the_configs(tagged, monkeypatch):
+    config, run, found = tagged[1]
+    assert found.part == "test" and found.protocol.endswith("; threshold 0.35 of the config, as val has no masks")
+    assert found.beta == found.aux_beta == found.refined_beta == config.labels.beta == 0.35
+    assert all(map(math.isnan, found.val.values())) and not any(map(math.isnan, found.miou.values()))
+    opened = open_run(run.folder)
+    final = evaluate_as(config, opened.model, open_source(config.data.dataset, "test"), progress=False)
+    for name in ("cam", "aux_cam"):
+        assert_close(found.miou[name], 100 * getattr(final, name).scores(0.35).miou, rtol=0, atol=6e-4)
+    assert_close(found.miou["seg"], 100 * final.seg.miou, rtol=0, atol=6e-4)
+    monkeypatch.setattr(scoring, "evaluate_as", lambda *_, **__: pytest.fail("it is computed again"))
+    assert main(["evaluate", str(run.folder)]) == 0
+
+
+@pytest.mark.parametrize("masked", [(4, 5, 6), (6,)], ids=["all", "the last"])
+def test_masks_of_val_that_came_later_choose_the_thresholds(tagged, tmp_path, monkeypatch, masked):
+    """However few, and wherever in the list they are."""
+    drawn, (config, run, _) = tagged
+    whole = {path: path.read_bytes() for path in (Path(config.data.dataset), run.folder / "scores.json")}
+    photos = next(iter(whole))
+    lines = photos.read_text().splitlines()
+    for i in masked:
+        (photos.parent / f"masks/val{i}.png").write_bytes((drawn / f"SegmentationClass/img_{i}.png").read_bytes())
+        lines = [line + f"masks/val{i}.png" if f"img_{i}." in line else line for line in lines]
+    photos.write_text("\n".join(lines))
+    monkeypatch.setattr(scoring, "CHOOSERS", 1)
+    try:
+        opened = open_run(run.folder)
+        assert opened.data.val.n_masks == len(masked)
+        with pytest.warns(UserWarning, match="is scored again: val had no masks when it was scored"):
+            found = score_run(opened, progress=False)
+        assert found.protocol.endswith("; thresholds chosen on val") and found.val["cam"] >= 0
+        np.testing.assert_equal(read_scores(run)._asdict(), found._asdict())
+    finally:
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+
+def test_a_test_part_that_cannot_be_opened_is_none(tmp_path):
+    root = write_voc_folder(tmp_path / "voc", n=6, splits={"train": range(4), "val": (4, 5)})
+    write_list(root, "test", ["img_5", "img_77"])
+    data = open_train_val(root)
+    message = "scores are of val, as test cannot be opened: .*img_77"
+    with pytest.warns(UserWarning, match=message):
+        assert reported_part(data) == ("val", data.val)
+    with pytest.warns(UserWarning, match=message):
+        run = scored_run(config_of(root, tmp_path / "runs"), progress=False).run
+    assert read_scores(run).part == "val"
+    write_list(root, "test", ["img_5"])
+    with pytest.warns(UserWarning, match="scored again: its scores are of val, and test is what can be scored today"):
+        assert score_run(open_run(run.folder), progress=False).part == "test"
 
 
 def test_nearest_equals_torch():

@@ -1,6 +1,8 @@
 """Runs that come with the package: packed, opened as any run is, and held against their scores."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,16 @@ from small_config import few_scenes, small_recipe
 from torch.testing import assert_close
 
 import toco_core.runs.shipped as shipped
+from toco_core.__main__ import main
 from toco_core.config import override
 from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.evaluation.scores import read_scores, scored_run
+from toco_core.predict.models import open_model
+from toco_core.runs.comparison import open_folders
 from toco_core.runs.folder import Run
+from toco_core.runs.hub import from_pretrained
 from toco_core.runs.opened import open_run
 from toco_core.train.kept_tokens import KeptTokens, kept_blocks
 from toco_core.train.loop import train, trained_run
@@ -49,6 +55,19 @@ def test_a_packed_run_opens_as_it_was_to_half_precision(run, data, tmp_path, mon
     assert opened.run.folder == packed.folder
     assert_close(opened.model.decoder.conv8.weight, was["decoder.conv8.weight"], rtol=1e-3, atol=1e-4)
     assert shipped.shipped_run(override(run.config(), seed=5)) is None
+
+
+def test_every_command_takes_a_shipped_run_by_its_name(run, data, tmp_path, monkeypatch, capsys):
+    shipped.pack(run, tmp_path / "trained" / "one")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "trained")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "one", "labels", "--method", "cam"]) == 0 and "6 label maps" in capsys.readouterr().out
+    assert main(["share", "one", "shared"]) == 0 and from_pretrained("shared").class_names == data.train.class_names
+    monkeypatch.setattr("toco_core.commands.onnx.write_onnx", lambda model, file: f"{model.n_classes} to {file}")
+    assert main(["onnx", "one", "one.onnx"]) == 0 and capsys.readouterr().out.endswith("8 to one.onnx\n")
+    assert open_model("one").name == "one" and [found.folder.name for found in open_folders(["one"])] == ["one"]
+    shutil.copytree(run.folder, "one")  # a folder of that name comes first
+    assert open_run("one").run.folder == Path("one") and open_model("one").step == 2
 
 
 def test_an_unfinished_run_and_another_backbone_cannot_be_shipped(run, tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 from voc_folder import CLASSES, rectangle_mask, save_palette_mask, write_list, write_voc_folder
 
 from toco_core.commands.check import check_command as main
-from toco_core.data import VOC_CLASSES, open_source
+from toco_core.data import VOC_CLASSES, open_source, open_train_val
 from toco_core.data.survey import fingerprint, how_to_get, inventory, near_pairs, survey
 from toco_core.errors import ToCoError
 
@@ -161,7 +161,97 @@ def test_near_pairs_equal_a_comparison_bit_by_bit():
     assert near_pairs(prints[:0], 3) == []
 
 
+def tagged(root, masks, tags=("cat", "dog", "cat;dog", "")):
+    """Pictures with one of `tags` each and a mask."""
+    (root / "masks").mkdir(parents=True)
+    rows = ["file,tags,mask"]
+    for i, (mask, tag) in enumerate(zip(masks, tags, strict=True)):
+        Image.fromarray(scene(*mask.shape, i)).save(root / f"{i}.jpg", quality=92)
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        rows.append(f"{i}.jpg,{tag},masks/{i}.png")
+    (root / "tags.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def halves(left, right=0):
+    mask = np.full((40, 60), right, np.uint8)
+    mask[:, :30] = left
+    return mask
+
+
+def test_masks_that_show_no_class_are_named(tmp_path, capsys):
+    """0 and 255, as drawing programs write them, were 24 sound masks, and an mIoU of 100."""
+    root = tagged(tmp_path / "own", [halves(255), halves(0), halves(1), halves(255)])
+    assert main([str(root), "--split", "train"]) == 1
+    told = capsys.readouterr().out
+    assert "1 of no class; cat 2, dog 2; 25.0% of the mask pixels void\n" in told and "unreadable: 0" in told
+    assert "masks of train that contradict the labels: 2 (1 cat, 2 dog)\n" in told
+    assert (
+        "  0: the image has labels, but the mask shows no class; 255 is void and no class: 50.0% of its pixels" in told
+    )
+    assert "  1: the image has labels, but the mask shows no class\n" in told
+    (found,) = survey([open_source(root)], progress=False).parts
+    assert [(mask.name, mask.others) for mask in found.odd_masks] == [("0", ()), ("1", ())]
+
+
+def test_masks_that_show_what_the_tags_do_not_are_named(tmp_path, capsys):
+    """Their classes were numbered in another order than the sorted tags, or belong to other pictures."""
+    root = tagged(tmp_path / "own", [halves(2), halves(1, 2), halves(1, 2), halves(1)])
+    assert main([str(root), "--split", "train"]) == 1
+    told = capsys.readouterr().out
+    assert "contradict the labels: 3 (1 cat, 2 dog)\n  0: the mask shows dog, which the labels do not have\n" in told
+    assert "  1: the mask shows cat, which" in told and "  3: the mask shows cat, which" in told
+    (root / "classes.txt").write_text("dog\ncat\n")
+    assert [mask.name for mask in survey([open_source(root)], progress=False).odd_masks] == ["1", "3"]
+
+
+def test_many_masks_are_counted_and_the_first_named(tmp_path):
+    root = tagged(tmp_path / "own", [halves(255)] * 13, ["cat"] * 13)
+    told = str(survey([open_source(root)], progress=False))
+    assert told.count("shows no class") == 10 and "\n  and 3 more\n" in told
+
+
+def test_masks_that_fit_their_tags_are_sound(tmp_path, capsys):
+    """Void beside a class, and a tag of what is hidden in the mask, are no contradiction."""
+    root = tagged(tmp_path / "own", [halves(1, 255), halves(2), halves(1), halves(0)])
+    assert main([str(root)]) == 0 and "contradict" not in capsys.readouterr().out
+
+
 # ---- what is there, what is missing
+
+
+SUFFIXES = ["cat/0.jpg", "cat/0.png", "cat/0.JPG", "dog/x.jpeg", "dog/x.bmp", "masks/cat/0.png", "masks/cat/0.bmp"]
+
+
+def test_pictures_that_are_not_used_are_named(tmp_path, capsys):
+    """Three of them and the WebP were gone without a word."""
+    root = write_images(tmp_path / "own", SUFFIXES)
+    for path in (root / "masks" / "cat").iterdir():
+        Image.new("L", Image.open(root / "cat" / "0.JPG").size, 1).save(path)
+    for file in ("cat/w.webp", "masks/m.webp", "cat/.thumbnails/w.webp"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"RIFF")
+    assert main([str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "not used: 4\n" in told and f"  {root}/cat/0.jpg: 0.JPG has the same name\n" in told
+    assert f"  {root}/cat/w.webp: .webp is not read: .jpg, .jpeg, .png, .bmp are\n" in told
+    assert {line.split(":")[0] for line in inventory(root).unused} == {
+        f"{root}/{file}" for file in ("cat/0.jpg", "cat/0.png", "cat/w.webp", "dog/x.bmp")
+    }
+    voc = write_voc_folder(tmp_path / "voc", n=3)
+    assert inventory(voc).unused == ()
+    (voc / "JPEGImages" / "img_1.png").write_bytes(b"")
+    assert inventory(voc).unused == (f"{voc}/JPEGImages/img_1.png: img_1.jpg has the same name",)
+
+
+def test_hidden_files_are_not_counted(tmp_path):
+    files = ["cat/1.jpg", "cat/.thumbnails/1.jpg", "cat/._1.jpg", "@eaDir/1.jpg", "masks/cat/.thumbnails/1.png"]
+    found = inventory(write_images(tmp_path / "own", files))
+    counts = {entry.what: entry.found for entry in found.entries}
+    assert counts == {"images": 1, "cat/": 1, "masks/ (optional)": 0, "classes.txt (optional)": 0}
+    voc = write_voc_folder(tmp_path / "voc", n=2)
+    (voc / "JPEGImages" / "._img_1.jpg").write_bytes(b"")
+    assert inventory(voc).entries[0].found == 2
 
 
 def test_inventory_of_voc(tmp_path):
@@ -251,6 +341,29 @@ def test_the_command_takes_a_test_part_without_masks(root, capsys):
     assert "unreadable: 1" in (told := capsys.readouterr().out) and "img_8.jpg has no mask to derive" in told
     write_list(root, "val", ["img_8"])
     assert main([str(root)]) == 1 and "img_8.jpg has no mask img_8.png" in capsys.readouterr().out
+
+
+def test_the_command_looks_into_the_part_that_is_held_out(root, capsys):
+    """Without a list for val a fifth of train is scored: one picture on both sides was a duplicate within train."""
+    (root / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    write_list(root, "train", [f"img_{i}" for i in range(10)])
+    parts = open_train_val(root)
+    assert main([str(root)]) == 0
+    told, (learned, held) = capsys.readouterr().out, (parts.train.names[0], parts.val.names[0])
+    assert (learned, held) == ("img_1", "img_0")
+    assert f"train: {len(parts.train)} images" in told and f"val (held out of train): {len(parts.val)} images" in told
+    save(root, 0, scene(83, 106, 1))  # image 1 again
+    assert main([str(root)]) == 1
+    assert f"leaks between splits: 1\n  train/{learned} = val (held out of train)/{held}" in capsys.readouterr().out
+    assert main([str(root), "--split", "train"]) == 0
+    assert "duplicates within a split: 1\n  train/img_0 = train/img_1" in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_no_leak_into_longer_lists(root, capsys):
+    (root / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    for longer in ("train", "trainval", "all"):
+        write_list(root, longer, [f"img_{i}" for i in range(10)])
+    assert main([str(root)]) == 0 and "leaks between splits: 0" in capsys.readouterr().out
 
 
 def test_the_command_where_no_image_can_be_read(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_folders_per_class_below_splits_with_masks(tmp_path):
     assert (train.n_masks, val.n_masks) == (1, 0)
     with pytest.raises(ToCoError, match="split 'test' is not in .*own: there is train, val"):
         ClassFolders(root, "test")
+
+
+def test_hidden_files_and_folders_are_no_training_images(tmp_path):
+    """Thumbnails of a photo program or a NAS, and what macOS leaves in archives, were trained on."""
+    files = ["cat/0.jpg", "cat/.thumbnails/0.jpg", "cat/@eaDir/0.jpg", "cat/deep/__MACOSX/0.jpg", "cat/deep/1.jpg"]
+    root = write_images(tmp_path / "own", [*files, "train/dog/0.jpg", "@eaDir/0.jpg"])
+    for name in ("cat/._0.jpg", "train/._0.jpg"):
+        (root / name).write_bytes(b"Mac OS X")
+    assert ClassFolders(root).names == ("train/dog/0",)  # the folder `train` holds no picture of its own
+    (root / "train").rename(root / "dog")
+    assert ClassFolders(root).names == ("cat/0", "cat/deep/1", "dog/dog/0")
 
 
 # ---- tables and JSON
@@ -137,7 +149,54 @@ def test_lists_that_are_refused(photos, name, text, message):
 
 
 @pytest.mark.parametrize(
-    "entry", ["../secret.jpg", "/etc/passwd", "sub/../../a.jpg", "C:\\a.jpg", "..\\a.jpg", "a\0.jpg"]
+    ("listed", "file", "name"),
+    [
+        ("A", "A.JPG", "A"),
+        ("A.jpg", "A.JPG", "A"),
+        ("A.JPG", "A.jpg", "A"),
+        ("sub/a.png", "sub/a.png.JPG", "sub/a.png"),
+        (unicodedata.normalize("NFC", "sé/ü"), unicodedata.normalize("NFD", "sé/ü.jpg"), "sé/ü"),
+        (unicodedata.normalize("NFD", "sé/ü.jpg"), unicodedata.normalize("NFC", "sé/ü.jpg"), "sé/ü"),
+        ("img\\c.jpg", "img/c.jpg", "img/c"),
+        (".\\img\\sub\\c", "img/sub/c.png", "img/sub/c"),
+    ],
+)
+def test_files_are_found_as_any_system_spells_them(tmp_path, listed, file, name):
+    root = write_images(tmp_path / "photos", [file])
+    source = TagList(write(root, "tags.json", json.dumps({listed: ["cat"]})))
+    assert source.image_path(0).samefile(root / file)
+    assert unicodedata.normalize("NFC", source.names[0]) == name
+    if "/" in listed:  # as the list has it, so that a data set has the same names on every system
+        assert listed.startswith(source.names[0])
+
+
+def test_masks_are_found_as_any_system_spells_them(tmp_path):
+    root = write_images(tmp_path / "photos", ["a.jpg"])
+    mask = root / "masks" / unicodedata.normalize("NFD", "ü.PNG")
+    mask.parent.mkdir()
+    save_palette_mask(rectangle_mask(*SIZES[0], 1), mask)
+    source = TagList(write(root, "tags.csv", unicodedata.normalize("NFC", "file,tags,mask\na.jpg,cat,masks\\ü.png\n")))
+    np.testing.assert_array_equal(source.mask(0), rectangle_mask(*SIZES[0], 1))
+
+
+def test_a_text_of_json_is_split_as_a_cell(photos):
+    """It was one class with the name `cat;dog`."""
+    path = write(photos, "tags.json", json.dumps({"a.jpg": "cat;dog", "d.bmp": "dog, sheep", "sub/b": ["salt;pepper"]}))
+    source = TagList(path)
+    assert source.class_names == ("background", "cat", "dog", "salt;pepper", "sheep")
+    assert source.image_labels.tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]
+
+
+def test_a_file_that_only_differs_in_kind_is_not_taken(photos):
+    for listed in ("d.jpg", "A.jpg", "a.JPEG"):  # there are d.bmp and a.jpg; names keep their capitals
+        with pytest.raises(ToCoError, match=f"{listed}, named in tags.csv, does not exist"):
+            TagList(write(photos, "tags.csv", f"file,tags\n{listed},cat\n"))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["../secret.jpg", "/etc/passwd", "sub/../../a.jpg", "C:\\a.jpg", "..\\a.jpg", "a\0.jpg"]
+    + ["sub\\..\\..\\secret.jpg", "\\\\server\\a.jpg", "\\a.jpg", "C:a.jpg"],
 )
 def test_entries_that_lead_out_of_the_folder_are_refused(photos, entry):
     Image.new("RGB", (4, 4)).save(photos.parent / "secret.jpg")

@@ -22,7 +22,7 @@ from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo
 from toco_core.objective import PAPER, Step, StepInput, objective
-from toco_core.runs.folder import Run
+from toco_core.runs.folder import Run, data_digest
 from toco_core.train.batches import to_device, view_options
 from toco_core.train.budget import estimate_seconds
 from toco_core.train.loop import train, trained_run
@@ -341,7 +341,7 @@ def test_what_a_run_tells_and_leaves(whole):
     assert written["data"] == {"train": 24, "val": 3, "classes": list(scenes.CLASS_NAMES)}
     assert (written["processes"], written["device"], written["precision"]) == (1, "cpu", "fp32")
     other = trained.data._replace(val=trained.data.val.subset([1, 0, 2]))
-    assert written["data_sha256"] == training.data_digest(trained.data) != training.data_digest(other)
+    assert written["data_sha256"] == data_digest(trained.data) != data_digest(other)
     assert not trained.model.training
     assert (len(trained.data.train), len(trained.data.val)) == (24, 3)
 

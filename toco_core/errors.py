@@ -16,6 +16,10 @@ class ToCoError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+class BrokenFile(ToCoError):
+    """A file of the data that cannot be used: the same call fails again until it is mended."""
+
+
 def one_line(text: str) -> str:
     """Show what would not print as its escape, and cut a text of more than `MOST` characters in the middle."""
     if not text.isprintable():

@@ -136,13 +136,13 @@ class ToCo(nn.Module):
         serves = keep and self.kept is not None and self.kept.serves(first, attend)
         kept = self.kept if serves else None
         before: list[Tensor] = []
+        begun = self._embedded(images, kept)  # kept tokens are the same whatever attention is asked for behind them
         with self._attention_of(attend) as maps:
-            behind = self.layer > (kept.blocks if kept is not None else 0)
-            if self.graphs is not None and self.training and not attend and not classes and behind:
-                x, grid, done = self._embedded(images, kept)
+            x, grid, done = begun
+            if self.graphs is not None and self.training and not attend and not classes and self.layer > done:
                 aux, x = self.graphs(x, done, self.layer - 1)
             else:
-                for number, x, grid in self._run_blocks(images, kept):
+                for number, x, grid in self._run_blocks(begun):
                     if number == self.layer:
                         aux = x
                     if classes and branch_of(self) <= number < self.depth:
@@ -164,11 +164,11 @@ class ToCo(nn.Module):
         found, looks = self.class_tokens(self.encoder.blocks[branch_of(self) :], before, n_prefix)
         return tokens._replace(class_tokens=self.final_norm(found), class_attention=looks)
 
-    def _run_blocks(self, images: Tensor, kept: Kept | None = None):
-        """Yield (block number from 1, all tokens after it, grid), block by block; with `kept` from the last of the kept
-        ones on."""
+    def _run_blocks(self, begun: tuple[Tensor, tuple[int, int], int]):
+        """Yield (block number from 1, all tokens after it, grid), block by block, from what `_embedded` gives; behind
+        kept tokens from the last of the kept blocks on."""
         encoder = self.encoder
-        x, grid, done = self._embedded(images, kept)
+        x, grid, done = begun
         if done:
             yield done, x, grid
         rope = getattr(encoder, "rope", None)
@@ -180,7 +180,7 @@ class ToCo(nn.Module):
                 x = block(x, rope=rope[number - 1] if encoder.rope_mixed else rope)
             yield number, x, grid
 
-    def _embedded(self, images: Tensor, kept: Kept | None) -> tuple[Tensor, tuple[int, int], int]:
+    def _embedded(self, images: Tensor, kept: Kept | None = None) -> tuple[Tensor, tuple[int, int], int]:
         """All tokens before the first block, or after the kept ones; the grid; how many blocks are done."""
         if kept is not None:
             return *kept.tokens(self, images), kept.blocks
@@ -311,7 +311,7 @@ class ToCo(nn.Module):
         """Patch tokens after each block, without norm: `block_tokens(images)[layer - 1]`, through `aux_norm`, feeds the
         auxiliary classifier."""
         n_prefix = self.encoder.num_prefix_tokens
-        return [x[:, n_prefix:] for _, x, _ in self._run_blocks(images)]
+        return [x[:, n_prefix:] for _, x, _ in self._run_blocks(self._embedded(images))]
 
     @torch.no_grad()
     def inside(
@@ -322,7 +322,7 @@ class ToCo(nn.Module):
         n_prefix = self.encoder.num_prefix_tokens
         blocks, normed = [], []
         with self._attention_of(attend) as maps:
-            for _, x, grid in self._run_blocks(images):
+            for _, x, grid in self._run_blocks(self._embedded(images)):
                 blocks.append(x)
                 normed.append(self.final_norm(x))
         before = blocks[branch_of(self) - 1 : -1] if classes else []
@@ -341,7 +341,7 @@ class ToCo(nn.Module):
         """
         wanted = range(1, self.depth + 1) if blocks is None else blocks
         with self._attention_of(wanted) as maps:
-            for number, _, _ in self._run_blocks(images):
+            for number, _, _ in self._run_blocks(self._embedded(images)):
                 if number >= max(wanted, default=0):
                     break
         return maps

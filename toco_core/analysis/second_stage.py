@@ -7,10 +7,14 @@ ordinary supervised training can begin anew from the pretrained backbone: cross-
     toco label my_second new_photographs new_labels    # by its decoder, all that was trained
 
 `my_labels` is a folder of `toco_core.predict.export` or of `toco label`; its label maps may have been edited, with any
-program that keeps the numbers of a palette PNG.
+program that keeps the numbers of a palette PNG. All of it is looked at before the first step. Stopped by Ctrl-C or an
+error, the same command goes on where it was.
 """
 
+import contextlib
 import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,33 +25,62 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.conventions import IGNORE
-from toco_core.data import Split, to_unit
+from toco_core.data import Split, TrainVal, to_unit
 from toco_core.data.augment import scaled_range
+from toco_core.data.fingerprint import split_fingerprint
 from toco_core.data.loader import sample_order
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine.device import resolve_device
 from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.machine.writing import writing
 from toco_core.model import ToCo
-from toco_core.train.optimizer import build_training, set_rates
+from toco_core.runs.folder import Run
+from toco_core.runs.opened import load_model_state
+from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
+from toco_core.train.optimizer import build_training, load_optimizer_state, set_rates
 
 
-def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None = None, progress: bool = True) -> ToCo:
+def train_segmentation(
+    config: TrainConfig,
+    source: Split,
+    *,
+    steps: int | None = None,
+    progress: bool = True,
+    folder: Path | str | None = None,
+    save_minutes: float = 5.0,
+) -> ToCo:
     """A network whose decoder was trained on the masks of a split; the classifiers stay as they begin.
 
     Backbone, sizes, rates, batch and seed are those of `config`; `steps` stands for `config.schedule.steps`. Scores by
-    `evaluate`, whose `seg` is what was trained. Raises ToCoError for a split without masks and for a loss that is not
-    finite.
+    `evaluate`, whose `seg` is what was trained.
+
+    folder: gets a checkpoint every `save_minutes`, at the end, and whatever stops the training between two steps; the
+        same call goes on from it, with the same bits as an uninterrupted one.
+
+    Raises ToCoError for a split without masks, before the first step for an image or mask that cannot be used and for a
+    checkpoint of another training, and for a loss that is not finite.
     """
     if source.n_masks < len(source):
         raise ToCoError(f"{source!r} has masks of {source.n_masks} images only: supervised training needs all")
+    source.check(progress=progress)
     steps, device = steps or config.schedule.steps, resolve_device(config.device)
     model, optimizer = build_training(config, source.n_classes, device)
+    kept = None if folder is None else _Checkpoint(Run(folder), config, source, steps)
+    start = 0 if kept is None else kept.load(model, optimizer)
     model.train()
-    autocast = autocast_of(config, device)
-    with attention_of(model, config, device):
-        for step in tqdm(range(steps), desc="supervised", unit="step", disable=not progress, file=sys.stdout):
+    autocast, guard = autocast_of(config, device), StepGuard(start)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attention_of(model, config, device))
+        if kept is not None:
+            stack.enter_context(with_resume_hint(kept.run))
+            stack.enter_context(guard)
+            stack.enter_context(saved_when_stopped(guard, kept.run, lambda done: kept.save(done, model, optimizer)))
+        saved_at = time.monotonic()
+        bar = {"desc": "supervised", "unit": "step", "initial": start, "total": steps, "disable": not progress}
+        for step in tqdm(range(start, steps), **bar, file=sys.stdout):
             set_rates(optimizer, config, step, steps=steps)
             images, labels = (part.to(device) for part in _batch(source, config, step))
+            guard.begin()
             with autocast():
                 logits = model(model.normalise(to_unit(images))).seg_logits
             logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
@@ -58,7 +91,45 @@ def train_segmentation(config: TrainConfig, source: Split, *, steps: int | None 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            guard.end(step + 1)
+            if kept is not None and (step + 1 == steps or time.monotonic() - saved_at > 60 * save_minutes):
+                kept.save(step + 1, model, optimizer)
+                saved_at = time.monotonic()
     return model.eval()
+
+
+class _Checkpoint:
+    """What a training of a second network goes on from, and what it depends on."""
+
+    def __init__(self, run: Run, config: TrainConfig, source: Split, steps: int):
+        self.run, self.data = run, TrainVal(source, source, False)
+        files = split_fingerprint(source)
+        facts = {name: files[name] for name in ("names", "classes", "images", "masks", "drawing") if name in files}
+        self.settings = {"config": config.short_hash(), "steps": steps, **facts}
+
+    def load(self, model: ToCo, optimizer: torch.optim.Optimizer) -> int:
+        """How many steps the checkpoint, which is taken over, has done. Raises ToCoError for that of another
+        training."""
+        state = self.run.load() if self.run.begun else None
+        if state is None:
+            return 0
+        known = state.get("settings")
+        known = known if isinstance(known, dict) else {}
+        if other := [name for name, value in self.settings.items() if known.get(name) != value]:
+            path = self.run.folder / "checkpoint.pt"
+            raise ToCoError(
+                f"{path} is of a training with other {', '.join(other)}: remove it to begin anew, or take a new folder"
+            )
+        load_model_state(model, state["model"], self.run, self.data)
+        load_optimizer_state(optimizer, state["optimizer"], self.run)
+        return state["step"]
+
+    def save(self, done: int, model: ToCo, optimizer: torch.optim.Optimizer) -> None:
+        """Replace the checkpoint."""
+        with writing(self.run.folder):
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": self.settings}
+        self.run.save(state | {"step": done})
 
 
 def crop_with_mask(
@@ -98,8 +169,12 @@ def _batch(source: Split, config: TrainConfig, step: int) -> tuple[torch.Tensor,
     images, masks = [], []
     for position in range(step * config.schedule.batch_size, (step + 1) * config.schedule.batch_size):
         index = int(sample_order(len(source), config.seed, position // len(source))[position % len(source)])
+        try:
+            pair = source.pair(index)
+        except ToCoError as error:
+            raise BrokenFile(error) from error
         image, mask = crop_with_mask(
-            *source.pair(index),
+            *pair,
             crop_size=config.data.crop_size,
             scale_range=config.data.scale_range,
             scale_relative=config.data.scale_relative,

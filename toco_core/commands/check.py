@@ -3,8 +3,7 @@
 import sys
 
 from toco_core.commands import command_parser
-from toco_core.data.source import open_source, open_unscored, recognise
-from toco_core.data.survey import how_to_get, inventory, survey
+from toco_core.data.survey import how_to_get, inventory, survey, surveyed_splits
 from toco_core.errors import ToCoError
 
 
@@ -22,10 +21,9 @@ def check_command(arguments: list[str]) -> int:
         print(found)
         if chosen.names_only:
             return int(bool(found.missing))
-        splits = chosen.split or recognise(chosen.dataset).splits
-        seen = survey([(open_unscored if split == "test" else open_source)(chosen.dataset, split) for split in splits])
+        seen = survey(surveyed_splits(chosen.dataset, chosen.split or ()))
     except ToCoError as error:
         print(f"{error}\n{how_to_get(chosen.dataset)}".strip())
         return 1
     print(seen)
-    return int(bool(seen.unreadable or seen.leaks))
+    return int(bool(seen.unreadable or seen.leaks or seen.odd_masks))

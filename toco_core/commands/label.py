@@ -4,6 +4,7 @@ from toco_core.commands import command_parser
 from toco_core.commands.export import add_label_options
 from toco_core.errors import ToCoError
 from toco_core.predict import label
+from toco_core.predict.corrections import write_for_annotation
 from toco_core.predict.label import TAGS, label_photographs
 
 
@@ -20,6 +21,7 @@ def label_command(arguments: list[str]) -> int:
     parser.add_argument("--tags", default="auto", choices=TAGS, help="; ".join(f"{k}: {v}" for k, v in TAGS.items()))
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write no overlays")
     chosen = vars(parser.parse_args(arguments))
+    form = chosen.pop("format")
     made = label_photographs(chosen.pop("run"), chosen.pop("photographs"), chosen.pop("folder"), **chosen)
     print(f"{made.folder}: {made.n_photographs} photographs with labels, {made.n_new} of them new")
     print(", ".join(f"{name} {n}" for name, n in made.images_per_class.items()))
@@ -27,4 +29,6 @@ def label_command(arguments: list[str]) -> int:
         print(f"{len(made.skipped)} skipped, see {made.folder / 'skipped.txt'}:")
         for file, reason in list(made.skipped.items())[:5]:
             print(f"  {ToCoError(reason if reason.startswith(file) else f'{file}: {reason}')}")
+    if form != "voc":
+        print(write_for_annotation(made.folder, form))
     return 0

@@ -9,8 +9,9 @@ from toco_core.config import override
 from toco_core.config.fields import LARGEST
 from toco_core.data import open_source
 from toco_core.errors import ToCoError
+from toco_core.machine.locks import alone
 from toco_core.predict.models import open_model
-from toco_core.runs.hub import SECOND, SECOND_LOSS, claim_new, refuse_other_files, write_pretrained
+from toco_core.runs.hub import SECOND, SECOND_LOSS, TRAINING, claim_new, refuse_other_files, write_pretrained
 
 CARD = """
 
@@ -28,15 +29,17 @@ def second_command(arguments: list[str]) -> int:
     parser.add_argument("--split", default="train", help="list of the images to train on (train)")
     parser.add_argument("--steps", type=int, help="steps of training (default: the run's)")
     chosen = parser.parse_args(arguments)
-    config = open_model(chosen.run).config
+    config = override(open_model(chosen.run).config, loss=SECOND_LOSS)
     if chosen.steps is not None and not 1 <= chosen.steps <= LARGEST:
         raise ToCoError(f"steps = {chosen.steps} is not allowed: at least 1, at most {LARGEST}")
-    refuse_other_files(Path(chosen.folder))
+    folder, steps = Path(chosen.folder), chosen.steps or config.schedule.steps
+    refuse_other_files(folder)
     source = open_source(chosen.labels, chosen.split)
-    claim_new(Path(chosen.folder))
-    model, steps = train_segmentation(config, source, steps=chosen.steps), chosen.steps or config.schedule.steps
-    facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source), "labels": Path(chosen.labels).name}
-    card = SECOND + CARD.format(**facts, classes=", ".join(source.class_names[1:]))
-    taught = override(config, loss=SECOND_LOSS)
-    print(write_pretrained(chosen.folder, model.state_dict(), taught, source.class_names, card))
+    with alone(folder, "trains"):
+        claim_new(folder)
+        model = train_segmentation(config, source, steps=steps, folder=folder / TRAINING)
+        facts = {"backbone": config.model.backbone, "steps": steps, "n": len(source)}
+        facts |= {"labels": Path(chosen.labels).name, "classes": ", ".join(source.class_names[1:])}
+        card = SECOND + CARD.format(**facts)
+        print(write_pretrained(folder, model.state_dict(), config, source.class_names, card))
     return 0

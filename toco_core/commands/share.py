@@ -8,7 +8,7 @@ from toco_core.runs.hub import push_to_hub, save_pretrained
 def share_command(arguments: list[str]) -> int:
     """Run `toco share`."""
     parser = command_parser("share", hub.__doc__)
-    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("run", help="folder of a finished run, or a shipped run (full)")
     parser.add_argument("folder", help="folder to write")
     parser.add_argument("--push", metavar="NAME/MODEL", help="also upload it to this repository of the Hub")
     parser.add_argument("--private", action="store_true", help="where the repository is made: only for you")

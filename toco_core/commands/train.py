@@ -7,6 +7,7 @@ The run's folder is printed at the end; the same call goes on where it was inter
 first steps of the terms keep their share of the schedule. With `torchrun`, `batch_size` is that of all processes.
 """
 
+import contextlib
 import sys
 
 from toco_core.commands import command_parser
@@ -14,7 +15,7 @@ from toco_core.commands.fields import field_help
 from toco_core.config import RECIPES, TrainConfig, changed_batch, configured
 from toco_core.config.parameters import named_values
 from toco_core.data import TrainVal, open_data
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine import distributed
 from toco_core.runs.folder import Run
 from toco_core.train.budget import step_memory
@@ -34,14 +35,17 @@ def train_command(arguments: list[str]) -> int:
     parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
     parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")
     parser.add_argument("--film", type=int, default=0, metavar="STEPS", help="frames of the training's film between")
+    parser.add_argument("--changed-data", action="store_true", help="go on although images or labels have changed")
+    parser.add_argument("--leave-out-broken", action="store_true", help="train without the files that cannot be used")
     chosen, unknown = parser.parse_known_args(arguments)
     options = vars(chosen)
     if unknown:
         raise ToCoError(f"{unknown[0]} is not allowed: fields are given as NAME=VALUE, for instance layer=9")
     recipe = recipe_named(options.pop("recipe"))
     config = configured(recipe, **named_values(options.pop("fields")))
+    broken = "leave out" if options.pop("leave_out_broken") else "stop"
     with distributed.joined(config.device) as share:
-        data = open_data(config.data)
+        data = open_data(config.data, broken=broken)
         if share.first and not Run.of(config).finished:
             say_before(config, recipe, data, share.n)
         trained = train(config, data=data, **options)
@@ -60,7 +64,8 @@ def recipe_named(word: str) -> TrainConfig:
 
 def say_before(config: TrainConfig, recipe: TrainConfig, data: TrainVal, processes: int) -> None:
     """What one would like to know before hours of training: memory, and a batch that is not the recipe's."""
-    print(step_memory(config, data, processes=processes))
+    with contextlib.suppress(BrokenFile):  # training tells of all of them, and of what to do
+        print(step_memory(config, data, processes=processes))
     if changed := changed_batch(config, recipe):
         print(changed)
     sys.stdout.flush()

@@ -83,7 +83,20 @@ class TrainConfig(Config):
         for name, value in (needs | {"class_attention": self.labels.class_attention}).items():
             if value and not self.model.class_tokens_after:
                 raise ToCoError(f"{name} = {value} with class_tokens_after = 0 is not allowed: above 0")
-        if self.labels.attention_kind == "learned" and not self.loss.affinity:
+        if self.loss.cls and self.labels.class_attention and not any(needs.values()):
+            what = f"class_attention = {self.labels.class_attention} with class_tokens = 0 and class_contrast = 0"
+            raise ToCoError(f"{what} is not allowed: one of them above 0, or nothing teaches that map")
+        exchange, start = self.loss.exchange, self.loss.exchange_start
+        if exchange and not (self.loss.seg and start >= self.loss.seg_start):
+            what = f"exchange = {exchange} with exchange_start = {start}, seg_start = {self.loss.seg_start} and"
+            raise ToCoError(
+                f"{what} seg = {self.loss.seg} is not allowed: exchange_start at least seg_start and seg above 0, a "
+                f"decoder that has learned nothing can teach nothing"
+            )
+        if self.loss.consistency and self.release.independent_local_image:
+            what = f"consistency = {self.loss.consistency} with independent_local_image = True"
+            raise ToCoError(f"{what} is not allowed: one of them, its two pictures must show the same places")
+        if self.loss.cls and self.labels.attention_kind == "learned" and not self.loss.affinity:
             raise ToCoError(
                 "attention_kind = 'learned' with affinity = 0 is not allowed: above 0, or nothing is learned"
             )

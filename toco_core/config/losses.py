@@ -68,7 +68,9 @@ class LossConfig(Config):
         at_least=0,
         added_later=True,
     )
-    exchange_start: int = option(0, "First step with it.", at_least=0, added_later=True)
+    exchange_start: int = option(
+        0, "First step with it; at least `seg_start`, the decoder knows nothing before.", at_least=0, added_later=True
+    )
     consistency: float = option(
         0.0,
         """Weight of the decoder's agreement with itself on a recoloured crop, where the pseudo label is uncertain

@@ -138,13 +138,16 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
     spoil the pretrained tokens.
     """
     share = steps / config.schedule.steps
-    starts = [f.name for f in dataclasses.fields(LossConfig) if f.name.endswith("_start")]
+    names = [f.name for f in dataclasses.fields(LossConfig) if f.name.endswith("_start")]
+    starts = {name: round(share * getattr(config.loss, name)) for name in names}
+    if config.loss.affinity_walk_start:
+        starts["affinity_walk_start"] = max(1, starts["affinity_walk_start"])  # 0 would be never
     return override(
         config,
         steps=steps,
         warmup_steps=min(config.schedule.warmup_steps, steps // 2),
         eval_interval=math.ceil(share * config.eval_interval),
-        **{name: round(share * getattr(config.loss, name)) for name in starts},
+        **starts,
     )
 
 

@@ -22,11 +22,13 @@ from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
 from toco_core.conventions import voc_palette
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine.intake import limit, open_file, read_bytes, refuse_above
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # the first one wins where a name has several files
 MASK_SUFFIXES = (".png", ".bmp")
+UNREAD_SUFFIXES = tuple(".heic .heif .webp .tif .tiff .gif .avif .jp2 .dng .cr2 .nef .arw".split())  # of other pictures
+HIDDEN_FOLDERS = (".", "__", "@")  # how those begin that programs keep for themselves: .thumbnails, __MACOSX, @eaDir
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP")
 ORIENTATION = 0x0112  # EXIF: how the picture is to be turned; 1 is not at all
 READERS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile, b"BM": BmpImageFile}  # by first bytes
@@ -102,38 +104,67 @@ def palette_png(label: UInt8[np.ndarray, "H W"]) -> bytes:
         return file.getvalue()
 
 
-def index_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Name (path below `folder` without suffix, with `/`) -> file, for the files in `folder` with one of `suffixes`.
+def index_files(folder: Path, suffixes: tuple[str, ...], *, hidden: bool = True) -> dict[str, Path]:
+    """Name -> file, for the files that `named_files` gives: of several with one name the first."""
+    found: dict[str, Path] = {}
+    for name, path in named_files(folder, suffixes, hidden=hidden):
+        found.setdefault(name, path)
+    return found
 
-    A folder that is not there holds none. Raises ToCoError for one that cannot be read, and where there are too many
-    files: a link may have led to the root of the system.
+
+def named_files(folder: Path, suffixes: tuple[str, ...], *, hidden: bool = True) -> list[tuple[str, Path]]:
+    """(Name, file) of the files in `folder` with one of `suffixes`, in the order of these, then sorted.
+
+    A name is the path below `folder` without suffix, with `/`. `hidden` off: without files that begin with a dot, and
+    without folders that begin as `HIDDEN_FOLDERS`. A folder that is not there holds none. Raises ToCoError for one that
+    cannot be read, and where there are too many files: a link may have led to the root of the system.
     """
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise ToCoError(f"{error.filename} cannot be read: {error.strerror or error}") from error
 
-    found: dict[str, Path] = {}
-    rank: dict[str, int] = {}
+    found: list[tuple[int, str, Path]] = []
     seen = 0
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         seen += len(folders) + len(files)
         refuse_above("folder_entries", seen, folder, "files and folders or more")
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(HIDDEN_FOLDERS)]
         below = Path(parent).relative_to(folder)
         for file in files:
             suffix = Path(file).suffix.lower()
-            if suffix not in suffixes:
-                continue
-            name = (below / file).with_suffix("").as_posix()
-            if rank.get(name, len(suffixes)) > suffixes.index(suffix):
-                found[name], rank[name] = Path(parent, file), suffixes.index(suffix)
-    return found
+            if suffix in suffixes and (hidden or not file.startswith(".")):
+                name = (below / file).with_suffix("").as_posix()
+                found.append((suffixes.index(suffix), name, Path(parent, file)))
+    return [(name, path) for _, name, path in sorted(found)]
+
+
+def unused_images(folder: Path) -> dict[Path, str]:
+    """Picture -> why no reader of `folder` takes it, for those that it passes over. Hidden ones are not looked at."""
+    found: dict[str, Path] = {}
+    reasons = {}
+    for name, path in named_files(folder, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES), hidden=False):
+        reason = why_unused(path, found.get(name))
+        if reason:
+            reasons[path] = reason
+        else:
+            found[name] = path
+    return reasons
+
+
+def why_unused(path: Path, first: Path | None) -> str:
+    """Why a picture is not used, as far as its name tells; `first` is the one of that name that counts."""
+    suffix = path.suffix.lower()
+    if suffix in UNREAD_SUFFIXES:
+        return f"{suffix} is not read: {', '.join(IMAGE_SUFFIXES)} are"
+    return "" if first is None else f"{first.name} has the same name"
 
 
 def map_files(function: Callable[[Any], Any], items: Iterable, *, what: str, progress: bool = True) -> list:
     """`[function(item) for item in items]` on several threads, in order; a progress bar for more than `PROGRESS_FROM`.
 
-    All items are visited even if some fail. Raises one ToCoError: the first failure, and how many more there are.
+    All items are visited even if some fail. Raises one BrokenFile: the first failure, and how many more there are.
     """
     return raise_first(attempt_files(function, items, what=what, progress=progress))
 
@@ -157,11 +188,11 @@ def attempt_files(
 
 
 def raise_first(outcomes: list[tuple[Any, ToCoError | None]]) -> list:
-    """What came out of each item; or one ToCoError, the first, and how many more there are."""
+    """What came out of each item; or one BrokenFile, the first, and how many more there are."""
     errors = [error for _, error in outcomes if error is not None]
     if errors:
         more = f" ({len(errors) - 1} more of {len(outcomes)} files have problems)" if len(errors) > 1 else ""
-        raise ToCoError(f"{errors[0]}{more}") from errors[0]
+        raise BrokenFile(f"{errors[0]}{more}") from errors[0]
     return [value for value, _ in outcomes]
 
 

@@ -72,6 +72,16 @@ def differences(known: Any, found: dict) -> list[str]:
     return [words for key, words in WORDS.items() if key in known and key in found and known[key] != found[key]]
 
 
+def data_differences(known: dict, found: dict[str, dict]) -> dict[str, bool]:
+    """The same of both splits, and for each difference whether training depends on it: not on masks of val, nor on
+    those of train where the image-level labels do not come from them."""
+
+    def counts(part: str, words: str) -> bool:
+        return words != WORDS["masks"] or (part == "train" and found[part]["labels_from"] == "masks")
+
+    return {f"{part} has {d}": counts(part, d) for part in found for d in differences(known.get(part), found[part])}
+
+
 def file_digests(split, *, masks: bool = True) -> dict[str, str]:
     """What the files of a split hold, for settings of which a kept result is made: `image_files` and `mask_files`, or
     `drawing`; equal for a copy of the data."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from toco_core.data.augment import resize, training_views
 from toco_core.data.files import map_files
 from toco_core.data.split import Split
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ def training_batches(
     views_per_image: in how many ways an image is varied, the same ones again after so many passes; 0: anew in each.
     view_options: keywords of `training_views` besides image, crop size and rng.
 
-    Raises ToCoError at once for bad numbers and, while iterating, naming the file, where an image cannot be read.
+    Raises ToCoError at once for bad numbers and, while iterating, BrokenFile where an image cannot be read.
     """
     _check_at_least(1, batch_size=batch_size)
     _check_at_least(0, seed=seed, start_step=start_step, workers=workers, views_per_image=views_per_image)
@@ -121,8 +121,7 @@ def evaluation_items(
     `native` keeps the image at native size, too. Without `masks` none is read, as where nothing is scored.
 
     Shrinking averages areas, enlarging is bilinear. Masks are never resized: scores are taken at native size.
-    Raises ToCoError, naming the file, where an image or mask cannot be read, or where a mask of a `Split` has not the
-    size of its image.
+    Raises BrokenFile where an image or mask cannot be read, or where a mask of a `Split` has not the size of its image.
     """
     _check_at_least(0, workers=workers)
     target = (size, size) if isinstance(size, int) else size
@@ -261,7 +260,7 @@ def _failure(name: str, error: Exception) -> _Failure:
     """The error with the name of its image: raised in the main process, carried there in one line from a worker."""
     message = str(error) if isinstance(error, ToCoError) else f"image {name}: {type(error).__name__}: {error}"
     if get_worker_info() is None:
-        raise ToCoError(message) from error
+        raise BrokenFile(message) from error
     return _Failure(message)
 
 
@@ -298,7 +297,7 @@ def _items(loader: DataLoader) -> Iterator:
     with loader_errors():
         for item in _started(loader):
             if isinstance(item, _Failure):
-                raise ToCoError(item.message)
+                raise BrokenFile(item.message)
             yield item
 
 

@@ -107,19 +107,35 @@ def open_train_val(
     whole = open_source(dataset, train, broken=broken, **options)
     if val in split_names(dataset):
         other = open_source(dataset, val, broken=broken, **options)
-        if other.class_names != whole.class_names:
-            raise ToCoError(
-                f"{dataset}: {train} has the classes {', '.join(whole.class_names[1:])} "
-                f"but {val} has {', '.join(other.class_names[1:])}"
-            )
+        _refuse_other_classes(whole, other)
         return TrainVal(whole, other, False)
     kept, out = holdout(whole.names, fraction, seed)
     return TrainVal(whole.subset(kept), whole.subset(out), True)
 
 
-def open_data(config: DataConfig) -> TrainVal:
-    """The two splits that a config names; the embedded data set is drawn first where it is not there yet."""
-    return open_train_val(config.dataset, train=config.train_split, val=config.val_split)
+def open_data(config: DataConfig, *, broken: str = "stop") -> TrainVal:
+    """The two splits that a config names, `broken` as in `open_source`; the embedded data set is drawn first where it
+    is not there yet."""
+    return open_train_val(config.dataset, train=config.train_split, val=config.val_split, broken=broken)
+
+
+def open_beside(source: Split, split: str) -> Split:
+    """Open another split of the data set of one; its images may all be without masks.
+
+    Raises ToCoError as `open_source` does, and where its classes are others.
+    """
+    part = open_unscored(source.root, split)
+    _refuse_other_classes(source, part)
+    return part
+
+
+def _refuse_other_classes(first: Split, other: Split) -> None:
+    """Raise ToCoError where two splits of a data set have other classes: a number would mean another one in each."""
+    if other.class_names != first.class_names:
+        raise ToCoError(
+            f"{first.root}: {first.split} has the classes {', '.join(first.class_names[1:])} "
+            f"but {other.split} has {', '.join(other.class_names[1:])}"
+        )
 
 
 def _kind(dataset: Path | str) -> tuple[str, Path]:
@@ -129,10 +145,9 @@ def _kind(dataset: Path | str) -> tuple[str, Path]:
         return "VOC", scenes_folder()
     root = Path(dataset)
     if root.is_file():
-        if root.suffix.lower() in (".csv", ".tsv"):
-            return "list of tags", root
-        if root.suffix.lower() == ".json":
-            return ("COCO" if coco.is_coco_json(root) else "list of tags"), root
+        if root.suffix.lower() in tags.LIST_SUFFIXES:
+            is_coco = root.suffix.lower() == ".json" and coco.is_coco_json(root)
+            return ("COCO" if is_coco else "list of tags"), root
         raise ToCoError(f"dataset {root} is a file that is neither .csv, .tsv nor .json; {ALLOWED}")
     if not root.is_dir():
         raise ToCoError(f"dataset folder {root} does not exist; {ALLOWED}")

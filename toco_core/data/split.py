@@ -23,6 +23,7 @@ from toco_core.machine.intake import read_text, real_path
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 BROKEN = ("stop", "leave out")
+HELD_OUT = "val (held out of {})"  # what reports call a part that was cut from a list
 
 
 class Report(NamedTuple):
@@ -161,6 +162,12 @@ class Split:
         part._image_labels = None if self._image_labels is None else self._image_labels[indices]
         return part
 
+    def called(self, split: str) -> "Split":
+        """The same items under another name of their split."""
+        part = copy.copy(self)
+        part.split = split
+        return part
+
     def spread(self, n: int, *, labelled: bool = False) -> "Split":
         """`n` items spread evenly over the split, all where it has fewer; `labelled`: of those that show a class, where
         any does."""
@@ -218,6 +225,13 @@ class Split:
             left_out=self.left_out,
         )
 
+    def look_at(self, index: int, *, masks: bool = True) -> None:
+        """Decode one image, and its mask unless told otherwise. Raises ToCoError where one cannot be used."""
+        if masks:
+            self._check_one(index)
+        else:
+            self.image(index)
+
     def _check_one(self, index: int) -> tuple[tuple[int, int], np.ndarray | None, int]:
         """(H, W), label row, number of void pixels."""
         image, mask = self.pair(index)
@@ -254,6 +268,11 @@ class TrainVal(NamedTuple):
     train: Split
     val: Split
     held_out: bool
+
+    @property
+    def val_name(self) -> str:
+        """What reports call the second part: where it was cut from a list, they say so."""
+        return HELD_OUT.format(self.val.split) if self.held_out else self.val.split
 
 
 def holdout(names: Sequence[str], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -305,8 +324,9 @@ def inside_name(entry: Any, where: str, folder: str) -> str:
     if not isinstance(entry, str):
         raise ToCoError(f"{where}: {entry!r:.80} is not a name inside {folder}")
     parts = PurePosixPath(entry).parts
+    refused = "absolute paths and '..' are refused" + (", and so is a backslash" if "\\" in entry else "")
     if not parts or entry.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", entry):
-        raise ToCoError(f"{where}: {entry!r:.200} is not a name inside {folder}; absolute paths and '..' are refused")
+        raise ToCoError(f"{where}: {entry!r:.200} is not a name inside {folder}; {refused}")
     utf8(entry, where)
     if max(len(part.encode()) for part in parts) > 240 or len(entry) > 1000:
         raise ToCoError(f"{where}: {entry!r:.80}... is too long for the name of a file")

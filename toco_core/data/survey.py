@@ -6,29 +6,31 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64, UInt8, UInt64
 
-from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files
+from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, attempt_files, index_files, unused_images
 from toco_core.data.layouts import coco
 from toco_core.data.layouts.sbd import sbd_folder
 from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
-from toco_core.data.source import Layout, recognise
-from toco_core.data.split import Split, one_spelling, without_suffix
-from toco_core.errors import ToCoError
+from toco_core.data.source import Layout, open_source, open_train_val, open_unscored, recognise
+from toco_core.data.split import HELD_OUT, Split, one_spelling, without_suffix
+from toco_core.errors import ToCoError, one_line
 from toco_core.machine.intake import read_bytes, read_json
 
 GRID = 16  # a fingerprint compares neighbours on a grid of GRID x GRID: GRID * GRID bits
 NEAR = 16  # bits in which two pictures of the same may differ; unrelated photographs differ in 56 or more
+MOST = 10  # pairs, masks or files that a report names; it counts the others
 NESTED = (
     {"train", "trainval"}, {"val", "trainval"}, {"train", "train_aug"}, {"train_aug", "trainval"},
     {"val", coco.VAL_PART},
 )  # fmt: skip
+CUT_FROM = {HELD_OUT.format("train"): "train"}
 OF_OTHERS = {"all", "corrected"}  # what `toco export --split all` and `toco corrected` list besides other lists
 VOC_HOME = "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012"
 SBD_HOME = (
@@ -57,6 +59,7 @@ class Inventory(NamedTuple):
 
     layout: Layout
     entries: tuple[InventoryItem, ...]
+    unused: tuple[str, ...] = ()  # pictures that no split has, each with the reason
 
     @property
     def missing(self) -> tuple[InventoryItem, ...]:
@@ -65,7 +68,22 @@ class Inventory(NamedTuple):
 
     def __str__(self) -> str:
         head = f"{self.layout.root}: {self.layout.kind}, splits {', '.join(self.layout.splits) or 'none'}"
-        return "\n".join([head, *map(str, self.entries)])
+        unused = [f"not used: {len(self.unused)}", *_first(self.unused)] if self.unused else []
+        return "\n".join([head, *map(str, self.entries), *unused])
+
+
+class OddMask(NamedTuple):
+    """A mask that says something else than the labels of its image."""
+
+    name: str
+    others: tuple[str, ...]  # classes that it shows and the labels do not have; none: it shows no class at all
+    void_share: float  # of its pixels
+
+    def __str__(self) -> str:
+        if self.others:
+            return f"{self.name}: the mask shows {', '.join(self.others)}, which the labels do not have"
+        void = f"; 255 is void and no class: {self.void_share:.1%} of its pixels" if self.void_share else ""
+        return f"{self.name}: the image has labels, but the mask shows no class{void}"
 
 
 class SplitSurvey(NamedTuple):
@@ -81,6 +99,8 @@ class SplitSurvey(NamedTuple):
     unreadable: tuple[str, ...]  # what is wrong with each of the others
     outside: tuple[str, ...] = ()  # names of images that are links out of the data set
     labelled: bool = True  # off: there is neither a mask nor anything else that labels its images
+    void_share: float = float("nan")  # of all mask pixels; nan without masks
+    odd_masks: tuple[OddMask, ...] = ()  # files whose labels come from elsewhere, and differ
 
 
 class DuplicatePair(NamedTuple):
@@ -90,6 +110,10 @@ class DuplicatePair(NamedTuple):
     other: tuple[str, str]
     bits: int  # in which their fingerprints differ; -1 where every pixel is equal
     same_labels: bool  # or those of one are unknown
+
+    def __str__(self) -> str:
+        other = "" if self.same_labels else ", with different labels"
+        return f"{'/'.join(self.one)} = {'/'.join(self.other)}{other}"
 
 
 class Survey(NamedTuple):
@@ -114,6 +138,11 @@ class Survey(NamedTuple):
         return tuple(pair for pair in self.same if pair.one[0] == pair.other[0])
 
     @property
+    def odd_masks(self) -> tuple[OddMask, ...]:
+        """Masks that contradict the labels, of all splits."""
+        return tuple(mask for part in self.parts for mask in part.odd_masks)
+
+    @property
     def unreadable(self) -> tuple[str, ...]:
         """What is wrong with each file that cannot be used."""
         return tuple(message for part in self.parts for message in part.unreadable)
@@ -123,22 +152,37 @@ class Survey(NamedTuple):
         for part in self.parts:
             named = zip(part.class_names[1:], part.images_per_class.tolist(), strict=True)
             labels = f"{part.n_without_class} of no class; " + ", ".join(f"{name} {n}" for name, n in named)
+            void = f"; {part.void_share:.1%} of the mask pixels void" if part.n_masks else ""
             lines.append(
                 f"{part.split}: {len(part.names)} images, {part.n_masks} masks, "
-                f"{labels if part.labelled else 'no image labels'}"
+                f"{labels if part.labelled else 'no image labels'}{void}"
             )
+            if part.odd_masks:
+                numbers = ", ".join(f"{k} {name}" for k, name in enumerate(part.class_names[1:], start=1))
+                lines.append(f"masks of {part.split} that contradict the labels: {len(part.odd_masks)} ({numbers})")
+                lines += _first(part.odd_masks)
         lines.append(f"unreadable: {len(self.unreadable)}" + "".join(f"\n  {m}" for m in self.unreadable))
         outside = [f"{part.split}/{name}" for part in self.parts for name in part.outside]
         if outside:
             lines.append(f"links that lead out of the data set: {len(outside)}, the first is {outside[0]}")
         for title, pairs in (("duplicates within a split", self.duplicates), ("leaks between splits", self.leaks)):
-            lines.append(f"{title}: {len(pairs)}")
-            for pair in pairs[:10]:
-                other = "" if pair.same_labels else ", with different labels"
-                lines.append(f"  {'/'.join(pair.one)} = {'/'.join(pair.other)}{other}")
-            if len(pairs) > 10:
-                lines.append(f"  and {len(pairs) - 10} more")
+            lines += [f"{title}: {len(pairs)}", *_first(pairs)]
         return "\n".join(lines)
+
+
+def surveyed_splits(dataset: Path | str, names: Sequence[str] = ()) -> list[Split]:
+    """Open the splits to survey: those named, or else all. Where no list is called val, all has train in the two parts
+    that training cuts it into (`open_train_val`): what is held out must not be learned from either."""
+    known = recognise(dataset).splits
+    cut = not names and "train" in known and "val" not in known
+    found: list[Split] = []
+    for name in names or known:
+        if cut and name == "train":
+            parts = open_train_val(dataset)
+            found += [parts.train, parts.val.called(parts.val_name)]
+        else:
+            found.append((open_unscored if name == "test" else open_source)(dataset, name))
+    return found
 
 
 def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) -> Survey:
@@ -160,17 +204,18 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
         rows = (
             source.subset(good).image_labels if good and labelled else np.zeros((len(good), source.n_classes), np.uint8)
         )
-        for row, i in zip(rows, good, strict=True):
-            _, bits, digest = outcomes[i][0]
-            prints.append(bits)
-            exact.append(digest)
+        items = [outcomes[i][0] for i in good]
+        for row, i, item in zip(rows, good, items, strict=True):
+            prints.append(item.bits)
+            exact.append(item.digest)
             origin.append((source.split, source.names[i]))
             labels.append(row if labelled else None)
+        pixels = sum(item.size[0] * item.size[1] for item in items if item.shown is not None)
         parts.append(
             SplitSurvey(
                 split=source.split,
                 names=tuple(source.names[i] for i in good),
-                sizes=np.array([outcomes[i][0][0] for i in good], np.int64).reshape(-1, 2),
+                sizes=np.array([item.size for item in items], np.int64).reshape(-1, 2),
                 class_names=source.class_names,
                 images_per_class=rows.sum(0, dtype=np.int64),
                 n_without_class=int((rows.sum(1) == 0).sum()),
@@ -178,6 +223,8 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
                 unreadable=tuple(str(error) for _, error in outcomes if error is not None),
                 outside=tuple(source.names[i] for i in source.outside()),
                 labelled=labelled,
+                void_share=sum(item.n_void for item in items) / pixels if pixels else float("nan"),
+                odd_masks=tuple(_odd_masks(source, good, rows, items)),
             )
         )
     same = [
@@ -206,19 +253,51 @@ def near_pairs(prints: UInt64[np.ndarray, "N words"], near: int) -> list[tuple[i
     return found
 
 
-def _looked_at(source: Split, index: int) -> tuple[tuple[int, int], np.ndarray, bytes]:
-    size = source._check_one(index)[0]
+class _DecodedItem(NamedTuple):
+    """One image and its mask, decoded."""
+
+    size: tuple[int, int]  # H, W
+    bits: UInt64[np.ndarray, " words"]
+    digest: bytes
+    shown: UInt8[np.ndarray, " K"] | None  # the classes of its mask
+    n_void: int
+
+
+def _looked_at(source: Split, index: int) -> _DecodedItem:
+    size, shown, n_void = source._check_one(index)
     if source.n_masks and source.label_source == "masks" and source.mask_source(index) is None:
         raise ToCoError(f"{source.image_path(index)} has no mask to derive its image labels from")
     image = source.image(index)
-    return size, fingerprint(image), hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+    return _DecodedItem(size, fingerprint(image), digest, shown, n_void)
+
+
+def _odd_masks(
+    source: Split, indices: Sequence[int], rows: UInt8[np.ndarray, "N K"], items: Sequence[_DecodedItem]
+) -> Iterator[OddMask]:
+    """The masks of some items that contradict the image labels `rows`: of files, as drawn ones follow from the labels'
+    own source."""
+    for i, row, item in zip(indices, rows, items, strict=True):
+        if item.shown is None or not isinstance(source.mask_source(i), Path):
+            continue
+        others = np.flatnonzero(item.shown > row)
+        if len(others) or (row.any() and not item.shown.any()):
+            names = tuple(source.class_names[k + 1] for k in others)
+            yield OddMask(source.names[i], names, item.n_void / (item.size[0] * item.size[1]))
+
+
+def _first(things: Sequence) -> list[str]:
+    """Lines that name the first of some things and count the others."""
+    more = [f"  and {len(things) - MOST} more"] if len(things) > MOST else []
+    return [*(one_line(f"  {thing}") for thing in things[:MOST]), *more]
 
 
 def _is_shared(pair: DuplicatePair, names: Mapping[str, set[str]]) -> bool:
     """Whether two lists hold each other by design, and both pictures are in one of them; `names` are those of each."""
-    lists = {pair.one[0], pair.other[0]}
+    parts = {pair.one[0], pair.other[0]}
+    lists = {CUT_FROM.get(part, part) for part in parts}
     by_design = lists in NESTED or lists & OF_OTHERS
-    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in lists)
+    return bool(by_design) and any({pair.one[1], pair.other[1]} <= names[part] for part in parts)
 
 
 def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:
@@ -230,7 +309,16 @@ def inventory(dataset: Path | str) -> Inventory:
     """Count what a data set holds, without decoding anything. Raises ToCoError for what is no data set."""
     layout = recognise(dataset)
     entries = {"VOC": _voc_entries, "COCO": _coco_entries}.get(layout.kind, _other_entries)(layout)
-    return Inventory(layout, tuple(entries))
+    return Inventory(layout, tuple(entries), tuple(_unused(layout)))
+
+
+def _unused(layout: Layout) -> Iterator[str]:
+    """The pictures that are passed over, where a layout takes all of a folder or names them without suffix: the others
+    name files."""
+    folder = {"VOC": layout.root / "JPEGImages", "folder per class": layout.root}.get(layout.kind)
+    for path, reason in unused_images(folder).items() if folder else ():
+        if folder != layout.root or path.relative_to(folder).parts[0] != "masks":
+            yield f"{path}: {reason}"
 
 
 def _voc_entries(layout: Layout) -> list[InventoryItem]:
@@ -252,7 +340,7 @@ def _voc_entries(layout: Layout) -> list[InventoryItem]:
     lists = {"train": 1464, "val": 1449, "train_aug": 10582}
     entries = []
     for what, folder, kinds, number, how in folders:
-        found = len(index_files(folder, kinds))
+        found = len(index_files(folder, kinds, hidden=False))
         if found or official:
             entries.append(InventoryItem(what, found, number if official else None, how))
     for split in dict.fromkeys([*layout.splits, *(lists if official else ())]):
@@ -311,12 +399,13 @@ def _images_of(path: Path, root: Path, images: Iterable) -> tuple[str, int]:
 
 def _other_entries(layout: Layout) -> list[InventoryItem]:
     folder = layout.root if layout.root.is_dir() else layout.root.parent
-    images = {n: p for n, p in index_files(folder, IMAGE_SUFFIXES).items() if not n.startswith("masks/")}
+    images = index_files(folder, IMAGE_SUFFIXES, hidden=False)
+    images = {name: path for name, path in images.items() if not name.startswith("masks/")}
     entries = [InventoryItem("images", len(images), None, "")]
     if layout.root.is_dir():
         below = Counter(path.parent.relative_to(folder).as_posix() for path in images.values())
         entries += [InventoryItem(f"{name}/", n, None, "") for name, n in sorted(below.items()) if name != "."]
-    masks = len(index_files(folder / "masks", MASK_SUFFIXES))
+    masks = len(index_files(folder / "masks", MASK_SUFFIXES, hidden=False))
     return [*entries, InventoryItem("masks/ (optional)", masks, None, ""), _classes_entry(folder)]
 
 

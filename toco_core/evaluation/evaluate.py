@@ -89,7 +89,7 @@ class CAMCounts:
         Raises ToCoError where no valid pixel was counted.
         """
         if not self.counts.any():
-            raise ToCoError("no threshold is best: no pixel of the masks is valid (all are 255)")
+            raise ToCoError("no threshold is best: there are no masks, or none has a valid pixel (all are 255)")
         return float(self.betas[int(np.nanargmax(self.miou))])
 
 

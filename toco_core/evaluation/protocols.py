@@ -99,9 +99,7 @@ def part_of(data: TrainVal, split: str = "auto") -> AssessedSplit:
     source = reported_part(data)[1] if split == "auto" else data.val
     if split not in ("auto", "val"):
         return AssessedSplit(split, open_source(data.val.root, split))
-    if source is data.val and data.held_out:
-        return AssessedSplit(f"val (held out of {source.split})", source)
-    return AssessedSplit(source.split, source)
+    return AssessedSplit(data.val_name if source is data.val else source.split, source)
 
 
 def evenly(source, n: int):

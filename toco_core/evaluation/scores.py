@@ -11,7 +11,7 @@ answers at once. The scores are mIoU in percent of
     seg           the decoder's segmentation
 
 Where the data set has no part "test" with masks, the scores are of val, on which the thresholds were chosen: a little
-too high.
+too high. Where only test has masks, the thresholds of the CAMs are the config's `beta`.
 """
 
 import math
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from toco_core.config import TrainConfig
+from toco_core.config import TrainConfig, override
 from toco_core.data import Split, TrainVal, open_data, split_names
 from toco_core.data.fingerprint import differences, split_fingerprint
-from toco_core.data.source import open_unscored
+from toco_core.data.source import open_beside
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.evaluation.metrics import ConfusionMatrix, OpenCounts, Scores
@@ -41,6 +41,7 @@ from toco_core.train.loop import train
 
 FINGERPRINT = "fingerprint"  # in scores.json: of the part that was scored
 SCORED = ("cam", "aux_cam", "refined", "pseudo_label", "seg")
+CHOSEN_BY = ("cam", "aux_cam", "seg", "refined")  # those that are also scored on val
 CHOOSERS = 200  # images of val, evenly spread, on which the threshold of the refined CAM is chosen
 OFFSETS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05)  # from the CAM's own threshold: refinement takes what is weak
 
@@ -56,15 +57,20 @@ class RunScores(NamedTuple):
     refined_beta: float
     val: dict[str, float]
     """mIoU of all but the pseudo label on val, the CAMs at these thresholds: what choices are made by. Of the refined
-    CAM it is that of at most `CHOOSERS` images."""
+    CAM it is that of at most `CHOOSERS` images. NaN where val has no masks."""
     miou: dict[str, float]
-    """Each of `SCORED` on `part`."""
+    """Each of `SCORED` on `part`; NaN for what needs a classifier that was not trained (of a second network)."""
     iou: dict[str, list[float]]
     """The same per class, background first; NaN for a class that `part` does not show and nothing predicts."""
     committed: float
     """Share of pixels that the pseudo label leaves neither uncertain nor ignored."""
     token_similarity: list[float]
     """After each block, in [-1, 1] (see `similarity`)."""
+
+    @property
+    def of_background_alone(self) -> bool:
+        """Whether no mask of `part` shows a class: the mean over what is shown is the background's IoU."""
+        return all(self.miou[kind] == self.iou[kind][0] for kind in SCORED)
 
 
 class Scored(NamedTuple):
@@ -94,11 +100,17 @@ def scored_run(
 
 
 def reported_part(data: TrainVal) -> tuple[str, Split]:
-    """The part that results are told of, and its name: "test" where there is one with masks, else "val"."""
+    """The part that results are told of, and its name: "test" where there is one with masks, else "val".
+
+    A test part that cannot be opened is told by a warning, and counts as none."""
     if "test" in split_names(data.val.root):
-        test = open_unscored(data.val.root, "test")
-        if test.n_masks:
-            return "test", test
+        try:
+            test = open_beside(data.val, "test")
+        except ToCoError as error:
+            warnings.warn(f"scores are of val, as test cannot be opened: {error}", stacklevel=1)  # once, whoever asks
+        else:
+            if test.n_masks:
+                return "test", test
     return "val", data.val
 
 
@@ -109,12 +121,31 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
     """
     model, config, run, data = opened
     found = _scores_of(run, data)
-    if found is not None:
-        return found
+    if found is None:
+        found = score_model(model, config, data, validation=validation, progress=progress)
+        if run.finished:
+            run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(reported_part(data)[1])})
+    return found
+
+
+def score_model(
+    model: ToCo, config: TrainConfig, data: TrainVal, *, validation: Evaluation | None = None, progress: bool = True
+) -> RunScores:
+    """The scores of a model on a data set. Nothing is kept. `validation` as for `score_run`.
+
+    Raises ToCoError where neither test nor val has masks.
+    """
     part, source = reported_part(data)
-    if part == "test":
-        validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
-    chosen = _refined_near(opened, validation, progress=progress)
+    if not source.n_masks:
+        raise ToCoError(f"{source.root}: none of the {len(source)} images of {part} has a mask to score by")
+    if not config.loss.cls:
+        config = override(config, attention_steps=0, class_attention=0.0)  # what such CAMs need was not trained either
+    if not data.val.n_masks:
+        validation, chosen = None, RefinedCounts(config, model.n_classes, [config.labels.beta])
+    else:
+        if part == "test":
+            validation = validation or evaluate_as(config, model, data.val, progress=progress, what="validating")
+        chosen = _refined_near(model, config, data.val, validation, progress=progress)
     pseudo, refined = OpenCounts(model.n_classes), RefinedCounts(config, model.n_classes, [chosen.best_beta])
     labels = _each_pseudo_label(config, pseudo.update)
 
@@ -123,27 +154,45 @@ def score_run(opened: Opened, *, validation: Evaluation | None = None, progress:
         refined.update(*batch)
 
     final = evaluate_as(config, model, source, on_batch=count, progress=progress, what="scoring")
-    validation = final if part == "val" or validation is None else validation
-    beta, aux_beta, refined_beta = validation.cam.best_beta, validation.aux_cam.best_beta, chosen.best_beta
+    validation = final if part == "val" else validation
+    if validation is None:
+        beta = aux_beta = config.labels.beta
+        how, val = f"threshold {beta:g} of the config, as val has no masks", dict.fromkeys(CHOSEN_BY, math.nan)
+    else:
+        beta, aux_beta, how = validation.cam.best_beta, validation.aux_cam.best_beta, "thresholds chosen on val"
+        of_val = [validation.cam.scores(beta), validation.aux_cam.scores(aux_beta), validation.seg]
+        of_val.append(chosen.scores(chosen.best_beta))
+        val = {name: _percent(score.miou) for name, score in zip(CHOSEN_BY, of_val, strict=True)}
     scores = {"cam": final.cam.scores(beta), "aux_cam": final.aux_cam.scores(aux_beta), "seg": final.seg}
-    scores |= {"refined": refined.scores(refined_beta), "pseudo_label": pseudo.scores()}
-    val = {"cam": validation.cam.scores(beta), "aux_cam": validation.aux_cam.scores(aux_beta), "seg": validation.seg}
-    val |= {"refined": chosen.scores(refined_beta)}
+    scores |= {"refined": refined.scores(chosen.best_beta), "pseudo_label": pseudo.scores()}
     found = RunScores(
         part=part,
-        protocol=f"{part}: {final.protocol}; thresholds chosen on val",
+        protocol=f"{part}: {final.protocol}; {how}",
         beta=beta,
         aux_beta=aux_beta,
-        refined_beta=refined_beta,
-        val={name: _percent(score.miou) for name, score in val.items()},
+        refined_beta=chosen.best_beta,
+        val=val,
         miou={name: _percent(scores[name].miou) for name in SCORED},
         iou={name: _percents(scores[name].iou) for name in SCORED},
         committed=_percent(pseudo.decided),
         token_similarity=[round(value, 4) for value in similarity_of_split(model, data.val, config)],
     )
-    if run.finished:
-        run.keep_scores(found._asdict() | {FINGERPRINT: split_fingerprint(source)})
-    return found
+    return found if config.loss.cls else _of_decoder(found)
+
+
+def _of_decoder(scores: RunScores) -> RunScores:
+    """The scores of a second network, whose classifiers were not trained: its CAMs say nothing."""
+    kinds = [kind for kind in SCORED if kind != "seg"]
+    return scores._replace(
+        protocol=f"{scores.protocol}; the classifiers were not trained",
+        beta=math.nan,
+        aux_beta=math.nan,
+        refined_beta=math.nan,
+        val=dict.fromkeys(CHOSEN_BY, math.nan) | {"seg": scores.val["seg"]},
+        miou=scores.miou | dict.fromkeys(kinds, math.nan),
+        iou=scores.iou | {kind: [math.nan] * len(scores.iou["seg"]) for kind in kinds},
+        committed=math.nan,
+    )
 
 
 class RefinedCounts:
@@ -179,10 +228,13 @@ def refined_near(beta: float) -> list[float]:
     return sorted({min(max(round(beta + offset, 2), 0.0), 1.0) for offset in OFFSETS})
 
 
-def _refined_near(opened: Opened, validation: Evaluation | None, *, progress: bool) -> RefinedCounts:
-    """The refined CAM's counts on images of val, where its threshold is chosen; `validation`, if known, is val's."""
-    model, config, _, data = opened
-    chooser, shown = data.val.spread(CHOOSERS), {"progress": progress, "what": "choosing thresholds"}
+def _refined_near(
+    model: ToCo, config: TrainConfig, val: Split, validation: Evaluation | None, *, progress: bool
+) -> RefinedCounts:
+    """The refined CAM's counts on images of val that have masks, where its threshold is chosen; `validation`, if known,
+    is val's."""
+    masked = val.subset(i for i in range(len(val)) if val.mask_source(i) is not None)
+    chooser, shown = masked.spread(CHOOSERS), {"progress": progress, "what": "choosing thresholds"}
     beta = (validation or evaluate_as(config, model, chooser, **shown)).cam.best_beta
     chosen = RefinedCounts(config, model.n_classes, refined_near(beta))
     evaluate_as(config, model, chooser, on_batch=chosen.update, **shown)
@@ -257,11 +309,16 @@ def _scores_of(run: Run, data: TrainVal) -> RunScores | None:
         return found
     part, source = reported_part(data)
     differs = differences(known, split_fingerprint(source, known))
-    if differs or part != found.part:
-        more = ", ".join(differs) or "other masks"
-        warnings.warn(f"{run.folder} is scored again: {part} has {more} than when it was scored", stacklevel=3)
-        return None
-    return found
+    if part != found.part:
+        why = f"its scores are of {found.part}, and {part} is what can be scored today"
+    elif differs:
+        why = f"{part} has {', '.join(differs)} than when it was scored"
+    elif data.val.n_masks and math.isnan(found.val["seg"]):
+        why = "val had no masks when it was scored"
+    else:
+        return found
+    warnings.warn(f"{run.folder} is scored again: {why}", stacklevel=3)
+    return None
 
 
 def _each_pseudo_label(config: TrainConfig, count: Callable[[np.ndarray, np.ndarray], None]) -> Callable:

@@ -19,7 +19,7 @@ from torch import Tensor
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits
 from toco_core.machine.device import keep_freed_memory
-from toco_core.refiners.crf import crf_label
+from toco_core.predict.segmentation import crf_label
 
 
 class CRFWorkers:

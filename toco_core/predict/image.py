@@ -31,10 +31,9 @@ from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, pseudo_label, refined_labels, seed_label, valid_cam
 from toco_core.model import BlockTokens, ToCo
 from toco_core.par import full_precision
-from toco_core.predict.segmentation import merged_label, segmentation_maps
+from toco_core.predict.segmentation import crf_label, merged_label, segmentation_maps
 from toco_core.predict.tokens import class_token_attention_by_block, similarity_map
 from toco_core.refiners.attention import carried, walk
-from toco_core.refiners.crf import crf_label
 from toco_core.runs.folder import weights_hash
 
 AUXILIARY = 0  # the auxiliary CAM where a block's number from 1 is expected

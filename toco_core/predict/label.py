@@ -36,7 +36,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig
 from toco_core.conventions import classes_in
 from toco_core.data import Split, read_image
-from toco_core.data.files import IMAGE_SUFFIXES, index_files
+from toco_core.data.files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, index_files, named_files, why_unused
 from toco_core.data.layouts import tags as tagged
 from toco_core.data.source import reading
 from toco_core.data.split import BACKGROUND_NAMES, split_name, utf8
@@ -66,7 +66,6 @@ TAGS = {
 }
 LOG = "photographs.jsonl"
 AHEAD = 4  # photographs that are read before their turn
-UNREAD = (".heic", ".heif", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".dng", ".cr2", ".nef", ".arw")
 
 
 class Photograph(NamedTuple):
@@ -196,8 +195,8 @@ def find_photographs(
 ) -> PhotographFolder:
     """The photographs at a place by name, with the classes that tags name; nothing is decoded.
 
-    The pictures in `apart_from`, and in folders that this module wrote, are none. Raises ToCoError where `place` is not
-    there, and for a tag that is no class.
+    The pictures in `apart_from`, and in folders that this module wrote, are none, nor are hidden ones. Raises ToCoError
+    where `place` is not there or another kind of file, and for a tag that is no class.
     """
     place = Path(place)
     if place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
@@ -205,31 +204,33 @@ def find_photographs(
     if not place.is_file() and not place.is_dir():
         what = "is a pipe or a device" if place.exists() else "is not there"
         raise ToCoError(f"photographs = {str(place)!r} {what}: a folder of photographs is wanted")
+    if place.is_file() and place.suffix.lower() not in tagged.LIST_SUFFIXES:
+        raise ToCoError(
+            f"photographs = {str(place)!r} is not read: {', '.join(IMAGE_SUFFIXES)} are, and "
+            f"{', '.join(tagged.LIST_SUFFIXES)} as a list of tags"
+        )
     root = place.parent if place.is_file() else place
     root = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
     ours = [path.parent for path in index_files(root, (Path(LOG).suffix,)).values() if path.name == LOG]
     apart = [real_path(path) for path in (*ours, apart_from) if path is not None]
     known = _known_classes(place, root, class_names, apart) if tags == "auto" else {}
     photographs, skipped = {}, {}
-    for suffix in (*IMAGE_SUFFIXES, *UNREAD):
-        for name, path in sorted(index_files(root, (suffix,)).items()):
-            parts = Path(name).parts
-            if _is_below(path, apart) or parts[0] == "masks" or any(part.startswith(".") for part in parts):
-                continue
-            reason = _unusable(name, suffix, photographs)
-            if reason:
-                skipped[str(path)] = reason
-            else:
-                photographs[name] = Photograph(name, path, known.get(real_path(path)))
+    for name, path in named_files(root, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES), hidden=False):
+        if _is_below(path, apart) or Path(name).parts[0] == "masks":
+            continue
+        reason = _unusable(name, path, photographs)
+        if reason:
+            skipped[str(path)] = reason
+        else:
+            photographs[name] = Photograph(name, path, known.get(real_path(path)))
     return PhotographFolder(tuple(photographs[name] for name in sorted(photographs)), skipped)
 
 
-def _unusable(name: str, suffix: str, before: Mapping[str, Photograph]) -> str:
+def _unusable(name: str, path: Path, before: Mapping[str, Photograph]) -> str:
     """Why a file has no label, as far as its name tells."""
-    if suffix in UNREAD:
-        return f"{suffix} is not read: {', '.join(IMAGE_SUFFIXES)} are"
-    if name in before:
-        return f"{before[name].path.name} has the same name"
+    reason = why_unused(path, before[name].path if name in before else None)
+    if reason:
+        return reason
     if not name.isprintable() or name != name.strip():
         return "its name has characters that a list of names cannot hold: rename it"
     try:

@@ -18,7 +18,7 @@ from toco_core.model import ToCo, loaded_model
 from toco_core.runs.folder import Run
 from toco_core.runs.hub import from_pretrained
 from toco_core.runs.release import from_release
-from toco_core.runs.shipped import shipped_runs
+from toco_core.runs.shipped import named_run, shipped_runs
 
 
 class NamedModel(NamedTuple):
@@ -50,14 +50,12 @@ def is_model(name: str | Path) -> bool:
 
 
 def _opened(name: str | Path) -> NamedModel:
-    path = Path(name)
-    if Run(path).begun:
-        return _of_run(Run(path))
+    path, run = Path(name), named_run(name)
+    if run.begun:
+        return _of_run(run)
     if (path / "config.json").is_file():
         found = from_pretrained(path)
         return NamedModel(path.resolve().name, *found)
-    if str(name) in shipped_runs():
-        return _of_run(shipped_runs()[str(name)])
     if path.is_file():
         model = from_release(path)
         names = VOC_CLASSES if model.n_classes == 20 else _numbered(model.n_classes)
@@ -73,18 +71,9 @@ def _opened(name: str | Path) -> NamedModel:
 def _of_run(run: Run) -> NamedModel:
     """The last checkpoint of a run; its classes are in its manifest, else in its data set."""
     config, state = run.config(), run.newest()
-    names = _class_names(run, config)
+    names = run.class_names() or open_data(config.data).train.class_names
     model = loaded_model(f"run = {str(run.folder)!r}", state["model"], config, len(names) - 1)
     return NamedModel(run.folder.resolve().name, model, config, names, state.get("step"))
-
-
-def _class_names(run: Run, config: TrainConfig) -> tuple[str, ...]:
-    if (run.folder / "manifest.json").is_file():
-        data = run.manifest().get("data")
-        names = data.get("classes") if isinstance(data, dict) else None
-        if isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return open_data(config.data).train.class_names
 
 
 def _numbered(n_classes: int) -> tuple[str, ...]:

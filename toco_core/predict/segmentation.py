@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from toco_core.cam import scaled
@@ -13,7 +14,11 @@ from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
 from toco_core.labels import merged_logits, upsampled_argmax
 from toco_core.model import ToCo
-from toco_core.refiners.crf import CRFSettings
+from toco_core.refiners.crf import CRFSettings, dense_crf
+
+CRF_PIXELS = 1_000_000
+"""Pixels of an image at most in its dense CRF: memory grows with them, to 17 GB for 24 megapixels, and its distances
+are chosen for photographs of VOC, 375 x 500."""
 
 
 def segmentation_maps(model: ToCo, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -52,6 +57,21 @@ def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales
     if len(maps) == 1:
         return upsampled_argmax(maps[0].float(), tuple(size))
     return merged_logits([m.float() for m in maps], size, max_over_scales=max_over_scales).argmax(1)
+
+
+def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
+    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1]).
+
+    An image of more than `CRF_PIXELS` is refined at about so many, and the probabilities are brought back to its size.
+    """
+    size = (H, W) = tuple(logits.shape[-2:])
+    if H * W <= CRF_PIXELS:
+        return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
+    share = (CRF_PIXELS / (H * W)) ** 0.5
+    small = tuple(max(1, round(side * share)) for side in size)
+    logits = F.interpolate(logits, size=small, mode="bilinear", align_corners=False)
+    probs = dense_crf(logits[0].softmax(0), F.interpolate(unit, size=small, mode="area")[0], **options)
+    return upsampled_argmax(probs[None].contiguous(), size)
 
 
 def checked_crf(crf: bool | Mapping) -> dict | None:

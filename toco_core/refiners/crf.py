@@ -1,7 +1,7 @@
 """The dense CRF (Krähenbühl and Koltun, 2011): mean field over the Potts model, on the permutohedral lattice."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,6 @@ def dense_crf(
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
         belief = mean_field(at_least_float32(probs).flatten(1).T.contiguous(), kernels, crf.iterations)
     return belief.T.unflatten(1, (H, W))
-
-
-def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
-    """1 H W labels after the dense CRF of logits (1 C H W) on their image (1 3 H W in [0, 1])."""
-    return dense_crf(logits[0].softmax(0), unit[0], **options).argmax(0)[None]
 
 
 def mean_field(

@@ -1,6 +1,7 @@
 """Runs side by side: which fields of their configs differ, which facts about machine and versions, which classes."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import named_run
 
 MISSING = "-"
 PLACES = ("dataset", "weights")  # fields that may be written in several ways; what is there is compared
@@ -20,8 +22,9 @@ def found_runs(folder: Path | str) -> list[Run]:
 
 
 def open_folders(folders: Iterable[Path | str]) -> list[Run]:
-    """The runs in these folders. Raises ToCoError for a folder that holds no run, or for one named twice."""
-    runs = [Run(folder) for folder in folders]
+    """The runs in these folders, or shipped runs by name. Raises ToCoError for a folder that holds no run, or for one
+    named twice."""
+    runs = [named_run(folder) for folder in folders]
     seen = set()
     for run in runs:
         run.config()  # says what is missing
@@ -40,7 +43,14 @@ def config_differences(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str
 
 def refuse_other_run(run: Run, config: TrainConfig, data: TrainVal) -> None:
     """Raise ToCoError where a run that was found by a config is not its: trained on other data or weights (see
-    `Run.refuse_other_data`), or with other values in its config.json. A run without one cannot be compared."""
+    `Run.refuse_other_data`), or with other values in its config.json (see `refuse_edited`)."""
+    refuse_edited(run, config)
+    run.refuse_other_data(data, config.model.weights_file)
+
+
+def refuse_edited(run: Run, config: TrainConfig) -> None:
+    """Raise ToCoError where the config.json of a run that was found by a config has other values. A run without one
+    cannot be compared."""
     if (run.folder / "config.json").is_file():
         differs = config_differences({"found": run.config().named(), "wanted": config.named()})
         words = [f"{f} = {v['found']!r} is not {v['wanted']!r}" for f, v in differs.items() if f not in PLACES]
@@ -49,7 +59,6 @@ def refuse_other_run(run: Run, config: TrainConfig, data: TrainVal) -> None:
                 f"{run.folder / 'config.json'} was edited: {', '.join(words)}; train(..., resume=False) replaces that "
                 f"run, another out_dir keeps both"
             )
-    run.refuse_other_data(data, config.model.weights_file)
 
 
 def manifest_differences(manifests: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
@@ -75,6 +84,32 @@ def class_differences(first: Sequence[float], second: Sequence[float]) -> list[f
     if len(first) != len(second):
         raise ToCoError(f"scores of {len(first)} and of {len(second)} classes cannot be compared class by class")
     return [b - a for a, b in zip(first, second, strict=True)]
+
+
+def paired_p_value(differences: Iterable[float]) -> float:
+    """Probability that differences of pairs (seeds, images, classes) come out as far from 0 by chance, in [0, 1].
+
+    The two-sided t test of pairs: t is the mean over its standard error, with one degree of freedom n less than there
+    are differences; for whole n its distribution is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4). NaN is
+    left out; 1 for fewer than two differences, which have no spread.
+    """
+    values = [float(value) for value in differences if not math.isnan(value)]
+    n, mean = len(values) - 1, statistics.fmean(values) if values else 0.0
+    if n < 1 or mean == 0:
+        return 1.0
+    angle = math.atan2(abs(mean) * math.sqrt(n + 1), statistics.stdev(values) * math.sqrt(n))
+    term = math.cos(angle) if n % 2 else 1.0
+    inside = angle if n % 2 else 0.0  # inside: the probability of a smaller t
+    for i in range(2 + n % 2, n + 1, 2):
+        inside += math.sin(angle) * term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    return 1 - inside * (2 / math.pi if n % 2 else 1)
+
+
+def within_noise(differences: Iterable[float]) -> bool:
+    """Whether differences as large for their spread come by chance more than once in twenty (`paired_p_value`): at
+    three seeds all with a mean below 2.5 times their standard deviation."""
+    return paired_p_value(differences) > 0.05
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,13 +14,14 @@ model.safetensors the weights of a run that comes with the package (see `shipped
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ import torch.version
 
 from toco_core.config import TrainConfig
 from toco_core.data import TrainVal
-from toco_core.data.fingerprint import data_fingerprint, differences
+from toco_core.data.fingerprint import data_differences, data_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.machine.files import load_tensors
 from toco_core.machine.intake import read_json, read_text
@@ -88,31 +89,44 @@ class Run:
         with alone(self.folder, "trains", wait=wait):
             yield
 
+    def data_changes(self, data: TrainVal) -> dict[str, bool]:
+        """What differs, in words, between the data that the run knows and these, and whether training depends on it. A
+        run without a manifest cannot be compared."""
+        known = self.manifest() if (self.folder / "manifest.json").is_file() else {}
+        parts = known.get("fingerprint")
+        if isinstance(parts, dict):
+            return data_differences(parts, data_fingerprint(data, parts))
+        if not isinstance(known.get("data_sha256"), str) or known["data_sha256"] == data_digest(data):
+            return {}
+        sizes = known["data"] if isinstance(known.get("data"), dict) else {}
+        found = {"train": len(data.train), "val": len(data.val)}
+        differs = [f"{part} has {n} images, not {sizes[part]}" for part, n in found.items() if sizes.get(part, n) != n]
+        return dict.fromkeys(differs or ["names or image-level labels are others"], True)
+
     def refuse_other_data(self, data: TrainVal, weights: str | None = None) -> None:
         """Raise ToCoError where the run began with other data, or with another content of the file `weights`, than
-        these: its result is not theirs. A run without a manifest cannot be compared."""
-        if not (self.folder / "manifest.json").is_file():
-            return
-        known = self.manifest()
-        parts = known.get("fingerprint")
-        differs = []
-        if isinstance(parts, dict):
-            found = data_fingerprint(data, parts)
-            differs += [f"{part} has {d}" for part in found for d in differences(parts.get(part), found[part])]
-        elif isinstance(known.get("data_sha256"), str) and known["data_sha256"] != data_digest(data):
-            sizes = known["data"] if isinstance(known.get("data"), dict) else {}
-            for part, n in (("train", len(data.train)), ("val", len(data.val))):
-                if sizes.get(part, n) != n:
-                    differs.append(f"{part} has {n} images, not {sizes[part]}")
-            differs = differs or ["names or image-level labels are others"]
-        before = known.get("weights_sha256")
+        these: its result is not theirs."""
+        self.refuse_changes(self.data_changes(data), weights)
+
+    def refuse_changes(self, changes: Iterable[str], weights: str | None = None) -> None:
+        """Raise ToCoError where there are changes of the data, or the file `weights` has another content."""
+        differs, ways = [*changes], ["train(..., resume=False) replaces that run", "another out_dir keeps both"]
+        if differs and not self.finished:
+            ways.append("changed_data=True (toco train --changed-data) goes on with the data of today")
+        before = self.manifest().get("weights_sha256") if (self.folder / "manifest.json").is_file() else None
         if weights and isinstance(before, str) and os.path.isfile(weights) and file_digest(weights) != before:
             differs.append(f"the file {weights} has other weights")
         if differs:
-            raise ToCoError(
-                f"{self.folder} was trained on something else: {', '.join(differs)}; train(..., resume=False) replaces "
-                f"that run, another out_dir keeps both"
-            )
+            raise ToCoError(f"{self.folder} was trained on something else: {', '.join(differs)}; {', '.join(ways)}")
+
+    def note_changes(self, changes: Iterable[str], data: TrainVal, step: int) -> None:
+        """Write into the manifest what changed in the data, when, and that from `step` on the run is of these."""
+        known = self.manifest()
+        before = known["data_changes"] if isinstance(known.get("data_changes"), list) else []
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        facts = data_facts(data) | {"data_changes": [*before, {"step": step, "time": now, "changes": [*changes]}]}
+        with self._writing():
+            write_whole(self.folder / "manifest.json", as_json(known | facts))
 
     def begin(self, config: TrainConfig, **facts) -> None:
         """Write config and manifest; what an earlier run left here is not this one's. Raises ToCoError where the folder
@@ -135,12 +149,42 @@ class Run:
         return (self.folder / "metrics.json").is_file()
 
     def config(self) -> TrainConfig:
-        """The config it was started with."""
-        return TrainConfig.from_dict(self._read("config.json"))
+        """The config it was started with. Raises ToCoError that says so for the folder of a model that was handed on
+        (see `hub`)."""
+        values = self._read("config.json")
+        if {"class_names", "config"} <= values.keys():
+            raise ToCoError(
+                f"{self.folder} is no run but a model that `toco share` or `toco second` wrote: `toco label` and "
+                f"`toco evaluate --data` take it"
+            )
+        return TrainConfig.from_dict(values)
 
     def manifest(self) -> dict:
         """Versions, machine, git state and data of its start."""
         return self._read("manifest.json")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes that it was trained for, background first; None where no manifest tells them."""
+        if not (self.folder / "manifest.json").is_file():
+            return None
+        data = self.manifest().get("data")
+        names = data.get("classes") if isinstance(data, dict) else None
+        told = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        return tuple(names) if told else None
+
+    def refuse_other_classes(self, names: Sequence[str], where: object) -> None:
+        """Raise ToCoError where the classes of `where`, background first, are not those that it was trained for: what
+        it says of one would be taken for another. A run that does not tell its classes cannot be compared."""
+        known = self.class_names()
+        if known is None or known == tuple(names):
+            return
+        gone, new = ([name for name in one if name not in other] for one, other in ((known, names), (names, known)))
+        words = [f"{verb} {', '.join(some)}" for verb, some in (("lacks", gone), ("has", new)) if some]
+        raise ToCoError(
+            f"{self.folder} was trained on other classes: {where} {' and '.join(words) or 'has them in another order'} "
+            f"today; name and order them as then (classes.txt keeps an order), or train anew; `toco label` needs no "
+            f"data set"
+        )
 
     def metrics(self) -> dict:
         """The final numbers. Raises ToCoError for a run that is not finished."""
@@ -289,6 +333,15 @@ def manifest() -> dict:
         "cuda": torch.version.cuda,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "git": _git_state(),
+    }
+
+
+def data_facts(data: TrainVal) -> dict:
+    """What a manifest says of the data."""
+    return {
+        "data": {"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
+        "data_sha256": data_digest(data),
+        "fingerprint": data_fingerprint(data),
     }
 
 

@@ -34,6 +34,7 @@ from toco_core.machine.locks import alone
 from toco_core.machine.writing import PART, new_part, remove_parts, whole_file, writing
 from toco_core.model import ToCo, loaded_model, skeleton
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import named_run
 
 FILES = ("model.safetensors", "config.json", "README.md")
 SCORES = {
@@ -47,6 +48,7 @@ SCORES = {
 
 SECOND = "# A second network"  # how the card of one begins
 SECOND_LOSS = LossConfig(cls=0.0, aux_cls=0.0, ptc=0.0, ctc=0.0, seg=1.0, seg_start=0, energy=0.0)  # and what taught it
+TRAINING = "training"  # in its folder: what it goes on from until it is written
 
 
 class Pretrained(NamedTuple):
@@ -64,10 +66,11 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     Raises ToCoError for a run that is not finished, or whose records or tensors are not those of its config, and for a
     folder that holds other files or cannot be written.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = run if isinstance(run, Run) else named_run(run)
+    config = run.config()
     if not run.finished:
         raise ToCoError(f"{run.folder} is not a finished run: train it to its end first")
-    config, manifest, metrics, scores = _without_paths(run.config()), run.manifest(), run.metrics(), run.scores()
+    config, manifest, metrics, scores = _without_paths(config), run.manifest(), run.metrics(), run.scores()
     try:
         names = [utf8(name, f"{run.folder}/manifest.json") for name in manifest["data"]["classes"]]
         card = model_card(config, manifest, metrics, scores)
@@ -97,14 +100,16 @@ def write_pretrained(
         f"{json.dumps(facts, indent=2)}\n".encode(),
         card.encode(errors="replace"),
     )
-    with alone(folder, "writes"), writing(folder), contextlib.ExitStack() as stack:
+    with alone(folder, "writes"), writing(folder):
         refuse_other_files(folder)
         remove_parts(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in zip(FILES, contents, strict=True):
-            file = stack.enter_context(whole_file(folder / name))
-            file.write(content)
-            file.flush()  # none takes its place before all have theirs on the disk
+        with contextlib.ExitStack() as stack:
+            for name, content in zip(FILES, contents, strict=True):
+                file = stack.enter_context(whole_file(folder / name))
+                file.write(content)
+                file.flush()  # none takes its place before all have theirs on the disk
+        _remove_training(folder / TRAINING)
     return folder
 
 
@@ -120,9 +125,12 @@ def claim_new(folder: Path) -> None:
 
 def refuse_other_files(folder: Path) -> None:
     """Raise ToCoError for a folder into which no model can be written, as it holds other files or cannot be read."""
+    training, own = folder / TRAINING, {*FILES, f"{TRAINING}/checkpoint.pt"}
     with writing(folder):
         there = list(folder.iterdir()) if os.path.lexists(folder) else []
-    if any(path.is_dir() or path.name not in FILES and path.suffix != PART for path in there):
+        if training.is_dir() and not training.is_symlink():
+            there = [path for path in there if path != training] + list(training.iterdir())
+    if any(path.is_dir() or path.relative_to(folder).as_posix() not in own and path.suffix != PART for path in there):
         raise ToCoError(f"folder = {str(folder)!r} holds other files: a new folder, or one written before, is allowed")
 
 
@@ -220,6 +228,14 @@ model, config, class_names = from_pretrained("<this folder or repository>")
 
 The weights have the licence of what they were made of, too: that of the pretrained backbone and of the data.
 """
+
+
+def _remove_training(folder: Path) -> None:
+    """What a finished training of a second network has left in its folder."""
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    remove_parts(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _without_paths(config: TrainConfig) -> TrainConfig:

@@ -12,6 +12,7 @@ from toco_core.machine.device import resolve_device
 from toco_core.machine.files import are_tensors, refuse_wrong_keys
 from toco_core.model import ToCo, build_model, skeleton
 from toco_core.runs.folder import Run
+from toco_core.runs.shipped import named_run
 
 
 class Opened(NamedTuple):
@@ -31,12 +32,12 @@ def open_run(
     checkpoint: str = "last",
     teacher: bool = False,
 ) -> Opened:
-    """A checkpoint in a run's folder: the "last", the "best", or that of a kept step ("500"). Raises ToCoError where
-    there is none, or it is of other classes or of another layout, and where `data` are given that it was not trained
-    on.
+    """A checkpoint in a run's folder, or of a shipped run by its name: the "last", the "best", or that of a kept step
+    ("500"). Raises ToCoError where there is none, or it is of another layout, where its data set has other classes
+    today, and where `data` are given that it was not trained on.
 
     teacher: open the averaged network of a run with `teacher_momentum` instead."""
-    run = Run(folder)
+    run = named_run(folder)
     config, state = run.config(), run.load(checkpoint)
     if state is None:
         run.newest()  # without one there is no other
@@ -46,6 +47,8 @@ def open_run(
         raise ToCoError(f"{run.folder} has no teacher: its teacher_momentum is {config.schedule.teacher_momentum}")
     weights = state["teacher" if teacher else "model"]
     given, data = data is not None, data or open_data(config.data)
+    if not given:
+        run.refuse_other_classes(data.train.class_names, data.train.root)
     wanted = skeleton(config.model, data.train.n_classes, affinity_blocks=config.affinity_blocks())
     refuse_other_model(wanted, weights, run, data)
     model = build_model(config, data.train.n_classes, pretrained=False)

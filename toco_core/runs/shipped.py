@@ -26,6 +26,13 @@ def shipped_runs() -> dict[str, Run]:
     return {path.parent.name: Run(path.parent) for path in sorted(FOLDER.glob(f"*/{MODEL}"))}
 
 
+def named_run(name: Path | str) -> Run:
+    """The run in a folder; where no run or model lies there, the shipped run of that name, if there is one."""
+    run = Run(name)
+    taken = run.begun or (run.folder / "config.json").is_file()
+    return run if taken else shipped_runs().get(str(name), run)
+
+
 def shipped_run(config: TrainConfig) -> Run | None:
     """The shipped run of a config, None where there is none; what moves no bit of a run does not count."""
     name = config.short_hash()

@@ -5,9 +5,10 @@
 
 One step is computed with at most two images and everything that is allocated is counted. More images take
 proportionally more (roughly: maps are of an image's classes, lattices of its colours); what is per parameter, weights
-and AdamW's moments, is added. Not counted: Python, CUDA's own, the decoded images of `cache`, and what single
-operations use inside. On a CPU, where that is 0.2 to 1.4 GB, a process's peak grew by 6 % less to 8 % more than is
-said here, below that by up to 35 MB more (`tests/peak_memory.py`); never compared on a GPU.
+and AdamW's moments, is added. Not counted: Python, CUDA's own, the decoded images of `cache`, kept tokens of frozen
+blocks (`KeptTokens`: at most 2 GiB), and what single operations use inside. On a CPU, where that is 0.2 to 1.4 GB, a
+process's peak grew by 6 % less to 8 % more than is said here, below that by up to 35 MB more (`tests/peak_memory.py`);
+never compared on a GPU.
 """
 
 import sys
@@ -245,6 +246,7 @@ def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str,
         attention_of(model, config, device),
         store.of(model, blocks=kept),
         recorded_blocks(model, config),
+        teaching(beside["teacher"], config, device, store),
         teaching(rival, config, device, store),
     ):
         batches = config_batches(data, config, model, stop_step=3 * len(starts))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from toco_core.data.loader import loader_errors
-from toco_core.errors import ToCoError
+from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine.distributed import lost_process
 from toco_core.machine.memory import out_of_memory
 from toco_core.runs.folder import Run
@@ -80,15 +80,16 @@ def tell_terminal(message: str) -> None:
 
 
 @contextlib.contextmanager
-def with_resume_hint(run: Run) -> Iterator[None]:
-    """Whatever stops the training: end the message with what is left of it."""
+def with_resume_hint(run: Run, mended: str = "") -> Iterator[None]:
+    """Whatever stops the training: end the message with what is left of it. A file that cannot be used stops the same
+    call, too: `mended` says what goes on once it has other contents."""
 
-    def left() -> str:
+    def left(when: str = "") -> str:
         if run.saved is None:
             return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
         if not (run.folder / "checkpoint.pt").is_file():
             return f"the checkpoint in {run.folder} is gone, the same call begins anew"
-        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there"
+        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there{when}"
 
     try:
         with loader_errors():
@@ -97,6 +98,8 @@ def with_resume_hint(run: Run) -> Iterator[None]:
         message = f"training was stopped; {left()}"
         tell_terminal(message)
         raise KeyboardInterrupt(message) from None
+    except BrokenFile as error:
+        raise BrokenFile(f"{error}; {left(' once the file is as it was' + (mended and f'; {mended}'))}") from error
     except ToCoError as error:
         raise ToCoError(f"{error}; {left()}") from error
     except Exception as error:

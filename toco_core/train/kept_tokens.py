@@ -89,7 +89,7 @@ class KeptTokens:
         if key in self._tokens:
             self.found += 1
             return self._tokens[key]
-        for number, x, grid in model._run_blocks(image[None]):
+        for number, x, grid in model._run_blocks(model._embedded(image[None])):
             if number == self.blocks:
                 break
         self.computed += 1

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from toco_core.config import TrainConfig
 from toco_core.data import Batch, TrainVal, open_data
-from toco_core.data.fingerprint import data_fingerprint
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import Evaluation, evaluate_as
 from toco_core.machine import distributed
@@ -21,12 +20,13 @@ from toco_core.machine.precision import attention_of, autocast_of, resolve_preci
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Objective, Term
 from toco_core.runs.comparison import refuse_other_run
-from toco_core.runs.folder import Run, data_digest, file_digest
+from toco_core.runs.folder import Run, data_facts, file_digest
 from toco_core.runs.opened import Opened, load_model_state, open_run
 from toco_core.runs.own_terms import check_terms, own_terms, variant
 from toco_core.runs.shipped import shipped_run
 from toco_core.train.backward import backward, crop_generator, recorded_blocks
 from toco_core.train.batches import config_batches, to_device
+from toco_core.train.changes import GOES_ON, allowed_changes, refuse_broken
 from toco_core.train.failures import failed_step, gradient_length, not_finite
 from toco_core.train.film import Film
 from toco_core.train.interruptions import StepGuard, saved_when_stopped, with_resume_hint
@@ -73,6 +73,7 @@ def train(
     on_record: Callable[[dict], None] | None = None,
     on_step: Callable[[ToCo, int], None] | None = None,
     resume: bool = True,
+    changed_data: bool = False,
     progress: bool = True,
     save_every: int = 0,
     save_minutes: float = 10.0,
@@ -92,6 +93,8 @@ def train(
             the model and must not change it; what it raises ends the training.
         resume: go on from the checkpoint of an interrupted run of the same config; a finished run is loaded, not
             repeated. False: start anew.
+        changed_data: go on although the images or labels of an interrupted run have changed; its manifest then says
+            what, when and from which step on. Masks that nothing learns from may change without it.
         save_every, save_minutes: checkpoints between those of the validations, after so many steps and after so much
             time; 0: none.
         keep_every: steps whose checkpoints are kept for good, multiples of this number; 0: none. The last one and that
@@ -105,8 +108,9 @@ def train(
     Everything random in a step follows from (seed, step): where a run is interrupted, and how often, moves no bit.
     Among several processes (see `distributed`) each computes its part of every batch, and the first one writes.
 
-    Raises ToCoError for what cannot work, before the first step where it can be known. A loss or a gradient that is not
-    finite ends the run before it reaches the weights; `failures.load_failure` brings that step back.
+    Raises ToCoError for what cannot work, before the first step where it can be known: before a run begins, every image
+    and mask that it will read is decoded once. A loss or a gradient that is not finite ends the run before it reaches
+    the weights; `failures.load_failure` brings that step back.
     """
     numbers = {"save_every": save_every, "save_minutes": save_minutes, "keep_every": keep_every}
     for name, value in (numbers | {"skip_nonfinite": skip_nonfinite, "film": film}).items():
@@ -119,6 +123,7 @@ def train(
     device, data = resolve_device(config.device), data or open_data(config.data)
     run, kept = Run.of(config, variant(terms, config)), KeptTokens() if kept is None else kept
     options = {"on_record": on_record, "progress": progress, "skip_nonfinite": skip_nonfinite}
+    options["changed_data"] = changed_data
     training = _Training(config, terms, data, run, share, device, **options)
     keep_freed_memory()
     camera = Film(run, data.val, config, every=film if share.first else 0)
@@ -136,7 +141,7 @@ def train(
         recorded_blocks(training.model, config, share.n),
         teaching(teacher_of(training.teacher), config, device, kept),
         teaching(training.rival, config, device, kept),
-        with_resume_hint(run),
+        with_resume_hint(run, GOES_ON),
         contextlib.closing(training),
         guard,
         saved_when_stopped(guard, run, lambda done: training.save(done, keep=keeps(done))),
@@ -198,10 +203,11 @@ class _Training:
         on_record: Callable[[dict], None] | None,
         progress: bool,
         skip_nonfinite: int,
+        changed_data: bool,
     ):
         self.config, self.terms, self.data, self.run, self.share, self.device = config, terms, data, run, share, device
         self.on_record, self.progress = (on_record, progress) if share.first else (None, False)
-        self.skip_nonfinite = skip_nonfinite
+        self.skip_nonfinite, self.changed_data = skip_nonfinite, changed_data
         self.model, self.optimizer = build_training(config, data.train.n_classes, device, fused=device.type != "mps")
         self.teacher = build_teacher(self.model, config)
         self.rival = build_rival(self.model, config)
@@ -223,10 +229,13 @@ class _Training:
 
     def begin(self, state: dict | None, kept: KeptTokens) -> None:
         """Go on from a checkpoint, or begin the run's folder and fit the classifiers; then open the tracker."""
-        if state is not None:
-            self._restore(state)
-        elif self.share.first:
+        changes = [] if state is None else self._restore(state)
+        if state is None or changes:
+            refuse_broken(self.data, self.share, progress=self.progress)
+        if state is None and self.share.first:
             self._begin_folder()
+        elif changes and self.share.first:
+            self._accept(changes)
         if self.share.first:
             self.run.keep_records_before(self.start, validated=not self.unvalidated)
         if self.config.schedule.warm_start_steps and not self.start:  # before the processes make the model one
@@ -241,25 +250,35 @@ class _Training:
         if self.share.first:
             self.tracker = open_tracker(self.config, self.run, self.start)
 
-    def _restore(self, state: dict) -> None:
+    def _restore(self, state: dict) -> list[str]:
+        """Take over a checkpoint; what changed in the data since the run began."""
         load_model_state(self.model, state["model"], self.run, self.data)
         load_optimizer_state(self.optimizer, state["optimizer"], self.run)
         if self.teacher is not None:
             load_teacher(self.teacher, state, self.run, self.data)
         if self.rival is not None:
             load_rival(self.rival, state, self.run, self.data)
-        if self.share.first:
-            refuse_other_run(self.run, self.config, self.data)
         self.start, self.unvalidated = state["step"], state.get("unvalidated") is True
         self.best, self.skipped = state.get("best", self.best), state.get("skipped", self.skipped)
+        if not self.share.first:
+            return self.share.from_first(None)
+        return self.share.from_first(allowed_changes(self.run, self.config, self.data, changed_data=self.changed_data))
+
+    def _accept(self, changes: list[str]) -> None:
+        """Go on with data that changed: note it, and tell it."""
+        if any(what.startswith("val") for what in changes) and not self.run.finished:
+            self.best = -1.0  # no score of other data is the best on these
+            self.save(self.start)
+        self.run.note_changes(changes, self.data, self.start)
+        if self.progress:
+            told = f"{self.run.folder} goes on after step {self.start} with changed data: {', '.join(changes)}"
+            tqdm.write(told, file=sys.stdout)
 
     def _begin_folder(self) -> None:
         data, weights = self.data, self.config.model.weights_file
         self.run.begin(
             self.config,
-            data={"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
-            data_sha256=data_digest(data),
-            fingerprint=data_fingerprint(data),
+            **data_facts(data),
             weights_sha256=file_digest(weights) if weights else None,
             processes=self.share.n,
             device=str(self.device),

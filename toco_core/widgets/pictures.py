@@ -165,7 +165,7 @@ def open_pictures(dataset: str | Path, split: str = "val") -> Pictures:
     except ToCoError:
         if root.is_file():
             raise
-        files = index_files(root, IMAGE_SUFFIXES)
+        files = index_files(root, IMAGE_SUFFIXES, hidden=False)
         names = sorted(files)
         return Pictures(names, [files[name] for name in names], title=root.name)
     split = split if split in layout.splits or not layout.splits else layout.splits[0]

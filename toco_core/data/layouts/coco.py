@@ -51,8 +51,9 @@ class COCOFolder(Split):
     unlabelled: keep images that have no annotation (COCO 2014 has 702 of them in train, 367 in val). Off: they are left
         out, as published results do; `n_unlabelled` counts them.
 
-    Image i has a mask if the file has any segmentation at all. Pixels listed under "ignore" of an image (RLE, no part
-    of COCO; `export` writes them) are 255. Raises ToCoError, naming the file and the image or annotation.
+    Image i has a mask if the file has any segmentation at all and no annotation of the image is without one: what has
+    only a box would be background. Pixels listed under "ignore" of an image (RLE, no part of COCO; `export` writes
+    them) are 255. Raises ToCoError, naming the file and the image or annotation.
     """
 
     label_source = "annotations"
@@ -75,16 +76,19 @@ class COCOFolder(Split):
             images = {numbers[i]: images[numbers[i]] for i in kept}
         self.names = tuple(image["name"] for image in images.values())
         self._images = _find_images([image["file_name"] for image in images.values()], path, self.root)
-        shapes = [shape for listed_shapes in objects.values() for _, shape in listed_shapes]
-        drawn = not shapes or any(shape is not None for shape in shapes)
-        self._masks = [(image, objects[number]) if drawn else None for number, image in images.items()]
+        shapes = {number: [shape for _, shape in listed_objects] for number, listed_objects in objects.items()}
+        drawn = not any(shapes.values()) or any(shape is not None for each in shapes.values() for shape in each)
+        self._masks = [
+            (image, objects[number]) if drawn and None not in shapes[number] else None
+            for number, image in images.items()
+        ]
         self._json = path
         self._image_labels = np.zeros((len(self.names), self.n_classes), np.uint8)
         for row, number in zip(self._image_labels, images, strict=True):
             row[[k - 1 for k, _ in objects[number]]] = 1
 
     def mask(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
-        """Class values of one item, drawn from its annotations; None where the file has no segmentation."""
+        """Class values of one item, drawn from its annotations; None where one of them has no segmentation."""
         if self._masks[index] is None:
             return None
         image, objects = self._masks[index]
@@ -95,7 +99,7 @@ class COCOFolder(Split):
                 f"{where} is {H} x {W} but its image {self._images[index].name} is {real[0]} x {real[1]}: "
                 "a mask has the size of its image"
             )
-        drawn = [(k, shape) for k, shape in objects if shape is not None]
+        drawn = list(objects)
         if image["ignore"] is not None:
             drawn.append((IGNORE, image["ignore"]))
         length = sum(_outline(shape, H, W, where) for _, shape in drawn)

@@ -17,18 +17,26 @@ Without splits all images are "train". The classes are those that occur, sorted,
 """
 
 import csv
+import functools
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from toco_core.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, index_files, read_mask
+from toco_core.data.files import (
+    HIDDEN_FOLDERS,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    index_files,
+    named_files,
+    read_mask,
+)
 from toco_core.data.split import (
     BACKGROUND_NAMES,
     Split,
@@ -47,6 +55,7 @@ from toco_core.machine.intake import read_json, read_text, real_path
 from toco_core.machine.writing import whole_folder, writing
 
 TABLES = ("tags.csv", "tags.tsv", "tags.json", "labels.csv", "labels.tsv", "labels.json")
+LIST_SUFFIXES = (".csv", ".tsv", ".json")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path", "name")
 TAG_COLUMNS = ("tags", "tag", "labels", "label", "classes", "class")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -58,6 +67,7 @@ TABLE_LAYOUT = "a table has the columns file and tags (a;b), or file and a colum
 class Tagged(NamedTuple):
     """One image and what is known of it."""
 
+    name: str
     file: str  # below the folder
     tags: tuple[str, ...]
     split: str | None
@@ -75,7 +85,7 @@ class _TaggedImages(Split):
             raise ToCoError(f"split {split!r} is not in {self.root}: there is {', '.join(known)}")
         self.class_names, self.class_source = _classes(folder, entries, source)
         here = [entry for entry in entries if (entry.split or "train") == split]
-        self.names = tuple(without_suffix(entry.file) for entry in here)
+        self.names = tuple(entry.name for entry in here)
         refuse_twice(self.names, f"{self.root} [{split}] has the image")
         self._images = [folder / entry.file for entry in here]
         self._masks = [None if entry.mask is None else folder / entry.mask for entry in here]
@@ -107,9 +117,9 @@ class TagList(_TaggedImages):
         entries = _from_json(self.root) if self.root.suffix.lower() == ".json" else _from_table(self.root)
         if not entries:
             raise ToCoError(f"{self.root} names no image")
-        self._fill(
-            self.root.parent, [_resolved(self.root.parent, e, self.root) for e in entries], split, self.root.name
-        )
+        folder = self.root.parent
+        spelled = functools.cache(lambda: _spelled_files(folder))  # rarely asked for: a list usually spells as the disk
+        self._fill(folder, [_resolved(folder, e, self.root, spelled) for e in entries], split, self.root.name)
 
 
 def split_names(root: Path | str) -> tuple[str, ...]:
@@ -136,8 +146,7 @@ def _split_names(entries: Sequence[Tagged]) -> tuple[str, ...]:
 
 
 def _folders(root: Path) -> list[Path]:
-    hidden = (".", "__")
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(hidden)]
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(HIDDEN_FOLDERS)]
     return [refuse_outside(p, root) for p in folders if p.name != "masks"]
 
 
@@ -156,7 +165,7 @@ def refuse_outside(folder: Path, root: Path) -> Path:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
+    return any(p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in folder.iterdir())
 
 
 def folder_entries(root: Path) -> list[Tagged]:
@@ -167,11 +176,11 @@ def folder_entries(root: Path) -> list[Tagged]:
     for level in _levels(root):
         split = None if level == root else SPLITS[level.name.lower()]
         for folder in _folders(level):
-            for below, path in sorted(index_files(folder, IMAGE_SUFFIXES).items()):
+            for below, path in sorted(index_files(folder, IMAGE_SUFFIXES, hidden=False).items()):
                 name = utf8((folder.relative_to(root) / below).as_posix(), str(root))
                 mask = masks.get(one_spelling(name))
                 mask = None if mask is None else mask.relative_to(root).as_posix()
-                entries.append(Tagged(path.relative_to(root).as_posix(), (folder.name,), split, mask))
+                entries.append(Tagged(name, path.relative_to(root).as_posix(), (folder.name,), split, mask))
     if not entries:
         raise ToCoError(f"dataset folder {root} has no images in folders; {CLASS_LAYOUT}")
     return entries
@@ -214,10 +223,15 @@ def _from_table(path: Path) -> list[Tagged]:
             chosen = [i for i in range(len(header)) if i != file_at and i not in special]
             tags = tuple(header[i] for i in chosen if _is_one(cells[i], header[i], where))
         else:
-            tags = tuple(tag.strip() for tag in re.split(r"[;|,]", cells[tags_at]) if tag.strip())
+            tags = _tags_of(cells[tags_at])
         extra = {name: cells[i] or None for i, name in special.items()}
         entries.append(_entry(cells[file_at], tags, extra, where))
     return entries
+
+
+def _tags_of(text: str) -> tuple[str, ...]:
+    """The tags that one text names."""
+    return tuple(tag.strip() for tag in re.split(r"[;|,]", text) if tag.strip())
 
 
 def _is_one(cell: str, column: str, where: str) -> bool:
@@ -239,7 +253,7 @@ def _from_json(path: Path) -> list[Tagged]:
             raise ToCoError(f"{where} is {entry!r:.60}: an object with file and tags is wanted")
         file = next((entry[c] for c in FILE_COLUMNS if c in entry), None)
         tags = next((entry[c] for c in TAG_COLUMNS if c in entry), None)
-        tags = [tags] if isinstance(tags, str) else tags
+        tags = list(_tags_of(tags)) if isinstance(tags, str) else tags
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise ToCoError(f"{where} has the tags {tags!r:.60}: a list of texts is wanted")
         entries.append(_entry(file, tuple(tag.strip() for tag in tags if tag.strip()), entry, where))
@@ -249,24 +263,56 @@ def _from_json(path: Path) -> list[Tagged]:
 def _entry(file: Any, tags: tuple[str, ...], extra: Mapping, where: str) -> Tagged:
     split, mask = extra.get("split"), extra.get("mask")
     split = None if split is None else split_name(split, where)
-    file = inside_name(file, where, "the list's folder")
-    mask = None if mask is None else inside_name(mask, where, "the list's folder")
-    return Tagged(file, tags, None if split is None else SPLITS.get(split.lower(), split), mask)
+    file = _inside(file, where)
+    mask = None if mask is None else _inside(mask, where)
+    split = None if split is None else SPLITS.get(split.lower(), split)
+    return Tagged(without_suffix(file), file, tags, split, mask)
 
 
-def _resolved(folder: Path, entry: Tagged, path: Path) -> Tagged:
-    """The entry with the suffix that its file has; refuses a file that is not there."""
-    if (folder / entry.file).is_file():
-        if not entry.file.lower().endswith(IMAGE_SUFFIXES):
-            raise ToCoError(f"{path} names {entry.file!r}: allowed are {', '.join(IMAGE_SUFFIXES)}")
-    else:
-        found = next((entry.file + s for s in IMAGE_SUFFIXES if (folder / (entry.file + s)).is_file()), None)
-        if found is None:
-            raise ToCoError(f"{folder / entry.file}, named in {path.name}, does not exist")
-        entry = entry._replace(file=found)
-    if entry.mask is not None and not (folder / entry.mask).is_file():
+def _inside(entry: Any, where: str) -> str:
+    """A path in a list, whose folders Windows separates by a backslash, as one below the list's folder."""
+    return inside_name(entry.replace("\\", "/") if isinstance(entry, str) else entry, where, "the list's folder")
+
+
+def _resolved(folder: Path, entry: Tagged, path: Path, spelled: Callable[[], Mapping[str, str]]) -> Tagged:
+    """The entry with its files as the disk has them, its name as the list spells it; refuses a file that is not there.
+
+    `spelled` is asked for `_spelled_files` where a file is not there as the list spells it.
+    """
+    found = _find(folder, [entry.file, *(entry.file + suffix for suffix in IMAGE_SUFFIXES)], spelled)
+    if found is None:
+        raise ToCoError(f"{folder / entry.file}, named in {path.name}, does not exist")
+    name, file = found
+    if not file.lower().endswith(IMAGE_SUFFIXES):
+        raise ToCoError(f"{path} names {entry.file!r}: allowed are {', '.join(IMAGE_SUFFIXES)}")
+    entry = entry._replace(name=without_suffix(name), file=file)
+    if entry.mask is None:
+        return entry
+    found = _find(folder, [entry.mask], spelled)
+    if found is None:
         raise ToCoError(f"{folder / entry.mask}, a mask named in {path.name}, does not exist")
-    return entry
+    return entry._replace(mask=found[1])
+
+
+def _find(folder: Path, names: Sequence[str], spelled: Callable[[], Mapping[str, str]]) -> tuple[str, str] | None:
+    """The first of some names that a file below a folder has, and that file as the disk spells it."""
+    for name in names:
+        if (folder / name).is_file():
+            return name, name
+    known = spelled()
+    return next(((name, known[key]) for name in names if (key := _same_spelling(name)) in known), None)
+
+
+def _spelled_files(folder: Path) -> dict[str, str]:
+    """`_same_spelling` of each image below a folder -> its path there, with `/`."""
+    files = (path.relative_to(folder).as_posix() for _, path in reversed(named_files(folder, IMAGE_SUFFIXES)))
+    return {_same_spelling(file): file for file in files}
+
+
+def _same_spelling(file: str) -> str:
+    """One spelling of a file for a list of any system: composed accents, its suffix in small letters."""
+    suffix = PurePosixPath(file).suffix
+    return one_spelling(file.removesuffix(suffix) + suffix.lower())
 
 
 def write_tag_list(folder: Path, splits: Mapping[str, Split], *, masks: Sequence[str] = ()) -> Path:
