@@ -61,7 +61,7 @@ IDEAS = {
 """Name -> the fields of `tiny()` that it changes."""
 
 
-ROUNDS = 3
+ROUNDS = 5
 N_SHOWN = 6
 
 

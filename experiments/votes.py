@@ -8,12 +8,13 @@ it"). Columns are labels of one network: pseudo label (final CAM, two thresholds
 missed), final CAM + PAR and vote of both CAMs and the decoder, each cut at the row's one threshold. Expected: the heads
 err in different places, so the vote is above the best of them; what PTC learns from matters less here, where the
 auxiliary CAM is broad already. Cost: a run of `tiny()` for each row and seed. Writes experiments/records/votes.json;
-scores the part "test". `photographs.py` measures the same on photographs.
+scores the part "test". `--costs` measures instead what a training with each row takes, as multiples of ToCo's.
+`photographs.py` measures the same on photographs.
 """
 
 import torch
 from common import RECORDS, command_line, mean_and_spread, use_threads
-from methods import IDEAS
+from methods import IDEAS, costs
 from photographs import keep_result, run_variant
 
 from toco_core.config import configured, tiny
@@ -53,9 +54,13 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    args = command_line(__doc__, VARIANTS)
+    asked = {"action": "store_true", "help": "measure what a training with each takes"}
+    args = command_line(__doc__, VARIANTS, more=lambda parser: parser.add_argument("--costs", **asked))
     use_threads(args.threads)
     record = RECORDS / "votes.json"
+    if args.costs:
+        costs(configured(tiny(), **args.common), args.variants, record)
+        return
     for seed in args.seeds:
         kept = KeptTokens(gib=3)  # all rows see the same pictures
         for name, overrides in args.variants.items():
