@@ -119,9 +119,14 @@ def use_threads(n: int) -> None:
     cv2.setNumThreads(n)
 
 
+def read_record(record: Path) -> dict:
+    """What a record says; nothing where there is none yet."""
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+
+
 def add_result(record: Path, question: str, name: str, overrides: dict, result: dict) -> dict:
     """Put one result into a record file: other variants stay, as do this one's other seeds of today's recipe."""
-    state = {"variants": {}} | (json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {})
+    state = {"variants": {}} | read_record(record)
     overrides = json.loads(json.dumps(overrides))  # tuples as the record gives them back
     others = runs_of(overrides, {run["run"]: run for run in state["variants"].get(name, {}).get("runs", [])})
     others = [run for run in others if run["seed"] != result["seed"]]

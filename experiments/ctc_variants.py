@@ -14,7 +14,7 @@ experiments/records/ctc_variants.json.
 """
 
 from common import RECORDS, add_result, command_line, run_variant, table, use_threads
-from methods import costs
+from methods import costs, costs_option
 
 from toco_core.analysis.crop_contrast import crop_contrast
 from toco_core.config import TrainConfig, configured, tiny
@@ -35,8 +35,7 @@ MOST, LEAST = 0.6, 0.05
 
 
 def main() -> None:
-    asked = {"action": "store_true", "help": "measure what a training with each takes"}
-    args = command_line(__doc__, VARIANTS, more=lambda parser: parser.add_argument("--costs", **asked))
+    args = command_line(__doc__, VARIANTS, more=costs_option)
     use_threads(args.threads)
     if args.costs:
         costs(configured(tiny(), **args.common), args.variants, RECORD)

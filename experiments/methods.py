@@ -21,7 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from common import RECORDS, command_line, run_all, table, use_threads
+from common import RECORDS, command_line, read_record, run_all, table, use_threads
 
 from toco_core.config import TrainConfig, configured, tiny
 from toco_core.data import Split, TrainVal, evaluation_items, open_data
@@ -101,7 +101,7 @@ def keep_pictures(variants: dict[str, dict], out_dir: Path) -> None:
 def costs(plain: TrainConfig, variants: dict[str, dict], record: Path) -> dict[str, dict]:
     """Time and memory of a training with each variant's fields over those of `plain`, each time measured just before
     it; median of some rounds. Kept in the record beside what is known of other variants."""
-    data, state = open_data(plain.data), json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    data, state = open_data(plain.data), read_record(record)
     memory = step_memory(plain, data).total
     for name, overrides in variants.items():
         config, ratios = configured(plain, **overrides), []
@@ -118,9 +118,14 @@ def costs(plain: TrainConfig, variants: dict[str, dict], record: Path) -> dict[s
     return state["costs"]
 
 
+def costs_option(parser: argparse.ArgumentParser) -> None:
+    """`--costs`, which can be asked for instead of trainings (see `costs`)."""
+    parser.add_argument("--costs", action="store_true", help="measure what a training with each takes instead")
+
+
 def other_work(parser: argparse.ArgumentParser) -> None:
     """What can be asked for instead of trainings."""
-    parser.add_argument("--costs", action="store_true", help="measure what a training with each takes")
+    costs_option(parser)
     parser.add_argument("--pictures", action="store_true", help="keep labels of some images, of finished runs")
 
 

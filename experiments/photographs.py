@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import RECORDS, mean_and_spread, refuse_late, use_threads
+from common import RECORDS, mean_and_spread, read_record, refuse_late, use_threads
 from loss_terms import VARIANTS as LOSS_TERMS
-from methods import costs
+from methods import costs, costs_option
 
 from toco_core.config import TrainConfig, configured, override, photographs
 from toco_core.data import Split, TrainVal
@@ -119,7 +119,7 @@ def known_results(record: Path, kinds) -> dict[str, dict]:
 
 def read(record: Path) -> dict:
     """What the record says."""
-    return {"runs": {}} | (json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {})
+    return {"runs": {}} | read_record(record)
 
 
 def keep_result(
@@ -128,9 +128,8 @@ def keep_result(
     """Put the result of a row's seed into a record file; returns the whole. Other seeds may be computed beside it;
     those of another config than the row's of today are given up."""
     state = read(record)
-    hashes = {run["seed"]: override(config, seed=run["seed"]).short_hash() for run in state["runs"].get(name, [])}
-    others = [run for run in state["runs"].get(name, []) if run["seed"] != result["seed"]]
-    others = [run for run in others if run["run"] == hashes[run["seed"]]]
+    known = [run for run in state["runs"].get(name, []) if run["seed"] != result["seed"]]
+    others = [run for run in known if run["run"] == override(config, seed=run["seed"]).short_hash()]
     state["runs"][name] = sorted([*others, result], key=lambda run: run["seed"])
     state |= facts | {"table": table(state["runs"]).splitlines()}
     write_whole(record, json.dumps(state, indent=1) + "\n")
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=photographs().schedule.steps)
     parser.add_argument("--multi-scale", action="store_true")
-    parser.add_argument("--costs", action="store_true", help="measure what a training with each variant takes instead")
+    costs_option(parser)
     parser.add_argument("--confused", nargs=2, default=[], metavar="CLASS")
     parser.add_argument("--precision", default="auto", help="as in the config; bf16 halves the time on many CPUs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -14,7 +14,7 @@ scores the part "test". `--costs` measures instead what a training with each row
 
 import torch
 from common import RECORDS, command_line, mean_and_spread, use_threads
-from methods import IDEAS, costs
+from methods import IDEAS, costs, costs_option
 from photographs import keep_result, run_variant
 
 from toco_core.config import configured, tiny
@@ -54,8 +54,7 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    asked = {"action": "store_true", "help": "measure what a training with each takes"}
-    args = command_line(__doc__, VARIANTS, more=lambda parser: parser.add_argument("--costs", **asked))
+    args = command_line(__doc__, VARIANTS, more=costs_option)
     use_threads(args.threads)
     record = RECORDS / "votes.json"
     if args.costs:
