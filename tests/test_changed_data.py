@@ -17,6 +17,7 @@ from toco_core.data import open_data
 from toco_core.errors import BrokenFile, ToCoError
 from toco_core.machine.distributed import Share
 from toco_core.runs.folder import Run
+from toco_core.runs.opened import open_run
 from toco_core.train.changes import refuse_broken
 from toco_core.train.loop import train, trained_run
 
@@ -111,7 +112,11 @@ def test_broken_files_can_be_left_out_from_a_shell(config, root, capsys):
         main(command)
     with pytest.warns(UserWarning, match=r"1 of 5 images are left out: .*img_4\.jpg is truncated"):
         assert main([*command, "--leave-out-broken"]) == 0
-    assert Run(capsys.readouterr().out.splitlines()[-1]).manifest()["data"]["train"] == 4
+    run = Run(capsys.readouterr().out.splitlines()[-1])
+    assert run.manifest()["data"]["train"] == 4 and run.left_out() == {"JPEGImages/img_4"}
+    export = ["export", str(run.folder), str(root.parent / "labels"), "--split", "all"]
+    assert main(export) == main(["evaluate", str(run.folder)]) == 0  # the broken file is not asked for again
+    assert "6 label maps" in capsys.readouterr().out and len(open_run(run.folder).data.train) == 4
 
 
 # ---- in the middle

@@ -9,8 +9,9 @@ import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,9 +63,9 @@ class Split:
     """Images of one split, in the order of `names`.
 
     Attributes: `root`, `split`, `names`, `class_names` (background first), `n_classes` (K, foreground only),
-    `class_source` and `label_source` (where names and labels come from, in words), `left_out` (what is wrong with each
-    file that `readable` dropped). Item i has `image(i)` uint8 H W 3, `mask(i)` uint8 H W or None, both
-    of one size from `pair(i)`, and `image_labels[i]`, K numbers in {0, 1}.
+    `class_source` and `label_source` (where names and labels come from, in words), `left_out` (the names of the items
+    that `readable` dropped, and what is wrong with each). Item i has `image(i)` uint8 H W 3, `mask(i)` uint8 H W or
+    None, both of one size from `pair(i)`, and `image_labels[i]`, K numbers in {0, 1}.
 
     A reader sets these, `_images` (a file per item) and `_masks` (what `mask` draws from, or None), and defines `mask`,
     `_mask_name` and, where labels are not known on opening, `_label_row`.
@@ -76,7 +77,7 @@ class Split:
     class_names: tuple[str, ...]
     class_source: str
     label_source: str
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = MappingProxyType({})
     _images: list[Path]
     _masks: list
     _image_labels: UInt8[np.ndarray, "N K"] | None = None
@@ -162,6 +163,10 @@ class Split:
         part._image_labels = None if self._image_labels is None else self._image_labels[indices]
         return part
 
+    def without(self, names: Collection[str]) -> "Split":
+        """The same split without the items of these names, as far as it has them."""
+        return self.subset(i for i, name in enumerate(self.names) if name not in names)
+
     def called(self, split: str) -> "Split":
         """The same items under another name of their split."""
         part = copy.copy(self)
@@ -181,7 +186,9 @@ class Split:
         What is wrong with them is in `left_out`, and is told by one warning. Raises ToCoError where nothing is left.
         """
         outcomes = attempt_files(self._check_one, range(len(self)), what=f"checking {self.split}", progress=progress)
-        bad = tuple(str(error) for _, error in outcomes if error is not None)
+        named = zip(self.names, outcomes, strict=True)
+        left_out = {name: str(error) for name, (_, error) in named if error is not None}
+        bad = [*left_out.values()]
         if not bad:
             return self
         if len(bad) == len(self):
@@ -191,8 +198,8 @@ class Split:
             f"{self.root} [{self.split}]: {len(bad)} of {len(self)} images are left out: {'; '.join(bad[:3])}{more}",
             stacklevel=2,
         )
-        part = self.subset(i for i, (_, error) in enumerate(outcomes) if error is None)
-        part.left_out = (*self.left_out, *bad)
+        part = self.without(left_out)
+        part.left_out = {**self.left_out, **left_out}
         return part
 
     def check(self, *, progress: bool = True) -> Report:
@@ -222,7 +229,7 @@ class Split:
             void_share=sum(void for _, _, void in found) / pixels if pixels else float("nan"),
             smallest=sizes[0],
             largest=sizes[-1],
-            left_out=self.left_out,
+            left_out=tuple(self.left_out.values()),
         )
 
     def look_at(self, index: int, *, masks: bool = True) -> None:
@@ -304,7 +311,7 @@ def joined(parts: Sequence[Split], split: str) -> Split:
     whole = copy.copy(first)
     whole.split, whole.names = split, tuple(name for part in parts for name in part.names)
     refuse_twice(whole.names, f"{first.root}: the splits {', '.join(p.split for p in parts)} have the image")
-    whole.left_out = tuple(reason for part in parts for reason in part.left_out)
+    whole.left_out = {name: reason for part in parts for name, reason in part.left_out.items()}
     whole._images = [path for part in parts for path in part._images]
     whole._masks = [mask for part in parts for mask in part._masks]
     whole._image_labels = np.concatenate([part.image_labels for part in parts])

@@ -165,12 +165,19 @@ class Run:
 
     def class_names(self) -> tuple[str, ...] | None:
         """The classes that it was trained for, background first; None where no manifest tells them."""
-        if not (self.folder / "manifest.json").is_file():
-            return None
-        data = self.manifest().get("data")
-        names = data.get("classes") if isinstance(data, dict) else None
-        told = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
-        return tuple(names) if told else None
+        names = self._names("classes")
+        return tuple(names) if len(names) > 1 else None
+
+    def left_out(self) -> frozenset[str]:
+        """The images that were left out of its data, as broken; none where no manifest tells them."""
+        return frozenset(self._names("left_out"))
+
+    def _names(self, key: str) -> list[str]:
+        """A list of names that the manifest has of the data; [] where it has none."""
+        known = self.manifest() if (self.folder / "manifest.json").is_file() else {}
+        data = known.get("data")
+        names = data.get(key) if isinstance(data, dict) else None
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
     def refuse_other_classes(self, names: Sequence[str], where: object) -> None:
         """Raise ToCoError where the classes of `where`, background first, are not those that it was trained for: what
@@ -338,8 +345,10 @@ def manifest() -> dict:
 
 def data_facts(data: TrainVal) -> dict:
     """What a manifest says of the data."""
+    left_out = {name for split in data[:2] for name in getattr(split, "left_out", ())}
+    sizes = {"train": len(data.train), "val": len(data.val), "left_out": sorted(left_out)}
     return {
-        "data": {"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)},
+        "data": sizes | {"classes": list(data.train.class_names)},
         "data_sha256": data_digest(data),
         "fingerprint": data_fingerprint(data),
     }

@@ -34,7 +34,8 @@ def open_run(
 ) -> Opened:
     """A checkpoint in a run's folder, or of a shipped run by its name: the "last", the "best", or that of a kept step
     ("500"). Raises ToCoError where there is none, or it is of another layout, where its data set has other classes
-    today, and where `data` are given that it was not trained on.
+    today, and where `data` are given that it was not trained on. What the run left out of its data, as broken, is left
+    out.
 
     teacher: open the averaged network of a run with `teacher_momentum` instead."""
     run = named_run(folder)
@@ -46,7 +47,7 @@ def open_run(
     if teacher and "teacher" not in state:
         raise ToCoError(f"{run.folder} has no teacher: its teacher_momentum is {config.schedule.teacher_momentum}")
     weights = state["teacher" if teacher else "model"]
-    given, data = data is not None, data or open_data(config.data)
+    given, data = data is not None, data or _data_of(run, config)
     if not given:
         run.refuse_other_classes(data.train.class_names, data.train.root)
     wanted = skeleton(config.model, data.train.n_classes, affinity_blocks=config.affinity_blocks())
@@ -56,6 +57,12 @@ def open_run(
     if given:
         run.refuse_other_data(data)
     return Opened(model.to(resolve_device(device)).eval(), config, run, data)
+
+
+def _data_of(run: Run, config: TrainConfig) -> TrainVal:
+    """The data set of a run, without the images that the run left out."""
+    data, left_out = open_data(config.data), run.left_out()
+    return data._replace(train=data.train.without(left_out), val=data.val.without(left_out)) if left_out else data
 
 
 def load_model_state(model: ToCo, found: dict[str, Tensor], run: Run, data: TrainVal) -> None:
