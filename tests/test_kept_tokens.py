@@ -82,6 +82,25 @@ def test_a_picture_has_the_same_bits_in_every_batch():
     assert not torch.equal(first[4], first[1])
 
 
+@pytest.mark.parametrize("slip", [0.0, 1e-6])
+def test_pictures_go_together_where_they_have_the_bits_that_they_have_alone(slip):
+    """A processor whose rounding depends on the number of rows adds `slip` to more than one picture."""
+    model, pictures, passes = frozen_model(), images(9), []
+
+    def round_otherwise(block, inputs, x):
+        passes.append(len(x))
+        return x + slip * (len(x) > 1)
+
+    with torch.no_grad(), KeptTokens().of(model, blocks=8) as kept:
+        alone = torch.cat([kept.tokens(model, picture[None])[0] for picture in pictures])
+        together = not slip and torch.equal(kept._behind(model, pictures[:3])[0], alone[:3])  # on this processor
+    model.encoder.blocks[4].register_forward_hook(round_otherwise)
+    with KeptTokens().of(model, blocks=8) as kept:
+        found = [kept.tokens(model, part)[0] for part in (pictures[:3], pictures[3:6], pictures[[6, 0, 7, 8, 7]])]
+    assert torch.equal(torch.cat(found), alone[[*range(7), 0, 7, 8, 7]])
+    assert passes == [1, 1, 1, 3] + ([3, 3] if together else [1] * 6) and (kept.computed, kept.found) == (9, 2)
+
+
 def test_mirrored_and_scaled_pictures_are_kept_apart():
     model, pictures, kept = frozen_model(), images(2, side=64), KeptTokens()
     wanted = multi_scale_cam(model, pictures, scales=(1.0, 0.5))
