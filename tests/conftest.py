@@ -9,12 +9,12 @@ import shutil
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from shape_check import check_shapes  # noqa: E402
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-_hook = install_import_hook("toco_core", "shape_check.check")
+check_shapes("toco_core")
 
 from toco_core.machine.torchvision_shim import make_importable  # noqa: E402
 

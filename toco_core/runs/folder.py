@@ -346,9 +346,9 @@ def manifest() -> dict:
 def data_facts(data: TrainVal) -> dict:
     """What a manifest says of the data."""
     left_out = {name for split in data[:2] for name in getattr(split, "left_out", ())}
-    sizes = {"train": len(data.train), "val": len(data.val), "left_out": sorted(left_out)}
+    facts = {"train": len(data.train), "val": len(data.val), "classes": list(data.train.class_names)}
     return {
-        "data": sizes | {"classes": list(data.train.class_names)},
+        "data": facts | ({"left_out": sorted(left_out)} if left_out else {}),
         "data_sha256": data_digest(data),
         "fingerprint": data_fingerprint(data),
     }
