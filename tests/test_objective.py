@@ -205,6 +205,23 @@ def test_what_is_no_term_is_refused_before_anything_is_written(tmp_path, terms, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda step: step.output.class_logits.mean(1), rf"torch.float64 of shape \({B},\)"),
+        (lambda step: step.output.class_logits.mean().reshape(1), r"torch.float64 of shape \(1,\)"),
+        (lambda step: step.batch.valid_box.sum(), r"torch.int64 of shape \(\)"),
+        (lambda step: 0.5, "0.5"),
+        (lambda step: None, "None"),
+    ],
+)
+def test_a_term_that_is_not_one_number_is_named(model, batch, loss, found):
+    terms = TERMS | {"own": Term(loss, weight=0.1)}
+    step = Step(model, batch, override(small_recipe(), **SMALL), terms=terms, weights={"cls": 1.0, "own": 0.1})
+    with pytest.raises(ToCoError, match=f"^the term 'own' is {found}: a floating-point tensor of shape \\(\\) is"):
+        objective(step)
+
+
 @pytest.mark.parametrize("field", ["refiner", "token_refiner"])
 def test_a_refiner_that_is_not_there_is_refused_before_anything_is_written(tmp_path, field):
     """It was told on the first step that asked for it, which may be the thousandth."""
