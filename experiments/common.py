@@ -74,7 +74,9 @@ def command_line(
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="training steps; by default the recipe's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the one process that trains")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the config, for all")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the config, for all"
+    )
     parser.add_argument("--out-dir", type=Path, default=Path("runs"))
     if more is not None:
         more(parser)
@@ -95,7 +97,8 @@ def refuse_late(overrides: dict, steps: int) -> None:
     """Raise ToCoError for a first step that a variant names and the schedule never reaches: it would be a run without
     what the variant is called after."""
     for name, value in overrides.items():
-        if name.endswith("_start") and name.removesuffix("_start") in overrides and value >= steps:
+        named = any(name.startswith(f"{other}_") for other in overrides)  # affinity_walk_start beside affinity
+        if name.endswith("_start") and named and value >= steps:
             raise ToCoError(f"{name} = {value} with steps = {steps} is not allowed: less, or it never begins")
 
 

@@ -26,7 +26,7 @@ import nbformat
 import papermill
 import submitit
 
-from toco_core.config import RECIPES, TrainConfig, did_you_mean, field_sections, override
+from toco_core.config import RECIPES, TrainConfig, configured, did_you_mean, field_sections
 from toco_core.config.parameters import literal, named_texts, named_values
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import read_json
@@ -118,7 +118,7 @@ def _config(known: dict[str, Any], parameters: dict) -> TrainConfig:
     if recipe not in RECIPES:
         raise ToCoError(f"recipe = {recipe!r} is not allowed: one of auto, {', '.join(RECIPES)}")
     fields = {k: v for k, v in values.items() if k in field_sections() and v is not None}
-    return override(RECIPES[recipe](), **fields)
+    return configured(RECIPES[recipe](), **fields)
 
 
 def execute(point: Point) -> None:
@@ -274,13 +274,15 @@ def table(points: list[Point], records: list[dict]) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=Path, nargs="?")
-    parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=VALUE,VALUE")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="the same for all")
+    parser.add_argument("--grid", nargs="+", action="extend", default=[], metavar="NAME=VALUE,VALUE")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="the same for all")
     parser.add_argument("--out", type=Path, default=Path("sweeps/sweep"))
     parser.add_argument("--parquet", action="store_true", help="write results.parquet, too (pandas and pyarrow)")
     parser.add_argument("--jobs", type=int, help="at a time; by default 1 here, and all on Slurm")
     parser.add_argument("--slurm", action="store_true", help="submit to Slurm instead of running here")
-    parser.add_argument("--slurm-options", nargs="+", default=[], metavar="NAME=VALUE", help="of submitit's executor")
+    parser.add_argument(
+        "--slurm-options", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of submitit's executor"
+    )
     parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)  # one point, in a process of the sweep
     args = parser.parse_args(argv)
     if args.execute:

@@ -82,6 +82,7 @@ def test_fields_are_read_as_literals():
         (["train", "tiny", "recipe=tiny"], "there is no parameter 'recipe'"),
         (["train", "tiny", "config=tiny"], "there is no parameter 'config'"),
         (["train", "tiny", "layer"], "'layer' is not allowed: NAME=VALUE is wanted"),
+        (["train", "tiny", "--film", "2", "layr=9"], "there is no parameter 'layr': did you mean layer"),
         (["export", "nowhere", "out"], "nowhere"),
         (["label", "nowhere", "photos", "out"], "nowhere"),
     ],

@@ -136,6 +136,15 @@ def test_functions_without_source_are_told_by_their_code():
     assert made("y + 1") == made("y + 1") != made("y + 2") and made("y + 1") != made("y - 1")
 
 
+def test_a_script_is_the_same_in_the_processes_that_it_spawns(monkeypatch):
+    """There it is called `__mp_main__`: the run of its term was trained in one folder and looked for in another."""
+    told = []
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setattr(helper, "__module__", name)
+        told.append(described(asks_a_helper))
+    assert told[0] == told[1] and "__main__.helper" in told[0]
+
+
 def test_what_is_installed_is_told_by_its_name():
     assert described(torch.relu) != described(torch.sigmoid) and described(np.exp) != described(np.log)
     assert described(np.mean) == described(np.mean) and "def mean" not in described(np.mean)

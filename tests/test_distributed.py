@@ -3,8 +3,10 @@
 import os
 import random
 import signal
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -314,6 +316,50 @@ def test_processes_train_with_a_term_of_ones_own_and_tell_its_records(two, tmp_p
     assert opened.run.manifest()["own_terms"].keys() == {"own"} and first == opened.run.records()
     opened = launch.train_on(config, processes=2, terms=terms, on_record=again.append, resume=False)
     assert again == opened.run.records() and len(again) == len(first) and all("own" in r for r in again if "total" in r)
+
+
+def refused(model, done):
+    """Of two processes the second one ends, after the first validation."""
+    if done == 3 and distributed.current().rank == 1:
+        raise ToCoError("enough")
+
+
+def failed(model, done):
+    if done == 3 and distributed.current().rank == 1:
+        raise ZeroDivisionError("by zero")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("on_step", "words"),
+    [
+        (refused, "^enough; the checkpoint is in .* and the same call goes on from there$"),
+        (failed, "^a process of the training ended: ZeroDivisionError: by zero$"),
+    ],
+)
+def test_what_ended_one_process_is_told_and_not_that_the_first_saw_it_go(two, tmp_path, on_step, words):
+    config = override(two[2], out_dir=str(tmp_path))
+    with pytest.raises(ToCoError, match=words):
+        launch.train_on(config, processes=2, on_step=on_step)
+    assert Run.of(config).load()["step"] == 2
+
+
+def test_a_term_that_other_processes_cannot_see_is_refused_before_they_start(two, tmp_path, monkeypatch):
+    """Of a notebook, and without a name. A script is run again by the processes that it spawns."""
+    config, main = override(two[2], out_dir=str(tmp_path)), types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+
+    def own(step):
+        return step.output.class_logits.mean()
+
+    own.__module__, own.__qualname__, main.own = "__main__", "own", own
+    for term in (Term(own, weight=0.1), Term(lambda step: own(step), weight=0.1)):
+        with pytest.raises(ToCoError, match="the term 'own' with processes = 2 is not allowed: functions of a module"):
+            launch.train_on(config, processes=2, terms=TERMS | {"own": term})
+    assert not Run.of(config).folder.exists()
+    launch._refuse_hidden(TERMS | {"own": Term(edge_of_objects, label=objects, count=count_objects)}, 2)
+    main.__file__ = "script.py"
+    launch._refuse_hidden(TERMS | {"own": Term(own, weight=0.1)}, 2)
 
 
 def test_a_refusal_is_told_where_another_process_ends_first(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_a_record_keeps_other_variants_and_other_seeds_of_the_same_settings(comm
 def test_options_become_fields_and_wrong_ones_are_refused(common, capsys):
     variants = {"plain": {}, "no ptc": {"ptc": 0.0}}
     words = ["--variants", "no ptc", "--steps", "70", "--seeds", "4"]
-    words += ["--set", "lr=1e-3", "cam_scales=1.0,0.5", "device=cpu"]
+    words += ["--set", "lr=1e-3", "cam_scales=1.0,0.5", "--set", "device=cpu"]
     args = common.command_line("x", variants, words)
     assert args.variants == {"no ptc": {"ptc": 0.0}} and args.seeds == [4]
     assert args.common == {"steps": 70, "lr": 1e-3, "cam_scales": (1.0, 0.5), "device": "cpu"}
@@ -60,9 +60,11 @@ def test_options_become_fields_and_wrong_ones_are_refused(common, capsys):
         with pytest.raises(SystemExit):
             common.command_line("x", variants, ["--set", wrong])
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        common.command_line("x", {"late": {"exchange": 0.1, "exchange_start": 200}}, ["--steps", "200"])
-    assert "exchange_start = 200 with steps = 200 is not allowed: less" in capsys.readouterr().err
+    walk = {"affinity": 0.1, "attention_steps": 1, "attention_kind": "learned", "affinity_walk_start": 200}
+    for late in ({"exchange": 0.1, "exchange_start": 200}, walk):
+        with pytest.raises(SystemExit):
+            common.command_line("x", {"late": late}, ["--steps", "200"])
+        assert f"{[*late][-1]} = 200 with steps = 200 is not allowed: less" in capsys.readouterr().err
 
 
 def test_a_row_of_photographs_holds_runs_of_one_config(tmp_path):

@@ -1,6 +1,7 @@
 """Terms over a step: what a term of one's own may do, and what a step computes once or never."""
 
 import functools
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pytest
@@ -19,6 +20,9 @@ from toco_core.data import open_data
 from toco_core.errors import ToCoError
 from toco_core.model import ToCo
 from toco_core.objective import TERMS, Step, StepInput, Term, objective, stage_starts
+from toco_core.refiners import REFINERS
+from toco_core.refiners.none import NoRefinement
+from toco_core.refiners.par import PAR
 from toco_core.runs.folder import Run
 from toco_core.runs.own_terms import own_terms, variant
 from toco_core.train.backward import backward, crop_generator
@@ -201,6 +205,23 @@ def test_what_is_no_term_is_refused_before_anything_is_written(tmp_path, terms, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda step: step.output.class_logits.mean(1), rf"torch.float64 of shape \({B},\)"),
+        (lambda step: step.output.class_logits.mean().reshape(1), r"torch.float64 of shape \(1,\)"),
+        (lambda step: step.batch.valid_box.sum(), r"torch.int64 of shape \(\)"),
+        (lambda step: 0.5, "0.5"),
+        (lambda step: None, "None"),
+    ],
+)
+def test_a_term_that_is_not_one_number_is_named(model, batch, loss, found):
+    terms = TERMS | {"own": Term(loss, weight=0.1)}
+    step = Step(model, batch, override(small_recipe(), **SMALL), terms=terms, weights={"cls": 1.0, "own": 0.1})
+    with pytest.raises(ToCoError, match=f"^the term 'own' is {found}: a floating-point tensor of shape \\(\\) is"):
+        objective(step)
+
+
 @pytest.mark.parametrize("field", ["refiner", "token_refiner"])
 def test_a_refiner_that_is_not_there_is_refused_before_anything_is_written(tmp_path, field):
     """It was told on the first step that asked for it, which may be the thousandth."""
@@ -230,6 +251,35 @@ def test_the_digest_follows_the_source_and_what_is_bound_to_it():
     assert variant(no_exchange, tiny()) == ""  # it has no weight: nothing is left out
     assert len(set(digests)) == len(digests)
     assert own(entropy) == digests[0] and len(digests[0]) == 10
+
+
+@pytest.mark.parametrize("field", ["refiner", "token_refiner"])
+def test_the_digest_follows_a_refiner_that_the_config_names(monkeypatch, field):
+    """An edited refiner was answered with the finished run of the one before."""
+
+    def blur(radius, power):
+        @dataclass(frozen=True)
+        class Blur:
+            size: int = radius
+            scale: float = 0.5
+
+            def __call__(self, images, classes):
+                return [part**power for part in classes]
+
+        return Blur
+
+    config = override(tiny(), **{field: "blur"})
+    assert variant(TERMS, config) == ""  # there is none of that name: `check_terms` says so
+    digests = []
+    for row in (blur(1, 1), blur(2, 1), blur(1, 2), functools.partial(PAR, iterations=3), lambda: NoRefinement()):
+        monkeypatch.setitem(REFINERS, "blur", row)
+        assert own_terms(TERMS, config).keys() == {"refiner blur"} and own_terms(TERMS, tiny()) == {}
+        digests.append(variant(TERMS, config))
+    assert len(set(digests)) == len(digests) and "" not in digests
+    monkeypatch.setitem(REFINERS, "blur", blur(1, 1))
+    assert variant(TERMS, config) == digests[0]
+    monkeypatch.setitem(REFINERS, "blur", PAR)
+    assert variant(TERMS, config) == ""
 
 
 # ---- a whole run

@@ -14,6 +14,7 @@ import pytest
 import sweep
 
 from toco_core.config import override, tiny
+from toco_core.config.parameters import Parameters
 from toco_core.errors import ToCoError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +93,10 @@ def test_a_sweep_killed_at_any_moment_goes_on(notebook, tmp_path):
 def test_points(notebook, tmp_path):
     points = sweep.points_of(notebook, tmp_path, {"layer": [9, 10], "seed": [0, 1]}, {"steps": 50})
     assert [p.parameters for p in points][1] == {"steps": 50, "layer": 9, "seed": 1}
-    assert points[3].config == override(tiny(), layer=10, seed=1, steps=50)
+    cells = {}
+    parameters = Parameters(cells)
+    cells |= points[3].parameters
+    assert points[3].config == parameters.config()  # the notebook's: stages keep their share of the steps
     assert len({p.name for p in points}) == 4 and points[0].name.startswith("layer=9-seed=0-")
     assert sweep.points_of(notebook, tmp_path, {"layer": [9]}, {"seed": 0})[0].config == override(tiny(), layer=9)
     with pytest.raises(ToCoError, match=r"small\.ipynb has no parameter 'layr': did you mean layer"):

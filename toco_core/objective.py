@@ -379,7 +379,8 @@ class Objective(NamedTuple):
 
 
 def objective(step: Step) -> Objective:
-    """The weighted sum of the terms, with its graph; changes nothing. Raises ToCoError where all weights are 0."""
+    """The weighted sum of the terms, with its graph; changes nothing. Raises ToCoError where all weights are 0, and for
+    a term that is not one number."""
     weights = {name: step.weights[name] for name in step.terms if step.weights.get(name, 0) > 0}
     if not weights:
         names = ", ".join(step.terms)
@@ -389,5 +390,9 @@ def objective(step: Step) -> Objective:
     zero = step.batch.images.new_zeros(())
     shown = [name for name in step.terms if name in weights or name in PAPER or step.has(name)]
     terms = {name: step.terms[name].loss(step) if name in weights else zero for name in shown}
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.shape or not value.is_floating_point():
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ToCoError(f"the term {name!r} is {found:.60}: a floating-point tensor of shape () is wanted")
     total: Any = sum(weight * terms[name] for name, weight in weights.items())
     return Objective(total, terms)

@@ -37,7 +37,7 @@ def train_command(arguments: list[str]) -> int:
     parser.add_argument("--film", type=int, default=0, metavar="STEPS", help="frames of the training's film between")
     parser.add_argument("--changed-data", action="store_true", help="go on although images or labels have changed")
     parser.add_argument("--leave-out-broken", action="store_true", help="train without the files that cannot be used")
-    chosen, unknown = parser.parse_known_args(arguments)
+    chosen, unknown = parser.parse_known_intermixed_args(arguments)
     options = vars(chosen)
     if unknown:
         raise ToCoError(f"{unknown[0]} is not allowed: fields are given as NAME=VALUE, for instance layer=9")

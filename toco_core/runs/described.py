@@ -127,4 +127,6 @@ def _is_own(value: types.FunctionType | type) -> bool:
 
 
 def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    module = getattr(value, "__module__", "")
+    module = "__main__" if module == "__mp_main__" else module  # the script that runs, as a spawned process calls it
+    return f"{module}.{getattr(value, '__qualname__', value.__name__)}"

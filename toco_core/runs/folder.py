@@ -69,7 +69,7 @@ class Run:
     def of(cls, config: TrainConfig, variant: str = "") -> "Run":
         """The run of a config; nothing is written yet. `$TOCO_RUNS`, where set, stands for the default "runs".
 
-        `variant` names what the config does not say (see `objective.variant`); it ends the folder's name.
+        `variant` names what the config does not say (see `own_terms.variant`); it ends the folder's name.
 
         Paths are resolved first: the same relative `dataset` in two folders is two runs. A run that an older version
         of the package began, under a name with the path as it is written or with every field, is found.

@@ -1,4 +1,5 @@
-"""Terms of one's own in a run's name: a config does not hold them, so a digest of what is one's own in them does."""
+"""Terms and refiners of one's own in a run's name: a config does not hold them, so a digest of what is one's own in
+them does."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,19 +30,31 @@ def check_terms(terms: Mapping[str, Term], config: TrainConfig) -> None:
 
 def own_terms(terms: Mapping[str, Term], config: TrainConfig) -> dict[str, str]:
     """Name -> digest of every term that is not the package's, and "absent" for those of the package that are left out
-    though they are the paper's or have a weight in `config`: what a run's config does not say."""
+    though they are the paper's or have a weight in `config`; "refiner <name>" -> digest of one that `config` names and
+    that is not the package's: what a run's config does not say."""
     found = {name: _digest(term) for name, term in terms.items() if TERMS.get(name) != term}
     out = [name for name in TERMS if name not in terms]
-    return found | {name: "absent" for name in out if name in PAPER or TERMS[name].schedule(name, config)[0] > 0}
+    found |= {name: "absent" for name in out if name in PAPER or TERMS[name].schedule(name, config)[0] > 0}
+    rows = {name: REFINERS.get(name) for name in (config.labels.refiner, config.labels.token_refiner)}
+    own = {name: row for name, row in rows.items() if row is not None and not _of_package(row)}
+    return found | {f"refiner {name}": _digits(described(row)) for name, row in own.items()}
 
 
 def variant(terms: Mapping[str, Term], config: TrainConfig) -> str:
-    """What the terms add to a run's name: "" for the package's, else ten digits of `own_terms`."""
+    """What terms and refiners add to a run's name: "" for the package's, else ten digits of `own_terms`."""
     found = own_terms(terms, config)
-    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:10] if found else ""
+    return _digits(repr(sorted(found.items()))) if found else ""
 
 
 def _digest(term: Term) -> str:
     """Of weight and start, and of all that is one's own in its functions: see `described`."""
     parts = [described(part) for part in (term.loss, term.label, term.count)]
-    return hashlib.sha256(repr((term.weight, term.start, parts)).encode()).hexdigest()[:10]
+    return _digits(repr((term.weight, term.start, parts)))
+
+
+def _of_package(refiner: object) -> bool:
+    return isinstance(refiner, type) and refiner.__module__.partition(".")[0] == "toco_core"
+
+
+def _digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -85,11 +85,13 @@ def with_resume_hint(run: Run, mended: str = "") -> Iterator[None]:
     call, too: `mended` says what goes on once it has other contents."""
 
     def left(when: str = "") -> str:
-        if run.saved is None:
+        there = (run.folder / "checkpoint.pt").is_file()
+        if run.saved is None and not there:
             return f"there is no checkpoint in {run.folder} yet, the same call begins anew"
-        if not (run.folder / "checkpoint.pt").is_file():
+        if not there:
             return f"the checkpoint in {run.folder} is gone, the same call begins anew"
-        return f"the checkpoint after step {run.saved} is in {run.folder}, and the same call goes on from there{when}"
+        which = "" if run.saved is None else f" after step {run.saved}"  # of several processes the first one knows
+        return f"the checkpoint{which} is in {run.folder}, and the same call goes on from there{when}"
 
     try:
         with loader_errors():

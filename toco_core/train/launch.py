@@ -12,8 +12,10 @@ that of the whole, over all processes. Machines must share `out_dir` or, at leas
 """
 
 import os
+import pickle
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -24,13 +26,14 @@ from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
 from toco_core.machine import distributed
 from toco_core.machine.device import resolve_device
-from toco_core.objective import TERMS
+from toco_core.objective import TERMS, Term
 from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
 from toco_core.runs.own_terms import variant
 from toco_core.train.loop import train
 
-REFUSAL = "refusal-{}"  # of a process, in the folder where they meet
+ENDED = "a process of the training ended"
+REFUSAL = "refusal-{}-{}"  # of a process, in the folder where they meet; 1-... of those that only saw another one go
 
 
 def train_on(
@@ -38,11 +41,13 @@ def train_on(
 ) -> Opened:
     """Train in new processes on this machine, one GPU each where training is on CUDA; the finished run.
 
-    `on_record` and `options` as for `train.train`; what they hold must be importable by the new processes. Records of a
-    finished run are told again. A process that fails ends them all, with its message as ToCoError.
+    `on_record` and `options` as for `train.train`; what they hold must be importable by the new processes: a term of
+    your own stands in a module. Records of a finished run are told again. A process that fails ends them all, with its
+    message as ToCoError.
     """
-    distributed.Share(0, processes).part(config.schedule.batch_size)  # these two refuse before anything starts
+    distributed.Share(0, processes).part(config.schedule.batch_size)  # these three refuse before anything starts
     config.check_parts(processes)
+    _refuse_hidden(options.get("terms", TERMS), processes)
     run = Run.of(config, variant(options.get("terms", TERMS), config))
     records = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as meeting:
@@ -59,8 +64,9 @@ def train_on(
                 told += _tell(records, on_record)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             last = str(error).strip().splitlines()[-1]
-            refusals = [path.read_text(encoding="utf-8") for path in sorted(Path(meeting).glob(REFUSAL.format("*")))]
-            refusals.append(last.partition("ToCoError: ")[2] or f"a process of the training ended: {last}")
+            noted = sorted(Path(meeting).glob(REFUSAL.format("*", "*")))
+            refusals = [path.read_text(encoding="utf-8") for path in noted]
+            refusals.append(last.partition("ToCoError: ")[2] or f"{ENDED}: {last}")
             raise ToCoError(refusals[0]) from error
         finally:
             for process in workers.processes:
@@ -71,8 +77,23 @@ def train_on(
     return open_run(run.folder, data=options.get("data"), device=config.device)
 
 
+def _refuse_hidden(terms: Mapping[str, Term], processes: int) -> None:
+    """Raise ToCoError for a term whose functions new processes cannot import: those of a notebook, and those without a
+    name in a module."""
+    main = sys.modules["__main__"]
+    repeated = getattr(main, "__spec__", None) or getattr(main, "__file__", None)  # a script is run there once more
+    for name, term in terms.items():
+        try:
+            seen = b"__main__" not in pickle.dumps(term) or repeated
+        except (pickle.PicklingError, AttributeError, TypeError):
+            seen = False
+        if not seen:
+            what = f"the term {name!r} with processes = {processes} is not allowed"
+            raise ToCoError(f"{what}: functions of a module that is imported, new processes do not see a notebook's")
+
+
 def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict, records: SimpleQueue) -> None:
-    """Train as process `rank`. A refusal is noted in the folder where the processes meet, while they still do: the
+    """Train as process `rank`. What ends it is noted in the folder where the processes meet, while they still do: the
     others only see that one has gone, and may end, with an error of the network, before it does."""
     config = TrainConfig.from_dict(config)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -82,8 +103,10 @@ def _train_one(rank: int, n: int, meeting: Path, config: dict, options: dict, re
     with distributed.joined(config.device, init_method=store, rank=rank, world_size=n):
         try:
             train(config, on_record=records.put, **options)
-        except ToCoError as error:
-            Path(meeting, REFUSAL.format(rank)).write_text(str(error), encoding="utf-8")
+        except Exception as error:
+            told = str(error) if isinstance(error, ToCoError) else f"{ENDED}: {type(error).__name__}: {error}"
+            only_saw = int(bool(distributed.lost_process(error.__cause__ or error)))
+            Path(meeting, REFUSAL.format(only_saw, rank)).write_text(" ".join(told.split()), encoding="utf-8")
             raise
 
 
