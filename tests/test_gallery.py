@@ -118,6 +118,17 @@ def test_disagreement_needs_and_compares_a_second_model(gallery):
     assert "≠" in gallery.grid.items[0]["mark"]
 
 
+def test_a_model_that_was_opened_later_can_be_the_second(gallery, session):
+    gallery.other.value, gallery.overlay.value = "other", "second model's label"
+    session.subjects.add(make_subject("third", seed=2))
+    gallery.renew.click()
+    assert "third" in gallery.other.options
+    assert (gallery.other.value, gallery.overlay.value) == ("other", "second model's label")
+    gallery.other.value = "third"
+    gallery.settle()
+    assert gallery.against.subject.name == "third" and "≠" in gallery.grid.items[0]["mark"]
+
+
 def test_classes_that_only_one_model_knows_never_agree(folder):
     pictures = open_pictures(folder)
     names = ("background", *pictures.class_names[1:-1], "griffin")

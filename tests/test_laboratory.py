@@ -125,11 +125,25 @@ def test_controls_are_the_configs_fields(bench):
     for name in FIELDS:
         assert bench.controls[name].tooltip == helps[name]
     assert bench.controls["layer"].options == (9, 10, 11, 12)
-    assert (bench.controls["beta_h"].min, bench.controls["beta_h"].max) == (0, 1)
+    assert bench.controls["beta_h"].options[:3] == (0, 0.05, 0.1) and bench.controls["beta_h"].options[-1] == 1
     bench.controls["ptc"].value = 1.25
     assert bench.values() == {"ptc": 1.25}
     bench.controls["ptc"].value = bench.trials.config.loss.ptc
     assert Trials(data=bench.trials.data, steps=20).config.loss.ptc == tiny().loss.ptc
+
+
+def test_a_value_between_the_steps_stays(data):
+    """A browser moves a slider of numbers to its nearest step: each slider chooses among values, the config's too."""
+    values = {"ptc": 0.3, "seg": 0.07, "beta_h": 0.555, "lr": 3.3e-4}
+    found = Laboratory(Trials(override(small(), **values), n_train=5, n_val=4, steps=25, data=data))
+    for name, value in (values | {"steps": 25}).items():
+        control = found.controls[name]
+        choices = [option[1] if isinstance(option, tuple) else option for option in control.options]
+        assert choices[control.index] == value and choices == sorted(choices), name
+        assert len(choices) > 10, name
+    assert found.values() == {}
+    found.controls["lr"].index += 1
+    assert found.values() == {"lr": 4e-4}
 
 
 def test_a_row_brings_its_pictures_back(bench):
@@ -150,6 +164,7 @@ def test_a_row_brings_its_pictures_back(bench):
 def test_the_button_trains_behind_and_stop_ends_it(data):
     found = Laboratory(trials(data))
     found.term.value = "total"
+    assert found.picture.layout.display == "none"  # browsers show an empty picture as a broken one
     started, states = threading.Event(), []
     found.state.observe(lambda change: (states.append(change["new"]), started.set()), "value")
     found.controls["steps"].value = 120
@@ -161,6 +176,7 @@ def test_the_button_trains_behind_and_stop_ends_it(data):
     found.settle()
     (trial,) = found.trials.done
     assert trial.stopped and not found.train.disabled and found.halt.disabled and len(found.table.rows) == 1
+    assert found.picture.layout.display is None
     assert found.picture.value and re.search(r"run 1: \d+\.\d s", found.state.value) and "stopped" in found.state.value
     assert found.notes.value == ""
 

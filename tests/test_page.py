@@ -187,6 +187,40 @@ def test_scores_in_the_page(page, predictor, mask):
         assert abs(float(rows[name]) - 100 * hit / either) < 0.06
 
 
+def test_words_follow_the_settings_and_a_finger(page):
+    """They tell of what is shown now, not of what was when the pointer moved."""
+    page.check("input[value='seed label']")
+    page.hover("#picture", position={"x": 50, "y": 50})
+    assert "seed label: " in page.inner_text("#words")
+    page.check("input[value='segmentation']")
+    until(page, "byId('words').textContent.includes('segmentation: ')")
+    assert "seed label: " not in page.inner_text("#words")
+    touch = "byId('picture').dispatchEvent(new PointerEvent('pointerdown', { clientX: 0, clientY: 0 }))"
+    page.evaluate(touch)
+    assert page.inner_text("#words").startswith("row 0, column 0 ")
+
+
+def test_the_threshold_of_a_cams_score_is_no_idle_control(page):
+    page.check("input[value='CAM']")
+    until(page, "byId('numbers').textContent.includes('CAM label')")
+    before = page.inner_text("#numbers")
+    assert not page.evaluate("byId('beta').closest('.row').classList.contains('idle')")
+    page.evaluate("byId('beta').value = 0.9; draw()")
+    assert page.inner_text("#numbers") != before
+
+
+def test_a_tall_picture_is_no_higher_than_the_window(browser, predictor, subject, tmp_path):
+    tall = ImagePredictor(predictor.model, predictor.config)
+    tall.set_image(smooth_image(300, 30, 3), [1, 0, 1])
+    write_page(tall, tmp_path / "tall.html", title="tall", class_names=subject.class_names)
+    page = browser.new_page(viewport={"width": 900, "height": 700})
+    page.goto((tmp_path / "tall.html").as_uri())
+    page.wait_for_selector("body[data-drawn]")
+    box = page.locator("#picture").bounding_box()
+    assert 600 < box["height"] <= 632 and box["width"] == pytest.approx(box["height"] / 10, abs=2)
+    page.close()
+
+
 def test_thresholds_push_each_other(page):
     page.evaluate("byId('beta_l').value = 0.9; byId('beta_l').dispatchEvent(new Event('input', { bubbles: true }))")
     assert (page.input_value("#beta_l"), page.input_value("#beta_h")) == ("0.9", "0.91")

@@ -442,6 +442,32 @@ def test_slider_changes_picture_and_numbers(explorer):
     assert explorer.controls.of["beta_h"].value == pytest.approx(0.51)
 
 
+def test_sliders_show_what_the_settings_say(explorer):
+    """Values that parameters, an address or a run bring, beyond a slider's ends or between its steps."""
+    values = {"par_iterations": 40, "n_crops": 0, "crop_seed": 100, "crop_size": 150, "beta_h": 0.555, "beta": 0.3125}
+    explorer.set(**values)
+    for name, value in values.items():
+        control = explorer.controls.of[name]
+        assert control.value == value, name
+        assert control.value / control.step == pytest.approx(round(control.value / control.step), abs=1e-6), name
+    assert format(0.555, explorer.controls.of["beta_h"].readout_format) == "0.555"
+    explorer.set(n_crops=20, beta_h=0.5)
+    assert explorer.controls.of["n_crops"].value == 20
+    assert (explorer.controls.of["beta_h"].step, explorer.controls.of["beta_h"].readout_format) == (0.01, ".2f")
+
+
+def test_the_reading_follows_the_image_and_the_settings(explorer):
+    explorer.tiles.canvases[0].pointer = [0.5, 0.5]
+    explorer.controls.of["show"].value = "CAM label"
+    assert "CAM label: " in explorer.tiles.reading.value
+    for index in (1, 2):
+        explorer.go(index)
+        assert explorer.session.read_out(0, 0.5, 0.5) in Elements(explorer.tiles.reading.value).text
+    explorer.tiles.canvases[0].pointer = []
+    explorer.go(0)
+    assert "next, previous image" in explorer.tiles.reading.value
+
+
 def test_messages_of_the_browser(explorer):
     """What the browser sends are states of widgets."""
     explorer.tiles.canvases[0].set_state({"click": [0.1, 0.9, 1]})
@@ -545,6 +571,9 @@ def test_compare_two_models_with_linked_sliders(explorer):
     assert "A: model" in explorer.tiles.legends[0].value and "B: other" in explorer.tiles.legends[1].value
     assert "● A" in explorer.tokens.curve.value and "● B" in explorer.tokens.curve.value
     assert "A: CAM label" in explorer.numbers.value and "B: CAM label" in explorer.numbers.value
+    similarity, attention = (canvas.picture for canvas in explorer.tokens.maps)
+    explorer.side.value = 0
+    assert similarity != explorer.tokens.maps[0].picture and attention != explorer.tokens.maps[1].picture
     explorer.compare.value = False
     assert len(explorer.session.sides) == 1 and explorer.model.value == "model"
 

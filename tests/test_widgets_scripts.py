@@ -94,10 +94,10 @@ def test_a_widget_that_is_shown_again_is_heard_at_once(page, script, values, act
     assert len(told) == len(set(told)) == 3
 
 
-def jpeg(value):
+def jpeg(value, size=(24, 40)):
     """A grey picture, as the model of `MODEL` takes bytes."""
     file = io.BytesIO()
-    Image.fromarray(np.full((24, 40, 3), value, np.uint8)).save(file, format="JPEG", quality=95)
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(file, format="JPEG", quality=95)
     return "base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -143,3 +143,30 @@ def test_what_comes_late_does_not_hide_what_is_newer(page):
     page.wait_for_selector(".toco-mix:not([hidden])")
     page.wait_for_timeout(200)
     assert page.locator(".toco-mix").is_visible() and abs(grey_of(page) - 120) <= 2
+
+
+def test_a_tall_picture_is_no_higher_than_the_window(page):
+    page.set_viewport_size({"width": 900, "height": 600})
+    tall = jpeg(77, (400, 20))
+    page.widget("canvas.js", picture=tall, under="", pin=[], ends=[], strength=0.0, group="g", width=640)
+    page.add_style_tag(path=WIDGETS / "look.css")
+    page.wait_for_function("document.querySelector('.toco-picture').naturalWidth > 0")
+    box = page.locator(".toco-frame").bounding_box()
+    assert (round(box["width"]), round(box["height"])) == (27, 540)
+    page.locator(".toco-frame").click(position={"x": 26, "y": 1})
+    y, x = json.loads(dict(page.sent())["click"])[:2]
+    assert y < 0.01 and x > 0.9
+
+
+def test_who_enlarges_a_picture_keeps_the_keys(page):
+    """The picture that stays has the focus: else the next key would go to the notebook."""
+    page.widget("canvas.js", picture=jpeg(77), under="", pin=[], ends=[], strength=0.0, group="g")
+    page.evaluate("""() => {
+        const first = document.body.firstChild.cloneNode(true);
+        document.body.firstChild.before(first);
+        document.body.className = "toco-row";
+    }""")
+    page.locator("img.toco-picture").last.focus()
+    page.keyboard.press("e")
+    assert dict(page.sent()) == {"enlarge": "1"}
+    assert page.evaluate("document.activeElement === document.querySelectorAll('img.toco-picture')[0]")

@@ -1,6 +1,7 @@
 """The explorer's panel about one pixel: it says what the label maps show, and its numbers are the library's."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -81,6 +82,16 @@ def test_the_panel_is_pinned_by_a_click_and_follows(session):  # noqa: F811
     assert explorer.why.words.value != second and "beta_h" in explorer.why.words.value
     explorer.controls.of["par_iterations"].value = 2
     assert explorer.why.maps[1].title == "after 2 steps"
+
+
+def test_a_line_has_a_rim_in_the_colour_of_the_text(session):  # noqa: F811
+    """Else navy and maroon would be lost on a dark page."""
+    explorer = Explorer(session)
+    explorer.tiles.canvases[0].click = [0.5, 0.5, 1]
+    lines = re.findall(r'<polyline points="([^"]*)".*? stroke="([^"]*)"', explorer.why.words.value)
+    assert lines and len(lines) % 2 == 0
+    for (under, rim), (over, colour) in zip(lines[::2], lines[1::2], strict=True):
+        assert under == over and rim == "currentColor" != colour
 
 
 def test_what_the_model_lacks_is_left_out(folder):  # noqa: F811

@@ -138,12 +138,12 @@ function pseudoLabel(maps, low, high, iterations) {
 
 // ---- state
 
-const state = { affinity: null, maps: {}, image: null, stored: {}, label: null, kept: {} };
+const state = { affinity: null, maps: {}, image: null, stored: {}, label: null, kept: {}, place: null };
 const SHOWN = ["image", "CAM", "CAM label", "seed label", "pseudo label"];
 if (data.segmentation) SHOWN.push("segmentation");
 if (data.mask) SHOWN.push("ground truth");
-const USES = {
-  image: [], CAM: ["strength", "beta_l", "beta_h"], "CAM label": ["strength", "beta"], "seed label": ["strength", "beta_l", "beta_h"],
+const USES = { // what changes the picture, or its numbers: a CAM is scored by its label
+  image: [], CAM: ["strength", "beta_l", "beta_h", ...(data.mask ? ["beta"] : [])], "CAM label": ["strength", "beta"], "seed label": ["strength", "beta_l", "beta_h"],
   "pseudo label": ["strength", "beta_l", "beta_h", "iterations"], segmentation: ["strength"], "ground truth": ["strength"],
 };
 const NEEDS_CAM = ["CAM", "CAM label", "seed label", "pseudo label"];
@@ -219,6 +219,7 @@ function draw() {
   context.putImageData(picture, 0, 0);
   key(show);
   numbers(show);
+  tell();
   byId("block_out").value = row().title;
   for (const name of ["strength", "beta", "beta_l", "beta_h", "iterations", "block"]) {
     if (name !== "block") byId(name + "_out").value = name === "iterations" ? value(name) : value(name).toFixed(2);
@@ -264,17 +265,24 @@ function numbers(show) {
     add(ofMask, t);
     if (p === t) add(both, p);
   });
-  table.append(made("tr", {}, made("th", {}, `labelled pixels ${((100 * decided) / named).toFixed(0)} %`), made("th", {}, "IoU, %")));
+  const what = show === "CAM" ? "CAM label, labelled pixels" : "labelled pixels";
+  table.append(made("tr", {}, made("th", {}, `${what} ${((100 * decided) / named).toFixed(0)} %`), made("th", {}, "IoU, %")));
   for (const k of [...new Set([...ofLabel.keys(), ...ofMask.keys()])].sort((a, b) => a - b)) {
     const hit = both.get(k) || 0, all = (ofLabel.get(k) || 0) + (ofMask.get(k) || 0) - hit;
     table.append(made("tr", {}, made("td", {}, data.names[k]), made("td", {}, ((100 * hit) / all).toFixed(1))));
   }
 }
 
-function tell(event) {
-  const canvas = byId("picture"), box = canvas.getBoundingClientRect(), [H, W] = data.size;
-  const y = Math.min(Math.max((event.clientY - box.top) / box.height, 0), 0.999999);
-  const x = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 0.999999);
+function point(event) {
+  const box = byId("picture").getBoundingClientRect(), inside = (value) => Math.min(Math.max(value, 0), 0.999999);
+  state.place = [inside((event.clientY - box.top) / box.height), inside((event.clientX - box.left) / box.width)];
+  tell();
+}
+
+// What is at the place that was pointed at last, under the settings of now.
+function tell() {
+  if (!state.place) return;
+  const [y, x] = state.place, [H, W] = data.size;
   const at = Math.floor(y * H) * W + Math.floor(x * W);
   const word = (k) => (k === IGNORE ? "uncertain" : data.names[k]);
   const words = [`row ${Math.floor(y * data.native[0])}, column ${Math.floor(x * data.native[1])}`];
@@ -338,7 +346,7 @@ function controls() {
     });
   });
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
-  byId("picture").addEventListener("pointermove", tell);
+  for (const event of ["pointermove", "pointerdown"]) byId("picture").addEventListener(event, point);
 }
 
 async function begin() {
@@ -347,6 +355,7 @@ async function begin() {
   const canvas = byId("picture");
   state.image = await pixels(data.image);
   [canvas.width, canvas.height] = [state.image.width, state.image.height];
+  canvas.style.maxWidth = `${(90 * canvas.width) / canvas.height}vh`; // a tall picture leaves room for the controls
   for (const { name, maps } of data.rows)
     state.maps[name] = await Promise.all(maps.map(async (source) => channel(await pixels(source), 0, 1 / 255)));
   for (const name of ["segmentation", "mask"])

@@ -67,7 +67,10 @@ function render({ model, el }) {
     if (change === changes && (given.length || image.complete)) mix.hidden = !given.length;
   };
   const showStrength = () => (ends[1].style.opacity = model.get("strength") ?? 0);
-  image.addEventListener("load", () => (mix.hidden ||= !model.get("ends")?.length));
+  image.addEventListener("load", () => {
+    mix.hidden ||= !model.get("ends")?.length;
+    frame.style.maxWidth = `${(90 * image.naturalWidth) / image.naturalHeight}vh`; // no picture higher than the window
+  });
   const showUnder = () => {
     show(model.get("under"), under);
     const double = model.get("under")?.byteLength > 0;
@@ -132,12 +135,16 @@ function render({ model, el }) {
     const keep = (middle, point) => point + ((middle - point) * shown.z) / z; // the point stays where it is
     look(z, keep(shown.y, at[0]), keep(shown.x, at[1]));
   };
+  const enlarge = () => {
+    root.closest(".toco-row")?.querySelector("img.toco-picture").focus({ preventScroll: true }); // the one that stays
+    send("enlarge", next("enlarge"));
+  };
   const tools = make("span", "toco-tools", frame);
   tools.append(
     button("−", "zoom out (-)", () => zoom(1 / 1.5)),
     button("+", "zoom in (+, or the wheel with Ctrl)", () => zoom(1.5)),
     button("1:1", "whole picture (0)", () => look(1, 0.5, 0.5)),
-    button("⤢", "enlarge, or all views again (e)", () => send("enlarge", next("enlarge"))),
+    button("⤢", "enlarge, or all views again (e)", enlarge),
   );
   const showPin = () => {
     const at = model.get("pin");
@@ -227,7 +234,7 @@ function render({ model, el }) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (keys[event.key]) send("step", [...keys[event.key], next("step")]);
     else if (event.key === "n" || event.key === "p") send("turn", [event.key === "n" ? 1 : -1, next("turn")]);
-    else if (group && event.key === "e") send("enlarge", next("enlarge"));
+    else if (group && event.key === "e") enlarge();
     else if (group && zooms[event.key]) zooms[event.key]();
     else return;
     event.preventDefault();

@@ -15,6 +15,7 @@ from toco_core.widgets.settings import CAMS, CLASS_CHOICES, LABEL_FIELDS, MAP_FI
 MANY = 24  # classes; of more, chips show the most probable ones
 SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
 CLICKS = ("compares a patch", "places a crop")
+WIDENED = ("par_iterations", "crop_size", "n_crops", "crop_seed")  # sliders that reach a value from elsewhere
 ALWAYS = {"show", "block", "head", "crop_size", "n_crops", "crop_seed"}  # have an effect whatever is shown
 
 
@@ -103,6 +104,11 @@ class Controls:
                 value = ", ".join(map(str, value))
             if name == "cam_scales":
                 control.options = sorted({*control.options, *value})
+            if name in WIDENED:
+                control.min, control.max = min(control.min, value), max(control.max, value)
+            if isinstance(control, w.FloatSlider):  # the browser moves a value that is no step to the nearest
+                decimals = next((n for n in (2, 3) if round(value, n) == value), 4)
+                control.step, control.readout_format = 10.0**-decimals, f".{decimals}f"
             control.value = value
         joint, classes = session.joint(session.active), side.settings.classes
         self.class_names.options = joint.names[1:]

@@ -92,7 +92,6 @@ class Explorer(w.VBox):
         self._fill()
         self.finder.follow()
         self.redraw()
-        self.tiles.read(0, [])
         if is_served():
             self._do(lambda: self.visit(os.environ.get("QUERY_STRING", "")))
 
@@ -314,7 +313,7 @@ class Explorer(w.VBox):
 
     def _arranged(self) -> None:
         self._fill()
-        self.redraw(tokens=False)
+        self.redraw()
 
     def _turn(self, by: int) -> None:
         """Next or previous image of the order shown; unreadable ones are passed over."""
@@ -400,6 +399,7 @@ class Explorer(w.VBox):
         """Draw the sides, and what is known about patches where that has changed."""
         waiting = self._waiting_for_crf()
         self.tiles.draw(waiting)
+        self.tiles.read()
         self.keeping.saved.put()  # what is saved is not what is shown any more
         self.controls.disable(self.tiles.visible())
         self.numbers.put(*(self._numbers_table(i, i in waiting) for i in range(len(self.session.sides))))

@@ -52,6 +52,7 @@ class Gallery(w.VBox):
         self.session, self.on_open, self.per_page = session, on_open or session.go, per_page
         self.pictures = session.pictures
         self.problem, self.page, self.order = "", 0, list(range(len(self.pictures)))
+        self._filling = False  # a list is being brought up to date
         self.surveying, self._drawing = Surveying(self._told, give_way=give_way), threading.RLock()
         self._surveys: dict[tuple, LabelSurvey] = {}
         self._differing: dict[tuple, float] = {}
@@ -150,6 +151,8 @@ class Gallery(w.VBox):
 
     def _do(self, action: Callable[[], None]) -> None:
         """Run an action of the reader's; what goes wrong is told in the widget."""
+        if self._filling:
+            return
         try:
             self.problem = ""
             action()
@@ -159,13 +162,16 @@ class Gallery(w.VBox):
 
     def _use_settings(self) -> None:
         """Judge with the model and settings that the session's first side has now."""
-        side = self.session.sides[0]
+        side, models = self.session.sides[0], (NO_MODEL, *self.session.subjects.names)
         if self.session.pictures is not self.pictures:
             self.surveying.stop()
             self.pictures = self.session.pictures
             for kept in (self._surveys, self._differing, self._thumbnails):
                 kept.clear()
-            self.other.options = [NO_MODEL, *self.session.subjects.names]
+        if self.other.options != models:
+            self._filling, before = True, self.other.value
+            self.other.options = models
+            self.other.value, self._filling = before, False
         self.subject, self.settings = side.subject, replace(side.settings, show="pseudo label")
         self.grid.chosen = self.session.index
         names = self._survey_of(self.subject).class_names[1:]

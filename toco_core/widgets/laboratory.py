@@ -52,7 +52,7 @@ class Laboratory(w.VBox):
         self.halt.disabled = True
         self.term = w.Dropdown(options=["total"], description="loss", layout=w.Layout(width="190px"))
         self.state, self.notes, self.curves, self.key = Panel(), Panel(), Panel(), Panel()
-        self.picture = w.Image(format="jpeg", layout=w.Layout(max_width="100%"))
+        self.picture = w.Image(format="jpeg", layout=w.Layout(max_width="100%", display="none"))
         self.table = RowTable(head=list(HEAD))
         self.chosen: Trial | None = None
         self.thread: threading.Thread | None = None
@@ -192,7 +192,7 @@ class Laboratory(w.VBox):
     def _draw_frame(self, frame: Frame) -> None:
         picture = frame_picture(self.trials.shown, frame)
         self.picture.value = draw.encoded(picture)
-        self.picture.width = str(picture.shape[1])
+        self.picture.width, self.picture.layout.display = str(picture.shape[1]), None
         names = self.trials.data.val.class_names
         present = sorted({int(k) + 1 for item in self.trials.shown for k in np.flatnonzero(item.image_labels[0])})
         self.key.put(draw.label_key({k: names[k] for k in present}, ignored=True))
@@ -302,25 +302,39 @@ def _field(config: TrainConfig, name: str) -> dataclasses.Field:
 
 
 def _controls(trials: Trials) -> dict[str, w.Widget]:
-    """A slider for each of `FIELDS`, that of `layer` over the trained blocks; the field's help is the tooltip."""
+    """A slider for each of `FIELDS`, that of `layer` over the trained blocks; the field's help is the tooltip.
+
+    Each chooses among values, of which the config's is one: a slider of numbers is moved to its nearest step by the
+    browser as soon as it is shown.
+    """
     found = {}
     for name in FIELDS:
         field, value = _field(trials.config, name), _value(trials.config, name)
-        common = {"description": name, "value": value, "tooltip": field.metadata["help"]}
-        common |= {"layout": w.Layout(width="270px"), "style": {"description_width": "48px"}}
         if name == "layer":
-            first = min(trials.config.schedule.frozen_blocks + 1, value)
-            found[name] = w.SelectionSlider(options=list(range(first, trials.depth + 1)), **common)
-            continue
-        low, high, step = RANGES[name]
-        allowed = field.metadata["allowed"]
-        if name == "lr":
-            found[name] = w.FloatLogSlider(min=low, max=high, step=step, readout_format=".1e", **common)
-            continue
-        low, high = max(low, allowed.get("at_least", low)), min(high, allowed.get("at_most", high))
-        kind = w.IntSlider if isinstance(value, int) else w.FloatSlider
-        found[name] = kind(min=min(low, value), max=max(high, value), step=step, **common)
+            choices = range(min(trials.config.schedule.frozen_blocks + 1, value), trials.depth + 1)
+        else:
+            choices = _steps(name, field.metadata["allowed"])
+        choices = sorted({*choices, value})
+        found[name] = w.SelectionSlider(
+            options=[(f"{v:.1e}", v) for v in choices] if name == "lr" else choices,
+            value=value,
+            description=name,
+            tooltip=field.metadata["help"],
+            layout=w.Layout(width="270px"),
+            style={"description_width": "48px"},
+        )
     return found
+
+
+def _steps(name: str, allowed: dict[str, float]) -> list[float]:
+    """The values of `RANGES` that a field allows, rounded as they are written."""
+    low, high, step = RANGES[name]
+    values = [low + i * step for i in range(round((high - low) / step) + 1)]
+    if name == "lr":
+        values = [float(f"{10**v:.1e}") for v in values]
+    elif not isinstance(low, int):
+        values = [round(v, 6) for v in values]
+    return [v for v in values if allowed.get("at_least", v) <= v <= allowed.get("at_most", v)]
 
 
 def _short(value: Any) -> str:

@@ -37,6 +37,7 @@ class Tiles:
         self._panes: list[w.VBox] = []
         self.shown: list[Tile] = []
         self._drawn: dict[int, tuple] = {}  # what each canvas shows, the notes about it, its strength
+        self._pointed: tuple[int, Sequence[float]] = (0, [])  # number of a tile, and the place in it
         self.row = w.Box()
         self.row.add_class("toco-row")
         self.reading = Panel()
@@ -110,10 +111,11 @@ class Tiles:
         found = [self._drawn[i][1] for i in range(len(self.shown)) if i in self._drawn]
         return list(dict.fromkeys(note for notes in found for note in notes))
 
-    def read(self, number: int, place: Sequence[float]) -> None:
-        """Tell what is at a place of a tile; without a place what the reader can do."""
-        side = self.shown[number].side if number < len(self.shown) else 0
-        words = self.session.read_out(side, *place) if place else HINT
+    def read(self) -> None:
+        """Tell what is at the place that is pointed at; without one what the reader can do."""
+        number, place = self._pointed
+        seen = place and number < len(self.shown)
+        words = self.session.read_out(self.shown[number].side, *place) if seen else HINT
         self.reading.put(element("div", words, class_="toco-words", aria_live="polite"))
 
     # ---- what the reader does
@@ -126,9 +128,13 @@ class Tiles:
             self.legends.append(Panel())
             self._panes.append(w.VBox([canvas, self.legends[i]]))
             self._listen(canvas)
-            canvas.observe(lambda change, i=i: self.read(i, change["new"]), "pointer")
+            canvas.observe(lambda change, i=i: self._point(i, change["new"]), "pointer")
             canvas.observe(lambda _, i=i: self._do(lambda: self._enlarge(i)), "enlarge")
         return self.canvases[number]
+
+    def _point(self, number: int, place: Sequence[float]) -> None:
+        self._pointed = number, place
+        self.read()
 
     def _arrange(self, **how: Any) -> None:
         self.session.arrange_views(**how)

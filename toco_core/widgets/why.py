@@ -165,8 +165,9 @@ def _par_chart(found: Reasons, width: int = 300, height: int = 128) -> Markup:
         for slot, name in enumerate(found.names):
             points = " ".join(place(t, float(value)) for t, value in enumerate(scores[:, slot]))
             colour = draw.class_colour(found.places[slot]) if slot else "#888"
-            line = {"fill": "none", "stroke": colour, "stroke_width": 2, "stroke_dasharray": dash}
-            parts.append(element("polyline", points=points, **line))
+            line = {"points": points, "fill": "none", "stroke_dasharray": dash}
+            rim = {"stroke": "currentColor", "stroke_width": 3.5, "opacity": ".35"}  # no colour is lost on its ground
+            parts += [element("polyline", **line, **rim), element("polyline", **line, stroke=colour, stroke_width=2)]
             if not dash:
                 ends.append((top + (1 - float(scores[-1, slot])) * (height - top - bottom), name))
     rows = _apart([y + 4 for y, _ in sorted(ends)], 11, most=height - bottom + 4)
