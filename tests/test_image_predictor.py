@@ -115,6 +115,24 @@ def test_block_maps_tokens_and_attention(model, picture):
         found.cam(block=4)
 
 
+@pytest.mark.parametrize("k", [-1, 0, K + 1])
+def test_a_class_that_is_not_there_is_refused(model, picture, k):
+    """-1 is not the last but one."""
+    found = predictor(model, picture)
+    for ask in (found.cam, found.probabilities, found.pseudo_label, found.voted_label, found.strongest):
+        with pytest.raises(ToCoError, match=f"class = {k} is not allowed: the model has 1..3"):
+            ask(classes=[1, k])
+    with pytest.raises(ToCoError, match=f"class = {k} is not allowed"):
+        found.class_cam(k)
+
+
+@pytest.mark.parametrize("labels", [[3], [1, 0], [0, 1, 0, 1]])
+def test_image_labels_are_one_value_per_class(model, picture, labels):
+    """[3] is not an image of class 1."""
+    with pytest.raises(ToCoError, match=r"image_labels of shape \(.*\) is not allowed: 3 values, one per class"):
+        predictor(model, picture).set_image(picture, labels)
+
+
 def test_nothing_is_left_of_the_image_before(model, picture):
     found = predictor(model, picture)
     first = found.pseudo_label(), found.segmentation(), found.cam()
