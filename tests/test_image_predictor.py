@@ -1,5 +1,7 @@
 """One predictor: its maps are those of `multi_scale_cam`, carried along attention where the config says so."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,16 @@ def test_block_maps_tokens_and_attention(model, picture):
     assert not torch.allclose(found.cam(block=1), found.cam(), atol=0.05)
     with pytest.raises(ToCoError, match="block = 4 is not allowed"):
         found.cam(block=4)
+
+
+def test_mixed_precision_gives_maps_of_numpy(model, picture):
+    single = copy.deepcopy(model).float()
+    plain = predictor(single, picture)
+    mixed = ImagePredictor(single, plain.config, passes=lambda: torch.autocast("cpu", torch.bfloat16))
+    mixed.set_image(picture, [1, 0, 1])
+    assert_close(mixed.cam(), plain.cam(), rtol=0, atol=0.1)
+    np.testing.assert_allclose(mixed.attention(2), plain.attention(2), rtol=0.3, atol=0.1)
+    np.testing.assert_allclose(mixed.similarity(2, 5), plain.similarity(2, 5), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("k", [-1, 0, K + 1])

@@ -187,7 +187,7 @@ class ImagePredictor:
         if "attention" not in self._kept:
             with self.passes():
                 self._kept["attention"] = class_token_attention_by_block(self.model, self.images)
-        heads = self._kept["attention"][self._checked(block) - 1][0]
+        heads = full_precision(self._kept["attention"][self._checked(block) - 1][0])
         return (heads * heads.shape[1]).cpu().numpy().reshape(len(heads), *self.grid)
 
     def patch_tokens(self, block: int) -> Float[Tensor, "N D"]:
