@@ -138,6 +138,15 @@ def test_a_class_that_is_not_there_is_refused(model, picture, k):
         found.class_cam(k)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(model, picture, scale):
+    """It is not the scale that leaves one patch."""
+    found = predictor(model, picture)
+    for ask in (found.cam, found.vote, found.segmentation):
+        with pytest.raises(ToCoError, match=f"scale = {scale} is not allowed: positive numbers"):
+            ask(scales=(1.0, scale))
+
+
 @pytest.mark.parametrize("labels", [[3], [1, 0], [0, 1, 0, 1]])
 def test_image_labels_are_one_value_per_class(model, picture, labels):
     """[3] is not an image of class 1."""
