@@ -114,6 +114,15 @@ def test_units_of_the_features_do_not_matter():
     assert torch.isfinite(fitted_classifier(constant, labels)).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_image_has_a_classifier():
+    """Its features have no deviation, as constant ones have none."""
+    features, labels = torch.tensor([[1.0, -2.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    one, many = fitted_classifier(features, labels), fitted_classifier(features.expand(7, 3), labels.expand(7, 2))
+    assert_close(one, many, rtol=1e-3, atol=1e-4)
+    assert ((features @ one.T > 0) == (labels > 0)).all()
+
+
 @pytest.mark.parametrize("decay", [0.0, -1.0, float("nan")])
 def test_a_problem_without_a_solution_is_refused(decay):
     with pytest.raises(ToCoError, match="decay = .* is not allowed"):

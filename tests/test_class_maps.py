@@ -72,6 +72,15 @@ def test_maps_of_a_run_are_its_cams_and_the_label_is_the_one_that_is_written(ope
     assert "sheep 0." in repr(found) and "26 x 41 by mine" in repr(found)
 
 
+def test_a_class_that_is_named_twice_counts_once(opened, head, photo):
+    """Else the label's numbers are not those of `names`. A synonym is the same class, too."""
+    once, twice = (cams(photo, opened, classes=names) for names in (["cat", "dog"], ["cat", "cat", "dog"]))
+    assert twice.names == once.names == ("background", "cat", "dog") and 2 in once.label
+    np.testing.assert_array_equal(twice.label, once.label)
+    synonyms = cams(photo, head, classes=["tup", "ram", "goldfish"])
+    assert len(synonyms.names) == 3 and set(np.unique(synonyms.label)) <= {0, 1, 2, 255}
+
+
 def test_the_threshold_chooses_the_classes_and_none_leaves_the_label_empty(opened, photo):
     scores = cams(photo, opened).scores
     ordered = list(scores)

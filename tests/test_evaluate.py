@@ -336,6 +336,14 @@ def test_a_mask_value_beyond_the_classes_is_refused(model, source):
         evaluate(model, Strange(), size=16, scales=(1.0,), progress=False)
 
 
+@pytest.mark.parametrize("value", [-1, 4])
+def test_a_count_refuses_a_value_that_is_no_class(value):
+    counts = CAMCounts(3)
+    with pytest.raises(ToCoError, match=f"ground truth with the value {value}: 0 to 3 and 255 are allowed"):
+        counts.update(np.array([[255, value]]), np.array([[0.5, 0.5]], np.float32), np.array([[1, 1]]))
+    assert not counts.counts.any()
+
+
 def test_batches_hold_neighbours_of_equal_shape():
     """None crosses a multiple of the batch size, so that processes that share a list make the same batches."""
     shapes = [(8, 8)] * 5 + [(8, 16)] + [(8, 8)] * 2 + [(16, 8)] * 2

@@ -1,5 +1,7 @@
 """One predictor: its maps are those of `multi_scale_cam`, carried along attention where the config says so."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,43 @@ def test_block_maps_tokens_and_attention(model, picture):
     assert not torch.allclose(found.cam(block=1), found.cam(), atol=0.05)
     with pytest.raises(ToCoError, match="block = 4 is not allowed"):
         found.cam(block=4)
+
+
+def test_mixed_precision_gives_maps_of_numpy(model, picture):
+    single = copy.deepcopy(model).float()
+    plain = predictor(single, picture)
+    mixed = ImagePredictor(single, plain.config, passes=lambda: torch.autocast("cpu", torch.bfloat16))
+    mixed.set_image(picture, [1, 0, 1])
+    assert_close(mixed.cam(), plain.cam(), rtol=0, atol=0.1)
+    np.testing.assert_allclose(mixed.attention(2), plain.attention(2), rtol=0.3, atol=0.1)
+    np.testing.assert_allclose(mixed.similarity(2, 5), plain.similarity(2, 5), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("k", [-1, 0, K + 1])
+def test_a_class_that_is_not_there_is_refused(model, picture, k):
+    """-1 is not the last but one."""
+    found = predictor(model, picture)
+    for ask in (found.cam, found.probabilities, found.pseudo_label, found.voted_label, found.strongest):
+        with pytest.raises(ToCoError, match=f"class = {k} is not allowed: the model has 1..3"):
+            ask(classes=[1, k])
+    with pytest.raises(ToCoError, match=f"class = {k} is not allowed"):
+        found.class_cam(k)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(model, picture, scale):
+    """It is not the scale that leaves one patch."""
+    found = predictor(model, picture)
+    for ask in (found.cam, found.vote, found.segmentation):
+        with pytest.raises(ToCoError, match=f"scale = {scale} is not allowed: positive numbers"):
+            ask(scales=(1.0, scale))
+
+
+@pytest.mark.parametrize("labels", [[3], [1, 0], [0, 1, 0, 1]])
+def test_image_labels_are_one_value_per_class(model, picture, labels):
+    """[3] is not an image of class 1."""
+    with pytest.raises(ToCoError, match=r"image_labels of shape \(.*\) is not allowed: 3 values, one per class"):
+        predictor(model, picture).set_image(picture, labels)
 
 
 def test_nothing_is_left_of_the_image_before(model, picture):

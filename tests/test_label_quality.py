@@ -193,6 +193,8 @@ def test_matrix_and_choice(items, config):
     assert 1 < len(rivals) < 6
     with pytest.raises(ToCoError, match="least_coverage = 1.1: at most 0"):
         lq.best_thresholds(grid, 1.1)
+    nothing = lq.LabelCounts(K).quality()._replace(coverage=0.0)  # decides no pixel: its mIoU is NaN
+    assert lq.best_thresholds({(0.0, 0.1): nothing} | grid, 0.0) == lq.best_thresholds(grid, 0.0)
 
 
 @pytest.mark.parametrize("betas", [(), (0.3, 0.2), (0.2, 0.2), (-0.1, 0.5), (0.5, 1.1)])

@@ -226,6 +226,12 @@ def test_the_surest_share_equals_its_equation(share, steps):
         ]
 
 
+@pytest.mark.parametrize(("share", "n"), [(0.6, 25), (0.3, 50), (0.15, 100)])
+def test_a_share_that_is_a_whole_number_of_places_keeps_so_many(share, n):
+    label, score = torch.zeros(1, 1, n, dtype=torch.long), drawn(1, 1, n)
+    assert int((surest(label, score, share) == 0).sum()) == round(share * n)
+
+
 def test_the_whole_share_and_a_label_without_anything():
     label, score = labelled(2, 3, 5), drawn(2, 3, 5)
     assert surest(label, score, 1.0) is label

@@ -134,6 +134,16 @@ def test_n_classes_is_the_number_of_foreground_classes_in_every_counter():
     assert [len(counter.scores().iou) for counter in counters] == [5, 5] and CAMCounts(K).counts.shape == (21, 5, 5)
 
 
+def test_labels_with_open_pixels_are_counted_with_as_many_classes_as_bytes_name():
+    """254 is the most that a data set may have: then 254 is a class, too, and 255 is open or ignored."""
+    counts = metrics.OpenCounts(254)
+    counts.update(np.array([[254, 254, 254, 0, 255]], np.uint8), np.array([[254, 255, 0, 255, 254]], np.uint8))
+    assert counts.counts.sum() == 4 and counts.decided == 0.5
+    assert counts.counts[254, [254, 255, 0]].tolist() == [1, 1, 1] and counts.counts[0, 255] == 1
+    assert_close(counts.scores().miou, (0 / 2 + 1 / 3) / 2)
+    assert_close(counts.decided_scores().iou[[0, 254]], np.array([0 / 1, 1 / 2]))
+
+
 def test_average_precision_equals_the_slow_way():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 5, generator=g).mul(2).round() / 2  # with ties

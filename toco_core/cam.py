@@ -191,6 +191,8 @@ def scaled(model: ToCo, images: Tensor, scale: float) -> Tensor:
     """The images resized bilinearly; to whole patches, so that no border is lost, unless `model.dropped_border`."""
     if scale == 1:
         return images
+    if not scale > 0:
+        raise ToCoError(f"scale = {scale} is not allowed: positive numbers")
     height, width = int(scale * images.shape[-2]), int(scale * images.shape[-1])
     if model.dropped_border and (height < model.patch_size[0] or width < model.patch_size[1]):
         size = f"{images.shape[-2]} x {images.shape[-1]}"

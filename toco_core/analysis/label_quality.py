@@ -201,4 +201,4 @@ def best_thresholds(grid: dict[tuple[float, float], LabelQuality], least_coverag
     if not enough:
         most = max((q.coverage for (l, h), q in grid.items() if l < h), default=0.0)
         raise ToCoError(f"least_coverage = {least_coverage}: at most {most:.2f} of the pixels are decided by any pair")
-    return max(enough, key=lambda pair: enough[pair].miou)
+    return max(enough, key=lambda pair: np.nan_to_num(enough[pair].miou, nan=-1))  # NaN: nothing is decided

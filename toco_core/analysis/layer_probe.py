@@ -63,7 +63,7 @@ def fitted_classifier(
     if not decay > 0:
         raise ToCoError(f"decay = {decay} is not allowed: above 0, or classes that can be separated have no solution")
     x, y = in_float64(features.detach()), in_float64(image_labels)
-    spread = x.std(0).clamp(min=1e-6 * x.abs().max().clamp(min=1e-30))
+    spread = x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-6 * x.abs().max().clamp(min=1e-30))
     with torch.enable_grad():
         weight = torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
         search = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")

@@ -61,12 +61,13 @@ class CAMCounts:
         Raises ToCoError for another value in the ground truth.
         """
         seen = ground_truth != IGNORE
-        largest = ground_truth.max(initial=0, where=seen)
-        if largest > self.n_classes:
-            raise ToCoError(f"ground truth with the value {largest}: 0 to {self.n_classes} and {IGNORE} are allowed")
+        truth = ground_truth[seen]
+        unknown = truth[(truth < 0) | (truth > self.n_classes)]
+        if len(unknown):
+            raise ToCoError(f"ground truth with the value {unknown[0]}: 0 to {self.n_classes} and {IGNORE} are allowed")
         first = np.searchsorted(self.betas.astype(value.dtype), value[seen])  # the first beta that is not below it
         C = self.n_classes + 1
-        index = (first.clip(max=N_THRESHOLDS) * C + ground_truth[seen]) * C + label[seen]
+        index = (first.clip(max=N_THRESHOLDS) * C + truth) * C + label[seen]
         self.counts += np.bincount(index, minlength=self.counts.size).reshape(self.counts.shape)
 
     def scores(self, beta: float) -> Scores:

@@ -5,7 +5,7 @@ follows. Pixels whose ground truth is 255 are ignored whatever is predicted ther
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -66,20 +66,7 @@ class ConfusionMatrix:
 
     def scores(self) -> Scores:
         """What the counts so far say."""
-        right = np.diag(self.counts).astype(np.float64)
-        truth, predicted = self.counts.sum(1), self.counts.sum(0)
-        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that `Scores` promises
-            iou, precision, recall = right / (truth + predicted - right), right / predicted, right / truth
-            pixel_accuracy = right.sum() / truth.sum()
-        shown = truth > 0
-        return Scores(
-            miou=_mean(iou[shown]),
-            iou=iou,
-            pixel_accuracy=float(pixel_accuracy),
-            mean_accuracy=_mean(recall[shown]),
-            precision=precision,
-            recall=recall,
-        )
+        return _scores(self.counts)
 
 
 class OpenCounts:
@@ -95,27 +82,21 @@ class OpenCounts:
 
     def update(self, ground_truth: np.ndarray, label: np.ndarray) -> None:
         """Adds the pixels of maps of equal shape, 0..K or 255 each. Raises ToCoError as `ConfusionMatrix.update`."""
-        C = len(self.counts)
-        for name, values in (("ground truth", ground_truth), ("label", label)):
-            if (values == C).any():  # the number that open pixels get below
-                raise ToCoError(f"{name} with the value {C}: 0 to {C - 1} and {IGNORE} are allowed")
-        matrix = ConfusionMatrix(C)  # K + 1: "open" is a class, too
-        matrix.update(ground_truth, np.where(label == IGNORE, C, label))
-        self.counts = self.counts + matrix.counts[:C]
+        C, is_open = len(self.counts), label == IGNORE
+        matrix = ConfusionMatrix(C - 1)
+        matrix.update(ground_truth, np.where(is_open, 0, label))
+        missed = np.bincount(ground_truth[is_open & (ground_truth != IGNORE)], minlength=C)
+        counts = np.column_stack([matrix.counts, missed])
+        counts[:, 0] -= missed  # they stood for background
+        self.counts = self.counts + counts
 
     def scores(self) -> Scores:
         """Scores of the C classes over all pixels."""
-        C = len(self.counts)
-        matrix = ConfusionMatrix(C)  # K + 1: "open" is a class, too
-        matrix.counts[:C] = self.counts  # no ground truth shows the class "open", so that it is in no mean
-        scores = matrix.scores()
-        return replace(scores, iou=scores.iou[:C], precision=scores.precision[:C], recall=scores.recall[:C])
+        return _scores(self.counts)
 
     def decided_scores(self) -> Scores:
         """Scores over the pixels that the label decides."""
-        matrix = ConfusionMatrix(len(self.counts) - 1)
-        matrix.counts = self.counts[:, :-1]
-        return matrix.scores()
+        return _scores(self.counts[:, :-1])
 
     @property
     def decided(self) -> float:
@@ -164,6 +145,24 @@ def average_precision(score: np.ndarray, wanted: np.ndarray) -> float:
     last = np.append(np.diff(score[order]) != 0, True)  # last place of each rank
     hits, places = np.cumsum(wanted[order])[last], np.flatnonzero(last) + 1
     return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / places))
+
+
+def _scores(counts: Int64[np.ndarray, "C M"]) -> Scores:
+    """Scores of the classes from pixels by ground truth (rows) and label: its C classes, and open in a column more."""
+    right, truth = np.diag(counts).astype(np.float64), counts.sum(1)
+    predicted = counts[:, : len(counts)].sum(0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that `Scores` promises
+        iou, precision, recall = right / (truth + predicted - right), right / predicted, right / truth
+        pixel_accuracy = right.sum() / truth.sum()
+    shown = truth > 0
+    return Scores(
+        miou=_mean(iou[shown]),
+        iou=iou,
+        pixel_accuracy=float(pixel_accuracy),
+        mean_accuracy=_mean(recall[shown]),
+        precision=precision,
+        recall=recall,
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -246,7 +246,8 @@ def pseudo_label_iou(
 ) -> Float64[np.ndarray, " M"]:
     """Mean IoU of the pseudo label of every image of a split with masks, in [0, 1]: what pictures are ranked by.
 
-    Over the classes that the image's mask or label shows; an open pixel is one that its class misses.
+    Over the classes that the image's mask shows, NaN for a mask that is all void; an open pixel is one that its class
+    misses.
     """
     found = []
 

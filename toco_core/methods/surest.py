@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toco_core.conventions import IGNORE
+from toco_core.machine.device import widest_float
 from toco_core.methods.discrepancy import taught_label
 
 
@@ -29,7 +30,8 @@ def surest(label: Int[Tensor, "B h w"], score: Float[Tensor, "B h w"], share: fl
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # class by class, the surest first
     sizes = group.new_zeros(len(group), IGNORE + 1).scatter_add_(1, group, torch.ones_like(group))
-    last = sizes.cumsum(1) - sizes + (share * sizes).ceil().long() - 1  # of each class, the last place that is kept
+    kept = (share * sizes.to(widest_float(sizes.device))).ceil().long()  # in float32 0.6 * 25 is above 15
+    last = sizes.cumsum(1) - sizes + kept - 1  # of each class, the last place that is kept
     least = score.gather(1, order).gather(1, last.clamp(min=0)).gather(1, group)
     return label.masked_fill((score < least).view_as(label), IGNORE)
 

@@ -138,7 +138,8 @@ def cams(
     if classes is None:
         certain = [int(k) for k in order[: None if multi else MOST] if scores[k] > limit]
     else:
-        certain = [_number(name, names) for name in ([classes] if isinstance(classes, str) else classes)]
+        wanted = [_number(name, names) for name in ([classes] if isinstance(classes, str) else classes)]
+        certain = list(dict.fromkeys(wanted))  # one synonym may follow another
     shown = certain or [int(order[0])]
     maps, label = maps_of(shown).float(), np.zeros(image.shape[:2], np.uint8)
     if certain:

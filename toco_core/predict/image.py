@@ -56,8 +56,14 @@ class ImagePredictor:
         self.model, self.config, self.passes = model, config, passes
 
     def set_image(self, image: UInt8[np.ndarray, "H W 3"], image_labels: Sequence[int] | None = None) -> None:
-        """Set an image of any size. `image_labels`: K values 0 or 1; None: no class, name them when asking."""
-        labels = torch.zeros(self.model.n_classes) if image_labels is None else torch.tensor(image_labels).float()
+        """Set an image of any size. `image_labels`: K values 0 or 1; None: no class, name them when asking.
+
+        Raises ToCoError for another number of values.
+        """
+        K = self.model.n_classes
+        labels = torch.zeros(K) if image_labels is None else torch.tensor(image_labels).float()
+        if labels.shape != (K,):
+            raise ToCoError(f"image_labels of shape {tuple(labels.shape)} is not allowed: {K} values, one per class")
         side = eval_size(self.config)
         size = None if side is None else (side, side)
         self.set_item(eval_item("image", image, None, labels[None], size=size, native=True))
@@ -98,8 +104,10 @@ class ImagePredictor:
         """CAM of class `k` (1..K) in [0, 1], at the size that the model saw.
 
         `block`: the tokens after this block (from 1) through final norm and classifier; None: the last; `AUXILIARY`:
-        the auxiliary CAM. `scales`: None for the config's. Raises ToCoError for a block that is not there.
+        the auxiliary CAM. `scales`: None for the config's. Raises ToCoError for a class or a block that is not
+        there.
         """
+        self._classes([k])
         row = self.model.depth if block is None else block
         if row != AUXILIARY:
             self._checked(row)
@@ -179,7 +187,7 @@ class ImagePredictor:
         if "attention" not in self._kept:
             with self.passes():
                 self._kept["attention"] = class_token_attention_by_block(self.model, self.images)
-        heads = self._kept["attention"][self._checked(block) - 1][0]
+        heads = full_precision(self._kept["attention"][self._checked(block) - 1][0])
         return (heads * heads.shape[1]).cpu().numpy().reshape(len(heads), *self.grid)
 
     def patch_tokens(self, block: int) -> Float[Tensor, "N D"]:
@@ -281,7 +289,12 @@ class ImagePredictor:
         return self._native(label, classes)
 
     def _classes(self, classes: Sequence[int] | None) -> tuple[int, ...]:
-        return self.labelled if classes is None else tuple(classes)
+        if classes is None:
+            return self.labelled
+        for k in classes:
+            if not 1 <= k <= self.model.n_classes:
+                raise ToCoError(f"class = {k} is not allowed: the model has 1..{self.model.n_classes}")
+        return tuple(classes)
 
     def _checked(self, block: int) -> int:
         if not 1 <= block <= self.model.depth:

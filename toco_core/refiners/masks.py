@@ -135,14 +135,30 @@ def _refuse_too_many(n: int) -> None:
 
 
 def superpixels(image: np.ndarray, *, spacing: int = 12, smoothing: float = 2.0) -> Int[np.ndarray, "H W"]:
-    """Superpixels of OpenCV's watershed (compact cells around a grid): a number per pixel, for `MaskVote`.
+    """Superpixels of OpenCV's watershed (compact cells around a grid): a number from 1 per pixel, for `MaskVote`.
 
     Floods the image's gradient from markers `spacing` pixels apart.
     """
     grey = cv2.GaussianBlur(image, (0, 0), smoothing)
     markers = np.zeros(image.shape[:2], np.int32)
-    rows, columns = (range(spacing // 2, n, spacing) for n in image.shape[:2])
+    rows, columns = (range(min(spacing, n) // 2, n, spacing) for n in image.shape[:2])
     for number, (y, x) in enumerate(((y, x) for y in rows for x in columns), start=1):
         cv2.circle(markers, (x, y), max(1, spacing // 6), (number,), -1)
-    cells = cv2.watershed(grey, markers)
-    return np.where(cells < 1, 0, cells)
+    # OpenCV makes a line of the outermost pixels, too: here of a frame
+    grey = cv2.copyMakeBorder(grey, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    cells = cv2.watershed(grey, cv2.copyMakeBorder(markers, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0))
+    return _without_lines(cells[1:-1, 1:-1], image)
+
+
+def _without_lines(cells: Int[np.ndarray, "H W"], image: np.ndarray) -> Int[np.ndarray, "H W"]:
+    """Give each pixel of the lines between cells (-1) to that of its neighbours' cells whose pixel looks most alike."""
+    (height, width), colours = cells.shape, np.pad(image.astype(np.float32), ((1, 1), (1, 1), (0, 0)))
+    while (cells < 1).any():
+        framed, joined, least = np.pad(cells, 1), cells.copy(), np.full(cells.shape, np.inf)
+        for dy, dx in np.ndindex(3, 3):
+            there = slice(dy, dy + height), slice(dx, dx + width)
+            distance = np.where(framed[there] < 1, np.inf, np.square(colours[there] - image).sum(2))
+            better = (cells < 1) & (distance < least)
+            joined[better], least[better] = framed[there][better], distance[better]
+        cells = joined
+    return cells
