@@ -22,11 +22,14 @@ from measure import LATE, alternate, batch_of, config_of, machine, model_of, pro
 from torch.utils.flop_counter import FlopCounterMode
 
 from toco_core import crops, labels, losses
+from toco_core.config import override, tiny
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
-from toco_core.machine.precision import attention_of, autocast_of
+from toco_core.machine.precision import attention_of, autocast_of, passes_of
+from toco_core.model import build_model
 from toco_core.objective import Step, objective, term_weights
+from toco_core.train.kept_tokens import KeptTokens
 from toco_core.train.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
@@ -201,6 +204,24 @@ def pieces(repeats: int) -> dict[str, dict]:
     return found
 
 
+def frozen_blocks(repeats: int, n: int = 8) -> dict:
+    """What the frozen blocks of the embedded recipe say of a batch of new pictures: one by one, and as it comes."""
+    config = override(tiny(), precision="bf16")
+    model = build_model(config, K)
+    model.freeze_blocks(config.schedule.frozen_blocks)
+    side = config.data.crop_size
+    pictures = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+    passes, kept = passes_of(model, config), KeptTokens(gib=0)
+
+    def tokens(parts):
+        with passes(), kept.of(model, blocks=config.schedule.frozen_blocks):
+            return torch.cat([kept.tokens(model, part)[0] for part in parts])
+
+    sides = {SLOW: lambda: tokens(pictures.split(1)), FAST: lambda: tokens([pictures])}
+    agreement = {"equal": float((sides[SLOW]() == sides[FAST]()).double().mean())}
+    return {"agreement": agreement, "seconds": alternate(sides, 4 * repeats)}
+
+
 def agreement_of(slow, fast) -> dict[str, float]:
     """Labels: the share that is equal. Numbers: the largest relative error."""
     slow, fast = (side if isinstance(side, tuple) else (side,) for side in (slow, fast))
@@ -318,6 +339,8 @@ def rows(repeats: int, wanted: list[str]):
         for name, result in pieces(repeats).items():
             if asked(name):
                 yield row(name, targets[name], result, SLOW, FAST)
+    if asked("frozen blocks"):
+        yield row("frozen blocks of 8 pictures, against one by one, bf16", 1.5, frozen_blocks(repeats), SLOW, FAST)
     if asked("evaluation"):
         result = evaluation(repeats)
         yield row("evaluation, 21 thresholds, float32", None, result, SLOW, "fp32")
