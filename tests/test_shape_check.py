@@ -1,4 +1,4 @@
-"""That shapes are checked while these tests run: in functions, in methods, in dataclasses, and not where none is told."""
+"""Shapes are checked while these tests run: in functions, methods and dataclasses, and not where none is told."""
 
 import pytest
 import torch
