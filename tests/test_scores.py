@@ -358,6 +358,9 @@ def test_the_command_says_where_there_are_no_masks(tmp_path):
     for i in range(6):
         (folder / CLASSES[1 + i % 3]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(smooth_image(32, 40, i)).save(folder / CLASSES[1 + i % 3] / f"{i}.png")
+    with pytest.raises(ToCoError, match="photographs: none of the . images of val has a mask to score by"):
+        scored_run(config_of(folder, tmp_path / "runs"), progress=False)
+    assert not (tmp_path / "runs").exists(), "it was trained before it was refused"
     run = train(config_of(folder, tmp_path / "runs"), progress=False).run
     with pytest.raises(SystemExit, match="error: .*photographs: none of the . images of val has a mask to score by"):
         main(["evaluate", str(run.folder)])

@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from toco_core import viz
 from toco_core.conventions import classes_in, voc_palette
+from toco_core.errors import ToCoError
 from toco_core.viz import curves as curves_module
 from toco_core.viz import theme
 
@@ -109,6 +110,9 @@ def test_picture_rows():
         for c in range(3):
             np.testing.assert_array_equal(axes[r, c].images[0].get_array(), rows[r][c])
     assert [text.get_text() for text in axes[0, 0].texts] == ["first"] and not axes[1, 0].texts
+    for none in ([], [[]], [[], []]):  # as with n_shown = 0
+        with pytest.raises(ToCoError, match="^0 pictures are to be shown: at least 1 is wanted$"):
+            viz.picture_rows(none, ["image"])
 
 
 def test_class_legend():
@@ -329,6 +333,15 @@ def test_compared_curves():
     assert points(aux_cam.lines[0]) == [(11, 25.5), (21, 35.5)] and cam.get_xlabel() == "step"
     assert loss.lines[0].get_color() != loss.lines[1].get_color() and loss.get_xlim() == seg.get_xlim()
     assert isinstance(viz.compared_curves({"empty": ([], 10)}), plt.Figure)
+
+
+def test_curves_of_runs_without_masks_are_those_of_the_image_labels():
+    without = [{name: value for name, value in r.items() if not name.endswith("miou")} for r in RECORDS]
+    loss, labels = viz.compared_curves({"a": (without, 21), "b": (without[:3], 21)}).axes
+    assert points(labels.lines[0]) == [(11, 60.0), (21, 70.0)] and len(loss.lines) == len(labels.lines) == 2
+    assert labels.get_ylabel() == "mean average precision (%)"
+    mixed = viz.compared_curves({"a": (without, 21), "b": (RECORDS, 21)}).axes
+    assert [len(ax.lines) for ax in mixed] == [2, 1, 1, 1] and mixed[1].get_ylabel() == "mIoU (%)"
 
 
 def test_the_published_curve_is_drawn_over_the_share_of_the_schedule():

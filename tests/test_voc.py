@@ -74,6 +74,15 @@ def test_voc_has_its_twenty_classes(tmp_path):
     assert VOCFolder(moved, "train").class_names == VOC_CLASSES
 
 
+def test_an_image_is_found_by_its_name_or_its_number(root):
+    folder = VOCFolder(root, "train")
+    assert [folder.index_of(text) for text in (folder.names[1], "1", "0")] == [1, 1, 0]
+    for text in ("img_99", str(len(folder)), "-1", "\u00b2", ""):
+        words = rf"image = '{text}' is not in \w+ \[train\]: give a name or a number 0..{len(folder) - 1}"
+        with pytest.raises(ToCoError, match=words):
+            folder.index_of(text)
+
+
 def test_classes_can_be_given(root):
     assert VOCFolder(root, "train", class_names=["x", "y", "z", "w"]).n_classes == 4
 

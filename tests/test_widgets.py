@@ -36,6 +36,7 @@ from toco_core.model import ToCo
 from toco_core.predict.image import ImagePredictor
 from toco_core.runs.hub import SECOND, SECOND_LOSS, write_pretrained
 from toco_core.runs.release import save_release
+from toco_core.runs.shipped import shipped_runs
 from toco_core.widgets import Explorer, Session, Subject, Subjects, draw, open_pictures, open_subject, report
 from toco_core.widgets.analysis import Analysis
 from toco_core.widgets.markup import Markup, Panel, element, joined
@@ -883,6 +884,16 @@ def test_what_toco_share_and_second_wrote(folder, tmp_path):
     plain = Session(open_pictures(folder), others)
     plain.set(show="segmentation")
     assert np.array_equal(explorer.session.view(0).label, plain.view(0).label)
+
+
+def test_a_shipped_run_opens_by_its_name():
+    """As in `-p run classification` of other notebooks; it is the same model as its folder's."""
+    folder = shipped_runs()["classification"].folder
+    subject, subjects = open_subject("classification"), Subjects()
+    assert subject.name == "classification" and subject.has == open_subject(folder).has
+    assert subjects.add(folder.name, lambda spec=folder: open_subject(spec)) == subjects.add(subject)
+    assert subjects.add("classification", lambda spec="classification": open_subject(spec)) == "classification"
+    assert subjects.names == ("classification",) and subjects.find("classification") == "classification"
 
 
 @pytest.mark.parametrize(

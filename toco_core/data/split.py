@@ -173,6 +173,10 @@ class Split:
         part.split = split
         return part
 
+    def index_of(self, name: str) -> int:
+        """The place of an item by its name, or by its number from 0 written as text. Raises ToCoError for another."""
+        return index_of(name, self.names, f"{self.root.name} [{self.split}]")
+
     def spread(self, n: int, *, labelled: bool = False) -> "Split":
         """`n` items spread evenly over the split, all where it has fewer; `labelled`: of those that show a class, where
         any does."""
@@ -316,6 +320,15 @@ def joined(parts: Sequence[Split], split: str) -> Split:
     whole._masks = [mask for part in parts for mask in part._masks]
     whole._image_labels = np.concatenate([part.image_labels for part in parts])
     return whole
+
+
+def index_of(name: str, names: Sequence[str], where: str) -> int:
+    """The place of a name, or the place from 0 that is written as text. Raises ToCoError for another text."""
+    if name in names:
+        return names.index(name)
+    if re.fullmatch(r"[0-9]{1,18}", name) and int(name) < len(names):
+        return int(name)
+    raise ToCoError(f"image = {name!r} is not in {where}: give a name or a number 0..{len(names) - 1}")
 
 
 def one_spelling(name: str) -> str:

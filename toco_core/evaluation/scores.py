@@ -86,13 +86,15 @@ def scored_run(
 ) -> Scored:
     """The scores of a config's run: from its folder, or after training it, `kept` as for `train`.
 
-    Raises ToCoError as `train` does, also for a finished run of other data or other weights.
+    Raises ToCoError as `train` does, also for a finished run of other data or other weights; and before anything is
+    trained, where no mask could score it.
     """
     data, run = data or open_data(config.data), shipped_run(config) or Run.of(config)
     if run.finished:
         refuse_other_run(run, config, data)
     found = _scores_of(run, data)
     if found is None:
+        with_masks(*reported_part(data))
         trained = train(config, data=data, progress=progress, kept=kept)
         opened = Opened(trained.model, config, trained.run, trained.data)
         found = score_run(opened, validation=trained.validation, progress=progress)
@@ -112,6 +114,13 @@ def reported_part(data: TrainVal) -> tuple[str, Split]:
             if test.n_masks:
                 return "test", test
     return "val", data.val
+
+
+def with_masks(part: str, source: Split) -> tuple[str, Split]:
+    """The part as it is. Raises ToCoError where it has no mask, for those who ask before they train."""
+    if not source.n_masks:
+        raise ToCoError(f"{source.root}: none of the {len(source)} images of {part} has a mask to score by")
+    return part, source
 
 
 def score_run(opened: Opened, *, validation: Evaluation | None = None, progress: bool = True) -> RunScores:
@@ -135,9 +144,7 @@ def score_model(
 
     Raises ToCoError where neither test nor val has masks.
     """
-    part, source = reported_part(data)
-    if not source.n_masks:
-        raise ToCoError(f"{source.root}: none of the {len(source)} images of {part} has a mask to score by")
+    part, source = with_masks(*reported_part(data))
     if not config.loss.cls:
         config = override(config, attention_steps=0, class_attention=0.0)  # what such CAMs need was not trained either
     if not data.val.n_masks:

@@ -21,6 +21,8 @@ from toco_core.viz.theme import (
     with_plain_text,
 )
 
+SCORE_UNITS = {True: "mIoU (%)", False: "mean average precision (%)"}  # whether the validation part has masks
+
 
 @with_plain_text
 def loss_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
@@ -60,8 +62,7 @@ def score_curves(ax: plt.Axes, records: Sequence[dict]) -> plt.Axes:
         if lines:
             steps, values = [r["step"] + 1 for r in lines], [r[score] for r in lines]
             ax.plot(steps, values, "o-", color=colour, label=NAMES[score], ms=4)
-    ylabel = "mIoU (%)" if masks or not lines else "mean average precision (%)"
-    ax.set(title="Validation", xlabel="step", ylabel=ylabel)
+    ax.set(title="Validation", xlabel="step", ylabel=SCORE_UNITS[masks or not lines])
     _from_zero(ax)
     if ax.lines:
         ax.legend()
@@ -165,27 +166,31 @@ def layer_figure(
 
 @with_plain_text
 def compared_curves(runs: dict[str, tuple[Sequence[dict], int]], *, published: Sequence[dict] = ()) -> plt.Figure:
-    """Total loss and the three validation scores of several runs.
+    """Total loss and the three validation scores of several runs; where no run has any, as without masks, the mean
+    average precision of the image-level predictions.
 
     `runs`: name -> its records and its number of steps. With `published`, points with "step" and the three scores of
     which the last ends the schedule, the x axis is the share of the schedule, so that other lengths can be compared.
     """
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3), sharex=True)
+    known = {name for records, _ in runs.values() for record in records for name in record}
+    masks = bool(published) or "map" not in known or not known.isdisjoint(SCORE_COLOURS)
+    shown = tuple(SCORE_COLOURS) if masks else ("map",)
+    figure, axes = plt.subplots(1, 1 + len(shown), figsize=(3 + 3 * len(shown), 3), sharex=True)
     colours = name_colours(runs)
     for name, (records, steps) in runs.items():
         colour, unit = colours[name], 100 / steps if published else 1
         losses = [(r["step"] * unit, r["total"]) for r in records if r.get("total") is not None]
         if losses:
             axes[0].plot(*zip(*losses, strict=True), color=colour, lw=1.2, label=name)
-        for ax, score in zip(axes[1:], SCORE_COLOURS, strict=True):
+        for ax, score in zip(axes[1:], shown, strict=True):
             points = [((r["step"] + 1) * unit, r[score]) for r in records if r.get(score) is not None]
             if points:
                 ax.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=name)
-    for ax, score in zip(axes[1:], SCORE_COLOURS, strict=True):
+    for ax, score in zip(axes[1:], shown, strict=True):
         if published:
             share = [100 * point["step"] / published[-1]["step"] for point in published]
             ax.plot(share, [point[score] for point in published], "k--", lw=1.2, label="published")
-        ax.set(title=f"{NAMES[score][0].upper()}{NAMES[score][1:]}, validation", ylabel="mIoU (%)")
+        ax.set(title=f"{NAMES[score][0].upper()}{NAMES[score][1:]}, validation", ylabel=SCORE_UNITS[masks])
         _from_zero(ax)
     axes[0].set(title="Total loss", ylabel="loss (terms weighted)")
     for ax in axes:

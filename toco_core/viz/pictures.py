@@ -8,6 +8,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 
 from toco_core.conventions import IGNORE, voc_palette
+from toco_core.errors import ToCoError
 from toco_core.viz.theme import FLAG_COLOURS, IGNORE_GREYS, bare, showable, with_plain_text
 
 
@@ -94,7 +95,9 @@ def show(ax: plt.Axes, picture: np.ndarray, title: str = "") -> plt.Axes:
 
 @with_plain_text
 def picture_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, names: Sequence[str] = (), width=1.7):
-    """Pictures in rows, one title per column, one name per row; returns the figure."""
+    """Pictures in rows, one title per column, one name per row; returns the figure. Raises ToCoError for no picture."""
+    if not any(map(len, rows)):
+        raise ToCoError("0 pictures are to be shown: at least 1 is wanted")
     ratio = max(np.mean([row[0].shape[0] / row[0].shape[1] for row in rows]), 0.5)
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=(width * len(titles), width * ratio * len(rows) + 0.4), squeeze=False

@@ -4,7 +4,6 @@ Nothing here gives up because of one file: what is wrong with an image is told w
 at hand.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 
 from toco_core.data import Split, open_source, read_image, recognise
 from toco_core.data.files import IMAGE_SUFFIXES, decode_image, index_files
+from toco_core.data.split import index_of
 from toco_core.errors import ToCoError
 from toco_core.machine.intake import refuse_above
 
@@ -137,11 +137,7 @@ class Pictures:
 
     def index_of(self, name: str) -> int:
         """The number of a name, or of a number written as text. Raises ToCoError where there is none."""
-        if name in self.names:
-            return self.names.index(name)
-        if re.fullmatch(r"[0-9]{1,18}", name) and int(name) < len(self):
-            return int(name)
-        raise ToCoError(f"image = {name!r} is not in {self.title}: give a name or a number 0..{len(self) - 1}")
+        return index_of(name, self.names, self.title)
 
     def _checked_mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
         mask = self._source.mask(index)

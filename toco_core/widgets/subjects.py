@@ -25,6 +25,7 @@ from toco_core.runs.folder import Run
 from toco_core.runs.opened import Opened, open_run
 from toco_core.runs.packed import MODEL
 from toco_core.runs.release import from_release
+from toco_core.runs.shipped import named_run
 
 CLASSIFIER, AUXILIARY, DECODER, PROJECTION = "a classifier", "an auxiliary classifier", "a decoder", "a projection head"
 
@@ -95,11 +96,12 @@ def of_head(backbone: str, *, weights: str | None = None) -> Subject:
 
 
 def open_subject(spec: str | Path, *, weights: str | None = None) -> Subject:
-    """A run's folder, one of `toco share` or `toco second`, a checkpoint file of the release, or a backbone's name.
+    """A run's folder, one of `toco share` or `toco second`, a checkpoint file of the release, or the name of a shipped
+    run or of a backbone.
 
     Raises ToCoError where `spec` is none of them, with what is allowed.
     """
-    path = Path(spec)
+    path = named_run(spec).folder
     if (path / "config.json").is_file():
         return of_run(open_run(path), spec=str(spec)) if Run(path).begun else of_shared(path)
     if path.is_dir():
@@ -137,7 +139,7 @@ def finished_runs(folder: str | Path) -> list[Path]:
 
 def origin_of(spec: str | Path, weights: str | Path | None = None) -> tuple[str, str, tuple[int, ...]]:
     """Tell one model from another: its place or name, its file of weights, and when its files were written."""
-    spec, weights = str(spec), str(weights or "")
+    spec, weights = str(named_run(spec).folder), str(weights or "")
     files = [spec, *(os.path.join(spec, name) for name in ("checkpoint.pt", MODEL)), weights]
     written = tuple(os.stat(file).st_mtime_ns for file in files if os.path.isfile(file))
     return os.path.realpath(spec) if os.path.exists(spec) else spec, weights, written
