@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
+from voc_folder import write_voc_folder
 
-from toco_core.__main__ import COMMANDS, main
+from toco_core.__main__ import COMMANDS, UNREAD, main
 from toco_core.commands.evaluate import scores_table
 from toco_core.commands.fields import field_help
 from toco_core.config import configured, field_sections, tiny, voc
@@ -85,6 +88,9 @@ def test_fields_are_read_as_literals():
         (["train", "tiny", "--film", "2", "layr=9"], "there is no parameter 'layr': did you mean layer"),
         (["export", "nowhere", "out"], "nowhere"),
         (["label", "nowhere", "photos", "out"], "nowhere"),
+        (["label", "full", "photos", "out", "--images", "none", "--format", "cvat"], "with format = 'cvat'"),
+        (["export", "full", "out", "--images", "none", "--format", "label-studio"], "images = 'none' is not allowed"),
+        (["tiny", "log_to=wandb"], "log_to = 'wandb' is not allowed: one of '', tensorboard, trackio"),
     ],
 )
 def test_refusals_are_one_line(words, message):
@@ -92,6 +98,21 @@ def test_refusals_are_one_line(words, message):
         main(words)
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("train", "voc}"), ("notebooks", "folder")])
+def test_what_may_be_left_out_is_not_asked_for(name, wanted, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([name])
+    assert capsys.readouterr().err.rstrip().endswith(wanted)
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word(tmp_path):
+    """`toco check photos | head` ended in a traceback."""
+    words = [sys.executable, "-m", "toco_core", "check", write_voc_folder(tmp_path / "voc", n=2)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == UNREAD
 
 
 def test_a_run_is_scored_class_by_class(tmp_path, capsys):

@@ -126,7 +126,18 @@ def test_the_table_of_tags_is_read_as_it_is_described(tmp_path):
     columns = {code(row[0])[0]: set(code(row[1])) for row in table(text, "Column") if code(row[0])}
     assert {"file", *columns["file"]} == set(tags.FILE_COLUMNS)
     assert {"tags", *columns["tags"]} == {"tags", "labels", "classes"} <= set(tags.TAG_COLUMNS)
-    assert {name for row in table(text, "`--method`") for name in code(row[0])} == set(METHODS)
+    methods = {name: row[1] for row in table(text, "`--method`") for name in code(row[0])}
+    assert methods.keys() == METHODS.keys() and methods["crf"] == METHODS["crf"]
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_commands_of_one_example_do_not_write_into_each_others_folder(name):
+    """`toco export` refuses a folder of `toco label`."""
+    for block in re.findall(r"```sh\n(.*?)```", page(name), re.DOTALL):
+        exported, labelled = (
+            set(re.findall(pattern, block)) for pattern in (r"toco export \S+ (\S+)", r"toco label \S+ \S+ (\S+)")
+        )
+        assert not exported & labelled
 
 
 def test_every_experiment_has_its_row():

@@ -217,6 +217,22 @@ def test_other_settings_or_other_content_are_not_mixed(model, source, config, tm
         export(model, source, tmp_path / "full", config, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "known"),
+    [
+        ("par", "beta", "its thresholds are beta_l and beta_h"),
+        ("vote", "beta_h", "its thresholds are beta"),
+        ("seg", "beta_l", "it has no thresholds"),
+        ("cam", "lr", "its thresholds are beta"),
+    ],
+)
+def test_a_threshold_that_a_method_does_not_have_is_refused(model, source, config, tmp_path, method, name, known):
+    """It was passed over: `toco export run labels --beta 0.3` wrote the labels of par."""
+    with pytest.raises(ToCoError, match=f"{name} = 0.3 is not allowed with method = '{method}': {known}$"):
+        export(model, source, tmp_path / "out", config, method=method, progress=False, **{name: 0.3})
+    assert not (tmp_path / "out").exists()
+
+
 OTHERS = {  # what is no switch
     "backbone": "plain_vit(image=32, patch=8, width=32, depth=3, heads=4, mlp=64)", "layer": 3, "pooling": "mean",
     "aux_pooling": "mean", "decoder_dilation": 2, "mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7), "crop_size": 40,

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import sys
 
 from .errors import ToCoError
@@ -26,6 +27,7 @@ COMMANDS = {  # name -> "module:function" in toco_core, and what it does
 }
 
 STOPPED = 130  # the exit status of what Ctrl-C ended
+UNREAD = 141  # and of what was told to a pipe that nobody reads any more, as before `| head`
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         name, rest = "train", [name, *rest]
     module, function = COMMANDS[name][0].split(":")
     try:
-        return getattr(importlib.import_module(f"toco_core.{module}"), function)(rest)
+        status = getattr(importlib.import_module(f"toco_core.{module}"), function)(rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        return UNREAD
     except ToCoError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ from toco_core.conventions import IGNORED
 from toco_core.data import Split
 from toco_core.data.source import open_beside
 from toco_core.data.split import joined
+from toco_core.errors import ToCoError
 from toco_core.predict.corrections import FORMATS, write_for_annotation
 from toco_core.predict.export import IMAGES, METHODS, export, voc_archive
 from toco_core.runs.opened import Opened, open_run
@@ -28,6 +29,7 @@ def export_command(arguments: list[str]) -> int:
     add_label_options(parser)
     parser.add_argument("--archive", help="also write the archive for VOC's evaluation server to this file")
     chosen = parser.parse_args(arguments)
+    refuse_without_images(chosen.format, chosen.images)
     try:
         opened = open_run(chosen.run)
         parts = {}
@@ -58,7 +60,11 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     methods = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
     default = "par; seg for a second network, whose classifiers were not trained"
     parser.add_argument("--method", choices=METHODS, help=f"{methods} (default {default})")
-    for name, of in (("beta", "cam"), ("beta-l", "par and crf, below it background"), ("beta-h", "par and crf")):
+    for name, of in (
+        ("beta", "cam and vote"),
+        ("beta-l", "par and crf, below it background"),
+        ("beta-h", "par and crf"),
+    ):
         parser.add_argument(f"--{name}", type=float, help=f"threshold of {of} (default: the config's)")
     parser.add_argument("--images", default="copy", choices=IMAGES, help="the images beside the labels (default copy)")
     parser.add_argument(
@@ -67,6 +73,12 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         choices=["voc", *FORMATS],
         help="; ".join(f"{k}: also {v}, to be corrected (see toco corrected)" for k, v in FORMATS.items()),
     )
+
+
+def refuse_without_images(form: str, images: str) -> None:
+    """Raise ToCoError where label maps are written for a tool, which shows them on their images, without these."""
+    if form != "voc" and images == "none":
+        raise ToCoError(f"images = 'none' is not allowed with format = {form!r}: the tool wants them, copy or link")
 
 
 def split_of_run(opened: Opened, split: str) -> Split:

@@ -1,7 +1,7 @@
 """Label photographs from a shell."""
 
 from toco_core.commands import command_parser
-from toco_core.commands.export import add_label_options
+from toco_core.commands.export import add_label_options, refuse_without_images
 from toco_core.errors import ToCoError
 from toco_core.predict import label
 from toco_core.predict.corrections import write_for_annotation
@@ -11,7 +11,10 @@ from toco_core.predict.label import TAGS, label_photographs
 def label_command(arguments: list[str]) -> int:
     """Run `toco label`."""
     parser = command_parser("label", label.__doc__)
-    parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
+    parser.add_argument(
+        "run",
+        help="folder of a run, of `toco share` or `toco second`, a shipped run (full), or a checkpoint of the release",
+    )
     parser.add_argument("photographs", help="a folder of photographs, a list of tags (tags.csv), or one photograph")
     parser.add_argument("folder", help="new folder, or one of an earlier call")
     add_label_options(parser)
@@ -22,6 +25,7 @@ def label_command(arguments: list[str]) -> int:
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write no overlays")
     chosen = vars(parser.parse_args(arguments))
     form = chosen.pop("format")
+    refuse_without_images(form, chosen["images"])
     made = label_photographs(chosen.pop("run"), chosen.pop("photographs"), chosen.pop("folder"), **chosen)
     print(f"{made.folder}: {made.n_photographs} photographs with labels, {made.n_new} of them new")
     print(", ".join(f"{name} {n}" for name, n in made.images_per_class.items()))

@@ -83,7 +83,7 @@ def copy_command(arguments: list[str]) -> int:
     """Run `toco notebooks`."""
     parser = command_parser("notebooks", __doc__)
     parser.add_argument("folder", help="folder that receives the notebooks")
-    parser.add_argument("names", nargs="*", help="which ones (default: all)")
+    parser.add_argument("names", nargs="*", default=[], help="which ones (default: all)")
     parser.add_argument("--cleared", action="store_true", help="without outputs")
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names")
     chosen = parser.parse_args(arguments)

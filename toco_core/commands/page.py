@@ -14,7 +14,9 @@ from toco_core.predict.page import write_page
 def page_command(arguments: list[str]) -> int:
     """Run `toco page`."""
     parser = command_parser("page", page.__doc__)
-    parser.add_argument("run", help="folder of a run, a shipped run (full), or a checkpoint of the release")
+    parser.add_argument(
+        "run", help="folder of a run or of `toco share`, a shipped run (full), or a checkpoint of the release"
+    )
     parser.add_argument("photograph", help="a picture")
     parser.add_argument("file", help="the page, .html")
     chosen = parser.parse_args(arguments)

@@ -30,7 +30,9 @@ def train_command(arguments: list[str]) -> int:
     epilog = field_help(shown()) if {"-h", "--help"} & {*arguments} else ""
     parser = command_parser("train", __doc__, epilog=epilog, allow_abbrev=False)
     parser.add_argument("recipe", metavar=f"{{{','.join(sorted(RECIPES))}}}")
-    parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of the config that differ: see below")
+    parser.add_argument(
+        "fields", nargs="*", default=[], metavar="NAME=VALUE", help="fields of the config that differ: see below"
+    )
     parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="checkpoints between validations")
     parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="checkpoints that stay")
     parser.add_argument("--skip-nonfinite", type=int, default=0, metavar="N", help="steps that may be left out")

@@ -177,6 +177,6 @@ def limits(allowed: dict[str, Any]) -> str:
     if "length" in allowed:
         words.append(f"{allowed['length']} numbers")
     if "one_of" in allowed:
-        words.append(f"one of {', '.join(map(str, allowed['one_of']))}")
+        words.append("one of " + ", ".join(str(word) or "''" for word in allowed["one_of"]))
     words += [f"{k.replace('_', ' ')} {allowed[k]}" for k in ("at_least", "above", "at_most", "below") if k in allowed]
     return ", ".join(words)

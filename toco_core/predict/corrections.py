@@ -2,7 +2,7 @@
 
     toco export runs/<run> my_labels --format label-studio       label_studio.json, label_studio.xml in my_labels
     toco export runs/<run> my_labels --format cvat               cvat.zip in my_labels
-    toco label runs/<run> my_photographs my_labels --format cvat       the same of new photographs
+    toco label runs/<run> my_photographs new_labels --format cvat      the same of new photographs
     toco corrected my_labels <what the tool exported> my_corrected
 
 The new folder is a data set in VOC layout, as `export` writes it: corrected label maps where there are some, else

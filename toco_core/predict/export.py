@@ -98,11 +98,12 @@ def export(
         thresholds: `beta` of "cam" and "vote", `beta_l` and `beta_h` of "par" and "crf"; None: those of
             `config.labels`.
 
-    Raises ToCoError for an unknown method, for one whose head was not trained, and for a folder that holds something
-    else or an export of other settings.
+    Raises ToCoError for an unknown method, for one whose head was not trained, for a threshold that it does not have,
+    and for a folder that holds something else or an export of other settings.
     """
     refuse_other(IMAGES, images=images)
-    how, config = LabelMethod.of(method, config, crf), with_thresholds(config, **thresholds)
+    how = LabelMethod.of(method, config, crf)
+    config = with_thresholds(config, how, **thresholds)
     folder, split = Path(folder), split or source.split
     for name in (split, *(parts or {})):
         split_name(name, "split")
@@ -133,11 +134,6 @@ def tell_outside(source: Split) -> None:
             f"those files (the first: {path.name} is {path.resolve()}); images = 'none' leaves them out",
             stacklevel=3,
         )
-
-
-def with_thresholds(config: TrainConfig, **thresholds: float | None) -> TrainConfig:
-    """The config with those thresholds that are not None."""
-    return override(config, **{name: value for name, value in thresholds.items() if value is not None})
 
 
 class LabelMethod(NamedTuple):
@@ -175,6 +171,13 @@ class LabelMethod(NamedTuple):
         """Whether image-level labels choose the classes."""
         return not self.name.startswith("seg")
 
+    @property
+    def thresholds(self) -> tuple[str, ...]:
+        """The thresholds of a config that it asks."""
+        if not self.needs_labels:
+            return ()
+        return ("beta",) if self.name in ("cam", "vote") else ("beta_l", "beta_h")
+
     def label(self, predictor: ImagePredictor, classes: Sequence[int] | None = None) -> UInt8[np.ndarray, "H W"]:
         """The label map at native size of the image that was set, of `classes` (None: the labelled ones)."""
         if self.name == "cam":
@@ -191,13 +194,23 @@ class LabelMethod(NamedTuple):
         if self.needs_labels:
             names = {"scales": "cam_scales"}
             used |= {names.get(name, name): value for name, value in labels.cam_options().items()}
-            used |= {"beta": labels.beta} if self.name in ("cam", "vote") else labels.thresholds()
+            used |= {name: getattr(labels, name) for name in self.thresholds}
         else:
             used |= {"seg_scales": config.seg_scales, "max_over_scales": config.release.max_over_scales}
         if self.name in ("par", "vote"):
             used |= {name: getattr(labels, name) for name in ("par_iterations", "par_dilations", "par_scale")}
         with passes_of(model, config)():
             return used | computed_by(model)
+
+
+def with_thresholds(config: TrainConfig, how: LabelMethod, **thresholds: float | None) -> TrainConfig:
+    """The config with those thresholds that are not None. Raises ToCoError for one that the method does not have."""
+    given = {name: value for name, value in thresholds.items() if value is not None}
+    known = f"its thresholds are {' and '.join(how.thresholds)}" if how.thresholds else "it has no thresholds"
+    for name, value in given.items():
+        if name not in how.thresholds:
+            raise ToCoError(f"{name} = {value} is not allowed with method = {how.name!r}: {known}")
+    return override(config, **given)
 
 
 def _needed(method: str) -> tuple[str, ...]:

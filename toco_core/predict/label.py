@@ -12,7 +12,7 @@
 Which classes a photograph shows is known from its tags, in a list of tags or a folder per class (see
 `data.layouts.tags`). Of a photograph without tags the classifier chooses: the classes with a probability above
 `threshold`. A label map has no other classes than these, but for the methods "seg" and "seg_crf", which need none. Of a
-second network only these two are allowed, and there the classes of a photograph are those that its label map shows.
+second network only these two are allowed, and there a photograph without tags has the classes that its label map shows.
 
 Any folder will do, with folders in it. An interrupted call goes on where it stopped; a later one labels what is new or
 has changed, and puts its picture in the place of the one of before.
@@ -62,7 +62,7 @@ from toco_core.viz import label_over_image
 
 TAGS = {
     "auto": "those in a list of tags or of a folder per class, where there are some",
-    "none": "none: the classifier chooses the classes of every photograph",
+    "none": "the classifier chooses the classes of every photograph",
 }
 LOG = "photographs.jsonl"
 AHEAD = 4  # photographs that are read before their turn
@@ -132,8 +132,8 @@ def label_photographs(
     if not 0 <= threshold <= 1:
         raise ToCoError(f"threshold = {threshold} is not allowed: 0 to 1")
     opened = model if isinstance(model, NamedModel) else open_model(model)
-    config = with_thresholds(opened.config, **thresholds)
-    how = LabelMethod.of(method, config, crf)
+    how = LabelMethod.of(method, opened.config, crf)
+    config = with_thresholds(opened.config, how, **thresholds)
     folder = Path(folder)
     with reading(photographs):
         found = find_photographs(photographs, opened.class_names, tags=tags, apart_from=folder)

@@ -2,7 +2,7 @@
 
 runs/<run>               a run's folder
 full                     a run that comes with the package (`runs.shipped`)
-my_model                 a folder that `toco share` wrote
+my_model                 a folder that `toco share` or `toco second` wrote
 official.pth             a checkpoint of the published release
 """
 
