@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from coco_folder import write_images
 from PIL import Image
+from pycocotools import mask as pycoco
 from small_config import labelling_config, stir
 from torch.testing import assert_close
 from voc_folder import SIZES, smooth_image, write_list, write_voc_folder
@@ -72,6 +73,10 @@ def test_the_folder_is_a_data_set_and_its_coco_file_says_the_same(model, source,
     report = back.check()
     assert report.n_masks == 5 and report.n_images == 5
     coco = COCOFolder(tmp_path / "out" / "annotations" / "instances_train.json", unlabelled=True)
+    content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())
+    for entry in content["annotations"]:
+        rle = entry["segmentation"] | {"counts": entry["segmentation"]["counts"].encode()}
+        assert entry["bbox"] == pycoco.toBbox(rle).tolist() and entry["area"] == pycoco.area(rle)
     shares = np.zeros(256)
     for i in range(5):
         mask = back.mask(i)
@@ -516,3 +521,11 @@ def test_links_out_of_the_data_set_are_told(model, config, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export(model, source, tmp_path / "none", config, method="cam", images="none", progress=False)
+
+
+def test_a_large_export_says_how_far_its_lists_are(model, source, config, tmp_path, monkeypatch, capsys):
+    """Of 10,000 images they take half a minute after the last label map."""
+    monkeypatch.setattr(exporting, "PROGRESS_FROM", 4)
+    export(model, source, tmp_path / "out", config, method="cam", progress=True)
+    told = capsys.readouterr().err
+    assert "placing images:   0%" in told and "writing lists:   0%" in told and told.count("0/5") == 3

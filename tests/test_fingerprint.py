@@ -436,3 +436,16 @@ def test_shipped_runs_open(tmp_path, monkeypatch):
     scored = scored_run(config, progress=False)
     shutil.rmtree(tmp_path / "there")
     assert scored_run(config, progress=False).scores.part == scored.scores.part == "test"
+
+
+def test_annotations_are_written_out_in_digits_for_a_first_fingerprint_only(tmp_path, monkeypatch):
+    """Of COCO it takes half a minute; every resumption would."""
+    source = open_source(write_coco_folder(tmp_path / "coco"), "train")
+    known = split_fingerprint(source)
+    assert known["masks"] == "a9c106fe7b34e8ab99e68ccc80e801e1"  # as runs of earlier versions hold it
+    written, plain = [], fingerprint._plain
+    monkeypatch.setattr(fingerprint, "_plain", lambda value: written.append(value) or plain(value))
+    assert split_fingerprint(source, known) == known and not written
+    shape = next(shape for _, shape in source.mask_source(0)[1] if isinstance(shape, list))
+    shape[0][0] += 1
+    assert differences(known, split_fingerprint(source, known)) == ["other masks"] and written

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from toco_core import labels
 from toco_core.conventions import IGNORE
 from toco_core.errors import ToCoError
+from toco_core.train.budget import Allocations
 
 BETAS = {"beta_l": 0.25, "beta_h": 0.7}
 
@@ -204,6 +205,20 @@ def test_upsampled_argmax_equals_argmax_after_resizing():
     same(labels.upsampled_argmax(scores, (17, 31)), resized.argmax(1))
     ties = torch.zeros(1, 3, 2, 2)
     same(labels.upsampled_argmax(ties, (2, 2)), torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize("max_over_scales", [True, False])
+def test_merged_argmax_equals_argmax_of_merged_logits_and_holds_few_maps(max_over_scales):
+    """Of COCO's 81 classes at 6000 x 4000 pixels all maps would be 8 GB, six times over for three scales."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 30, *size, generator=generator) for size in ((6, 9), (8, 11), (9, 14))]
+    resized = [torch.nn.functional.interpolate(m, size=(170, 310), mode="bilinear") for m in maps]
+    whole = torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)
+    assert torch.equal(labels.merged_logits(maps, (170, 310), max_over_scales=max_over_scales), whole)
+    with Allocations() as counted:
+        found = labels.merged_argmax(maps, (170, 310), max_over_scales=max_over_scales)
+    same(found, whole.argmax(1))
+    assert counted.most < whole.nbytes / 2
 
 
 @pytest.mark.parametrize("betas", [(0.7, 0.25), (0.5, 0.5), (-0.1, 0.5), (0.3, 1.2)])

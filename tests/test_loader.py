@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 from voc_folder import SIZES, rectangle_mask, write_voc_folder
 
 from toco_core.data import VOCFolder, evaluation_items, to_unit, training_batches, training_views
-from toco_core.data.loader import sample_order
+from toco_core.data.loader import ImageCache, sample_order
 from toco_core.errors import ToCoError
 
 OPTIONS = {"crop_size": (24, 32), "batch_size": 4, "seed": 7}
@@ -88,6 +89,30 @@ def test_cached_images_are_not_read_again(tmp_path):
     for path in (tmp_path / "data" / "JPEGImages").iterdir():
         path.unlink()
     assert len(take(batches, 4)) == 4
+
+
+def test_cached_images_take_their_memory_once(tmp_path):
+    """Beside the copy that workers share there are the images that are being decoded, and not all."""
+    root = write_voc_folder(tmp_path / "data", n=1, splits={"train": [0]})
+    Image.fromarray(np.zeros((200, 300, 3), np.uint8)).save(root / "JPEGImages" / "img_0.jpg")
+    source = VOCFolder(root, "train").subset([0] * 100)
+    tracemalloc.start()
+    cache = ImageCache(source)
+    peak = tracemalloc.get_traced_memory()[1]  # of numpy; torch's is not traced
+    tracemalloc.stop()
+    assert cache.pixels.numel() == 100 * 200 * 300 * 3 and cache.image(99).shape == (200, 300, 3)
+    assert peak < cache.pixels.numel() / 2
+
+
+def test_cached_images_are_turned_as_their_camera_says(tmp_path):
+    root = write_voc_folder(tmp_path / "data", n=1, splits={"train": [0]})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(root / "JPEGImages" / "img_0.jpg", exif=exif)
+    source = VOCFolder(root, "train")
+    assert source.image(0).shape == (30, 20, 3)
+    np.testing.assert_array_equal(ImageCache(source).image(0), source.image(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

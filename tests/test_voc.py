@@ -325,6 +325,11 @@ def test_check_counts_further_bad_files(root):
             "train",
             "split 'train' is empty: .*train.txt names no image",
         ),
+        (
+            lambda root: write_list(root, "train", ["img_0", "img_77", "img_78", "img_79"]),
+            "train",
+            r"img_77 .*named in train.txt, does not exist \(2 more are missing\)",
+        ),
         (lambda root: write_list(root, "train", ["img_0", "img_77"]), "train", "img_77 .*named in train.txt, does not"),
         (lambda root: write_list(root, "train", ["img_0", "img_1", "img_0"]), "train", "names 'img_0' more than once"),
         (lambda root: (root / "SegmentationClass/img_1.png").unlink(), "train", "img_1.jpg has no mask img_1.png"),

@@ -258,9 +258,16 @@ def merged_logits(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scale
 
     Float32, or float64 where the maps are.
     """
-    maps = [m if m.dtype == torch.float64 else m.float() for m in maps]
-    resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
-    return torch.stack(resized).amax(0) if max_over_scales else torch.stack(resized).mean(0)
+    exact = (m if m.dtype == torch.float64 else m.float() for m in maps)
+    resized = (F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in exact)
+    return functools.reduce(torch.maximum, resized) if max_over_scales else torch.stack([*resized]).mean(0)
+
+
+def merged_argmax(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Int[Tensor, "B H W"]:
+    """argmax over C of `merged_logits`, without holding all of them at that size."""
+    classes = range(maps[0].shape[1])
+    merged = (merged_logits([m[:, c : c + 1] for m in maps], size, max_over_scales=max_over_scales) for c in classes)
+    return _running_argmax(m[:, 0] for m in merged)[1]
 
 
 def _running_argmax(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

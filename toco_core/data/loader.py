@@ -8,6 +8,7 @@ device.
 """
 
 import contextlib
+import functools
 import itertools
 import signal
 import threading
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from toco_core.data.augment import resize, training_views
-from toco_core.data.files import map_files
+from toco_core.data.files import image_size, map_files
 from toco_core.data.split import Split
 from toco_core.errors import BrokenFile, ToCoError
 
@@ -157,17 +158,26 @@ class ImageCache:
     """All decoded images of a source in one flat tensor, which worker processes share instead of copying it."""
 
     def __init__(self, source: ImageSource):
-        images = map_files(source.image, range(len(source)), what="decoding images")
-        self.shapes = [image.shape for image in images]
-        self.starts = list(itertools.accumulate((image.size for image in images), initial=0))
+        sizes = map_files(functools.partial(_stored_size, source), range(len(source)), what="sizes of images")
+        self.starts = list(itertools.accumulate((3 * height * width for height, width in sizes), initial=0))
         self.pixels = torch.empty(self.starts[-1], dtype=torch.uint8)
         flat = self.pixels.numpy()
-        for start, stop, image in zip(self.starts, self.starts[1:], images, strict=False):
-            flat[start:stop] = image.ravel()
+
+        def keep(index: int) -> tuple[int, ...]:  # at once: all images beside their copy would take twice the memory
+            image = source.image(index)
+            flat[self.starts[index] : self.starts[index + 1]] = image.ravel()
+            return image.shape
+
+        self.shapes = map_files(keep, range(len(source)), what="decoding images")
 
     def image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """A view of the kept pixels: not to be written to."""
         return self.pixels[self.starts[index] : self.starts[index + 1]].numpy().reshape(self.shapes[index])
+
+
+def _stored_size(source: ImageSource, index: int) -> tuple[int, int]:
+    """Sides of an image, in whichever order; of a `Split` from the header of its file."""
+    return image_size(source.image_path(index)) if isinstance(source, Split) else source.image(index).shape[:2]
 
 
 class _Failure(NamedTuple):

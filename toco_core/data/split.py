@@ -147,8 +147,13 @@ class Split:
     def image_labels(self) -> UInt8[np.ndarray, "N K"]:
         """Image-level labels in {0, 1}; derived on first use (which may read every mask once) and kept."""
         if self._image_labels is None:
-            rows = map_files(self._label_row, range(len(self)), what=f"labels of {self.split}")
-            self._image_labels = np.stack(rows)
+            rows = np.zeros((len(self), self.n_classes), np.uint8)
+
+            def fill(index: int) -> None:  # see `shown_row`
+                rows[index] = self._label_row(index)
+
+            map_files(fill, range(len(self)), what=f"labels of {self.split}")
+            self._image_labels = rows
         return self._image_labels
 
     def subset(self, indices: Iterable[int]) -> "Split":
@@ -189,7 +194,7 @@ class Split:
 
         What is wrong with them is in `left_out`, and is told by one warning. Raises ToCoError where nothing is left.
         """
-        outcomes = attempt_files(self._check_one, range(len(self)), what=f"checking {self.split}", progress=progress)
+        outcomes = attempt_files(self.look_at, range(len(self)), what=f"checking {self.split}", progress=progress)
         named = zip(self.names, outcomes, strict=True)
         left_out = {name: str(error) for name, (_, error) in named if error is not None}
         bad = [*left_out.values()]
@@ -216,10 +221,10 @@ class Split:
         outcomes = attempt_files(self._check_one, range(len(self)), what=f"checking {self.split}", progress=progress)
         found = raise_first(outcomes)
         if self._image_labels is None and self.label_source == "masks" and None not in self._masks:
-            self._image_labels = np.stack([row for _, row, _ in found])
+            self._image_labels = np.stack([shown_row(shown) for _, shown, _ in found])
         labels = self.image_labels
         sizes = sorted((size for size, _, _ in found), key=lambda size: size[0] * size[1])
-        pixels = sum(h * w for (h, w), row, _ in found if row is not None)
+        pixels = sum(h * w for (h, w), shown, _ in found if shown is not None)
         return Report(
             root=self.root,
             split=self.split,
@@ -243,14 +248,18 @@ class Split:
         else:
             self.image(index)
 
-    def _check_one(self, index: int) -> tuple[tuple[int, int], np.ndarray | None, int]:
-        """(H, W), label row, number of void pixels."""
+    def _check_one(self, index: int) -> tuple[tuple[int, int], bytes | None, int]:
+        """(H, W), the label row in bytes (see `shown_row`), number of void pixels."""
         image, mask = self.pair(index)
-        height, width = image.shape[:2]
+        return image.shape[:2], *self.mask_facts(mask, index)
+
+    def mask_facts(self, mask: UInt8[np.ndarray, "H W"] | None, index: int) -> tuple[bytes | None, int]:
+        """Classes that the mask of one item shows, a byte 0 or 1 for each (see `shown_row`), None without a mask; and
+        the number of its void pixels. Raises ToCoError for a value that is no class."""
         if mask is None:
-            return (height, width), None, 0
+            return None, 0
         counts = self._count_values(mask, index)
-        return (height, width), (counts[1 : self.n_classes + 1] > 0).astype(np.uint8), int(counts[IGNORE])
+        return (counts[1 : self.n_classes + 1] > 0).tobytes(), int(counts[IGNORE])
 
     def _count_values(self, mask: np.ndarray, index: int) -> np.ndarray:
         counts = np.bincount(mask.ravel(), minlength=256)
@@ -271,6 +280,12 @@ class Split:
                 "add masks or Annotations/, or pass labels"
             )
         return (self._count_values(mask, index)[1 : self.n_classes + 1] > 0).astype(np.uint8)
+
+
+def shown_row(shown: bytes) -> UInt8[np.ndarray, " K"]:
+    """K numbers in {0, 1} that were kept as bytes. An array for each of many images would lie between the pixels that
+    go, whose memory is then of no use to the next image."""
+    return np.frombuffer(shown, np.uint8)
 
 
 class TrainVal(NamedTuple):

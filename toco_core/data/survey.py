@@ -19,7 +19,7 @@ from toco_core.data.layouts import coco
 from toco_core.data.layouts.sbd import sbd_folder
 from toco_core.data.layouts.voc import AUGMENTED, VOC_CLASSES, VOCFolder
 from toco_core.data.source import Layout, open_source, open_train_val, open_unscored, recognise
-from toco_core.data.split import HELD_OUT, Split, one_spelling, without_suffix
+from toco_core.data.split import HELD_OUT, Split, one_spelling, shown_row, without_suffix
 from toco_core.errors import ToCoError, one_line
 from toco_core.machine.intake import read_bytes, read_json
 
@@ -201,12 +201,15 @@ def survey(splits: Sequence[Split], *, near: int = NEAR, progress: bool = True) 
         )
         good = [i for i, (_, error) in enumerate(outcomes) if error is None]
         labelled = source.n_masks > 0 or source.label_source != "masks"
-        rows = (
-            source.subset(good).image_labels if good and labelled else np.zeros((len(good), source.n_classes), np.uint8)
-        )
         items = [outcomes[i][0] for i in good]
+        if not good or not labelled:
+            rows = np.zeros((len(good), source.n_classes), np.uint8)
+        elif source.label_source == "masks":  # which are decoded already
+            rows = np.stack([shown_row(item.shown) for item in items])
+        else:
+            rows = source.subset(good).image_labels
         for row, i, item in zip(rows, good, items, strict=True):
-            prints.append(item.bits)
+            prints.append(np.frombuffer(item.bits, np.uint64))
             exact.append(item.digest)
             origin.append((source.split, source.names[i]))
             labels.append(row if labelled else None)
@@ -246,30 +249,31 @@ def fingerprint(image: np.ndarray) -> UInt64[np.ndarray, " words"]:
 
 def near_pairs(prints: UInt64[np.ndarray, "N words"], near: int) -> list[tuple[int, int, int]]:
     """(i, j, number of different bits), i < j, of all pairs of fingerprints that differ in at most `near` bits."""
-    found = []
+    found, first = [], np.ascontiguousarray(prints[:, 0])
     for i in range(len(prints) - 1):
-        bits = np.bitwise_count(prints[i + 1 :] ^ prints[i]).sum(1, dtype=np.int64)
-        found += [(i, int(j) + i + 1, int(bits[j])) for j in np.flatnonzero(bits <= near)]
+        close = np.flatnonzero(np.bitwise_count(first[i + 1 :] ^ first[i]) <= near) + i + 1  # few are, in one word
+        bits = np.bitwise_count(prints[close] ^ prints[i]).sum(1, dtype=np.int64)
+        found += [(i, j, n) for j, n in zip(close.tolist(), bits.tolist(), strict=True) if n <= near]
     return found
 
 
 class _DecodedItem(NamedTuple):
-    """One image and its mask, decoded."""
+    """One image and its mask, decoded. Bytes and no arrays, see `shown_row`."""
 
     size: tuple[int, int]  # H, W
-    bits: UInt64[np.ndarray, " words"]
+    bits: bytes  # of `fingerprint`
     digest: bytes
-    shown: UInt8[np.ndarray, " K"] | None  # the classes of its mask
+    shown: bytes | None  # the classes of its mask, of `Split.mask_facts`
     n_void: int
 
 
 def _looked_at(source: Split, index: int) -> _DecodedItem:
-    size, shown, n_void = source._check_one(index)
+    image, mask = source.pair(index)
+    shown, n_void = source.mask_facts(mask, index)
     if source.n_masks and source.label_source == "masks" and source.mask_source(index) is None:
         raise ToCoError(f"{source.image_path(index)} has no mask to derive its image labels from")
-    image = source.image(index)
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-    return _DecodedItem(size, fingerprint(image), digest, shown, n_void)
+    return _DecodedItem(image.shape[:2], fingerprint(image).tobytes(), digest, shown, n_void)
 
 
 def _odd_masks(
@@ -280,8 +284,9 @@ def _odd_masks(
     for i, row, item in zip(indices, rows, items, strict=True):
         if item.shown is None or not isinstance(source.mask_source(i), Path):
             continue
-        others = np.flatnonzero(item.shown > row)
-        if len(others) or (row.any() and not item.shown.any()):
+        shown = shown_row(item.shown)
+        others = np.flatnonzero(shown > row)
+        if len(others) or (row.any() and not shown.any()):
             names = tuple(source.class_names[k + 1] for k in others)
             yield OddMask(source.names[i], names, item.n_void / (item.size[0] * item.size[1]))
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from toco_core.config import TrainConfig, override
 from toco_core.conventions import IGNORE, classes_in
 from toco_core.data import VOC_CLASSES, Split, evaluation_items, open_source, read_image, read_mask
-from toco_core.data.files import IMAGE_SUFFIXES, is_upright, palette_png
+from toco_core.data.files import IMAGE_SUFFIXES, PROGRESS_FROM, is_upright, palette_png
 from toco_core.data.fingerprint import file_digests
 from toco_core.data.loader import loader_errors
 from toco_core.data.split import split_name
@@ -119,9 +119,9 @@ def export(
                     assert done is None
         if images != "none":
             tell_outside(source)
-            for i, name in enumerate(source.names):
+            for i, name in enumerate(_bar(source.names, "placing images", progress)):
                 place_image(source.image_path(i), folder / "JPEGImages", name, link=images == "link")
-        return write_lists(folder, source, split, settings, len(missing), parts=parts)
+        return write_lists(folder, source, split, settings, len(missing), parts=parts, progress=progress)
 
 
 def tell_outside(source: Split) -> None:
@@ -305,6 +305,7 @@ def write_lists(
     n_new: int,
     *,
     parts: Mapping[str, Sequence[str]] | None = None,
+    progress: bool = False,
 ) -> Exported:
     """Lists, classes, COCO's JSON and the manifest, from the label maps that are there now.
 
@@ -313,7 +314,7 @@ def write_lists(
     counts, files = np.zeros(256, np.int64), {}
     entries, annotations = [], []
     pictures = {p.relative_to(folder / "JPEGImages").with_suffix("").as_posix(): p for p in _pictures(folder)}
-    for number, name in enumerate(source.names, start=1):
+    for number, name in enumerate(_bar(source.names, "writing lists", progress), start=1):
         path = label_path(folder, name)
         label = read_mask(path)
         counts += np.bincount(label.ravel(), minlength=256)
@@ -346,6 +347,12 @@ def write_lists(
     return Exported(folder, len(source), n_new, **shares)
 
 
+def _bar(names: Sequence[str], what: str, progress: bool) -> tqdm:
+    """The names, with a bar where there are so many that it takes a while."""
+    quiet = not progress or len(names) <= PROGRESS_FROM
+    return tqdm(names, desc=what, unit="image", disable=quiet, leave=False)
+
+
 def _pictures(folder: Path) -> Iterator[Path]:
     return (p for p in (folder / "JPEGImages").rglob("*") if p.is_file() and p.suffix != PART)
 
@@ -354,16 +361,16 @@ def _annotations(label: np.ndarray, image: int, first: int) -> list[dict]:
     """One annotation per class of a label map."""
     found = []
     for k in classes_in(label):
-        y, x = np.nonzero(label == k)
-        box = [int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
+        inside = label == k
+        (top, bottom), (left, right) = (np.flatnonzero(inside.any(axis))[[0, -1]].tolist() for axis in (1, 0))
         found.append(
             {
                 "id": first + len(found),
                 "image_id": image,
                 "category_id": k,
-                "segmentation": _rle(label == k),
-                "bbox": box,
-                "area": len(x),
+                "segmentation": _rle(inside),
+                "bbox": [left, top, right - left + 1, bottom - top + 1],
+                "area": int(np.count_nonzero(inside)),
                 "iscrowd": 0,
             }
         )

@@ -182,7 +182,7 @@ def label_photographs(
             for photograph in done:
                 place_image(photograph.path, pictures, photograph.name, link=images == "link")
         _write_tables(folder, done, log, opened.class_names, skipped)
-        write_lists(folder, source, split, settings, log.n_new)
+        write_lists(folder, source, split, settings, log.n_new, progress=progress)
     counts = source.image_labels.sum(0).tolist()
     return Labelled(folder, len(done), log.n_new, skipped, dict(zip(opened.class_names[1:], counts, strict=True)))
 

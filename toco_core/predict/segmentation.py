@@ -12,7 +12,7 @@ from toco_core.config import did_you_mean
 from toco_core.data import to_unit
 from toco_core.data.augment import resize
 from toco_core.errors import ToCoError
-from toco_core.labels import merged_logits, upsampled_argmax
+from toco_core.labels import merged_argmax, upsampled_argmax
 from toco_core.model import ToCo
 from toco_core.refiners.crf import CRFSettings, dense_crf
 
@@ -56,7 +56,7 @@ def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales
     their mean, then the strongest class."""
     if len(maps) == 1:
         return upsampled_argmax(maps[0].float(), tuple(size))
-    return merged_logits([m.float() for m in maps], size, max_over_scales=max_over_scales).argmax(1)
+    return merged_argmax([m.float() for m in maps], size, max_over_scales=max_over_scales)
 
 
 def crf_label(logits: Tensor, unit: Tensor, options: Mapping) -> Tensor:
