@@ -14,9 +14,11 @@ from voc_folder import write_voc_folder
 
 from toco_core.config import override
 from toco_core.data import open_data
+from toco_core.machine import memory as machine_memory
+from toco_core.machine.memory import GIB, free_memory
 from toco_core.model import ToCo
 from toco_core.train import budget
-from toco_core.train.budget import GIB, Allocations, StepMemory, free_memory, step_memory
+from toco_core.train.budget import Allocations, StepMemory, step_memory
 
 HERE = Path(__file__).parent
 
@@ -111,12 +113,12 @@ def test_what_does_not_fit_is_said_with_what_helps():
 def test_free_memory_is_the_machines_or_the_containers(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       4000 kB\nMemAvailable:   3000 kB\n")
-    assert budget._free_on_linux(meminfo, tmp_path) == 3000 * 1024
+    assert machine_memory._free_on_linux(meminfo, tmp_path) == 3000 * 1024
     for name, text in (("max", "1000000\n"), ("current", "600000\n"), ("stat", "anon 500000\ninactive_file 50000\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert budget._free_on_linux(meminfo, tmp_path) == 450000
+    assert machine_memory._free_on_linux(meminfo, tmp_path) == 450000
     (tmp_path / "memory.max").write_text("max\n")
-    assert budget._free_on_linux(meminfo, tmp_path) == 3000 * 1024
-    assert budget._free_on_linux(tmp_path / "none", tmp_path) is None
+    assert machine_memory._free_on_linux(meminfo, tmp_path) == 3000 * 1024
+    assert machine_memory._free_on_linux(tmp_path / "none", tmp_path) is None
     if sys.platform.startswith("linux"):
         assert 2**20 < free_memory(torch.device("cpu")) < 2**50

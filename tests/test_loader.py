@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from voc_folder import SIZES, rectangle_mask, write_voc_folder
 
-from toco_core.data import VOCFolder, evaluation_items, to_unit, training_batches, training_views
+from toco_core.data import VOCFolder, evaluation_items, loader, to_unit, training_batches, training_views
 from toco_core.data.loader import ImageCache, sample_order
 from toco_core.errors import ToCoError
 
@@ -102,6 +102,16 @@ def test_cached_images_take_their_memory_once(tmp_path):
     tracemalloc.stop()
     assert cache.pixels.numel() == 100 * 200 * 300 * 3 and cache.image(99).shape == (200, 300, 3)
     assert peak < cache.pixels.numel() / 2
+
+
+def test_images_that_do_not_fit_are_not_cached(source, monkeypatch):
+    monkeypatch.setattr(loader, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(source, "image", lambda index: pytest.fail("decoded"))
+    words = (
+        r"^cache = True is not allowed: \d+ decoded images take 0.0 GiB, 0.0 GiB are free; cache = False decodes them"
+    )
+    with pytest.raises(ToCoError, match=words):
+        next(iter(training_batches(source, cache=True, **OPTIONS)))
 
 
 def test_cached_images_are_turned_as_their_camera_says(tmp_path):

@@ -26,6 +26,7 @@ from toco_core.data.augment import resize, training_views
 from toco_core.data.files import image_size, map_files
 from toco_core.data.split import Split
 from toco_core.errors import BrokenFile, ToCoError
+from toco_core.machine.memory import GIB, free_memory
 
 
 @runtime_checkable
@@ -155,12 +156,19 @@ def sample_order(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
 
 
 class ImageCache:
-    """All decoded images of a source in one flat tensor, which worker processes share instead of copying it."""
+    """All decoded images of a source in one flat tensor, which worker processes share instead of copying it.
+
+    Raises ToCoError, before any is decoded, where they do not fit into the memory that is free.
+    """
 
     def __init__(self, source: ImageSource):
         sizes = map_files(functools.partial(_stored_size, source), range(len(source)), what="sizes of images")
         self.starts = list(itertools.accumulate((3 * height * width for height, width in sizes), initial=0))
-        self.pixels = torch.empty(self.starts[-1], dtype=torch.uint8)
+        wanted, free = self.starts[-1], free_memory(torch.device("cpu"))
+        if free is not None and wanted > free:
+            fact = f"{len(source)} decoded images take {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+            raise ToCoError(f"cache = True is not allowed: {fact}; cache = False decodes them in every pass")
+        self.pixels = torch.empty(wanted, dtype=torch.uint8)
         flat = self.pixels.numpy()
 
         def keep(index: int) -> tuple[int, ...]:  # at once: all images beside their copy would take twice the memory

@@ -11,11 +11,9 @@ process's peak grew by 6 % less to 8 % more than is said here, below that by up 
 never compared on a GPU.
 """
 
-import sys
 import time
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +26,7 @@ from toco_core.data import TrainVal
 from toco_core.errors import ToCoError
 from toco_core.evaluation.evaluate import evaluate_as
 from toco_core.machine.device import keep_freed_memory, resolve_device
+from toco_core.machine.memory import GIB, free_memory
 from toco_core.machine.precision import attention_of, autocast_of, resolve_precision
 from toco_core.model import ToCo, build_model
 from toco_core.objective import TERMS, StepInput, Term, stage_starts
@@ -40,7 +39,6 @@ from toco_core.train.warm_start import pooled_tokens
 
 MEASURED = 2  # images at most; with one alone the weights' gradients may be the peak
 MARGIN = 1.1  # the estimate may be this much too low
-GIB = 2**30
 
 
 class StepMemory(NamedTuple):
@@ -188,35 +186,6 @@ class Allocations(TorchDispatchMode):
     def _freed(self, name: int, size: int) -> None:
         self.held.discard(name)
         self.now -= size
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still get on a device; None where the system does not say."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if not sys.platform.startswith("linux"):
-        return None
-    return _free_on_linux(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-
-
-def _free_on_linux(meminfo: Path, group: Path) -> int | None:
-    """What the machine has available, or less where a container's limit leaves less."""
-    found = []
-    try:
-        facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(1024 * int(facts["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(stat["inactive_file"]))  # pages of files are given back when asked for
-    except (OSError, KeyError, ValueError):  # no limit reads "max"
-        pass
-    return max(0, min(found)) if found else None
 
 
 def estimate_seconds(config: TrainConfig, data: TrainVal, *, terms: Mapping[str, Term] = TERMS) -> float:

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from toco_core.config import TrainConfig
 from toco_core.errors import ToCoError
+from toco_core.machine.memory import GIB
 from toco_core.model import ToCo
-
-GIB = 2**30
 
 
 class KeptTokens:
