@@ -218,7 +218,7 @@ def assess(
 
     Other arguments as in `labels_of`. Raises ToCoError for an image without a mask.
     """
-    counts: dict[str, list] = {}
+    counts: dict[str, np.ndarray] = {}
     thresholds = {"beta": beta, "aux_beta": aux_beta, "refined_beta": refined_beta}
     for index in tqdm(range(len(source)), desc="assessing", unit="image", disable=not progress, leave=False):
         mask = source.mask(index)
@@ -228,7 +228,10 @@ def assess(
         for kind, label in found.items():
             one = OpenCounts(model.n_classes)
             one.update(mask, label)
-            counts.setdefault(kind, []).append(one.counts)
+            if kind not in counts:
+                counts[kind] = np.zeros((len(source), *one.counts.shape), np.int64)
+            place = one.counts.nonzero()  # few of them: zeros that nobody writes take no memory
+            counts[kind][(index, *place)] = one.counts[place]
     side = eval_size(config)
     where = f"{len(source)} images of {part} at {f'{side} x {side}' if side else 'native size'}"
     cam = f"{where}, image labels known, CAM {cam_named(CAMViews(**config.labels.cam_options()))}"
@@ -244,9 +247,7 @@ def assess(
         "seg_ms": f"{several}, no CRF",
         "seg_crf": f"{several}, {crf_named(checked_crf(crf))}",
     }
-    return Assessment(
-        tuple(source.names), {k: np.stack(v) for k, v in counts.items()}, {k: protocol[k] for k in counts}
-    )
+    return Assessment(tuple(source.names), counts, {k: protocol[k] for k in counts})
 
 
 def refiner_named(config: TrainConfig) -> str:
