@@ -8,8 +8,8 @@ baseline is our own slow implementation (baseline.py) in float32; a whole step i
 bf16, too, by the same autocast. Before anything is timed both sides' results are compared, at full size. Of a whole
 step it also counts the multiplications and additions of matrix products and convolutions, so that what is gained by
 leaving work out can be told from what is gained by doing it faster, and how far the step is from the machine's own
-limit, a large matrix product that takes its turn, too. Writes experiments/records/benchmarks_step.json, which also
-names the machine.
+limit, a large matrix product that takes its turn, too. Writes experiments/records/benchmarks_step.json, or
+benchmarks_step_amx.json on a processor with matrix engines, which also name the machine.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from toco_core.config import override, tiny
 from toco_core.evaluation.evaluate import CAMCounts, evaluate
 from toco_core.evaluation.metrics import ConfusionMatrix
 from toco_core.machine.device import keep_freed_memory
-from toco_core.machine.precision import attention_of, autocast_of, passes_of
+from toco_core.machine.precision import attention_of, autocast_of, has_matrix_engines, passes_of
 from toco_core.model import build_model
 from toco_core.objective import Step, objective, term_weights
 from toco_core.train.kept_tokens import KeptTokens
@@ -376,7 +376,8 @@ def main() -> None:
         found.append(r)
         print(line(r), flush=True)
     if not args.only:
-        print("written:", write_record("benchmarks_step.json", {"machine": here, "rows": found}).name)
+        name = "benchmarks_step_amx.json" if has_matrix_engines() else "benchmarks_step.json"
+        print("written:", write_record(name, {"machine": here, "rows": found}).name)
 
 
 if __name__ == "__main__":
