@@ -332,8 +332,9 @@ def test_player(page):
 
     page.locator(".widget-dropdown:has(label:text-is('play')) select").select_option("over PAR's iterations")
     page.wait_for_function("document.querySelector('.toco-played-caption').innerText.trim() === '0 iterations of PAR'")
-    handle = page.locator(".widget-hbox:has(> .widget-play) .noUi-handle")
-    handle.focus()
+    slider_at = "document.querySelector('.widget-hbox:has(> .widget-play) .noUi-handle').ariaValueNow"
+    page.wait_for_function(f"parseFloat({slider_at}) === 0")  # it is told its new range after the picture
+    page.locator(".widget-hbox:has(> .widget-play) .noUi-handle").focus()
     for n in (1, 2, 3):
         page.keyboard.press("ArrowRight")
         page.wait_for_function(f"window.tocoPlayed.at(-1)[0] === '{n} iterations of PAR'")
