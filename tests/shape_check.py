@@ -53,8 +53,7 @@ class _Loader(SourceFileLoader):
             if shapes & _names_of(_hints(node)):
                 place = 0 if isinstance(node, ast.ClassDef) else len(node.decorator_list)
                 node.decorator_list.insert(place, ast.copy_location(ast.Name("_checked_", ast.Load()), node))
-        first = 1 + max((i for i, node in enumerate(tree.body) if _is_future(node)), default=0)  # behind the docstring
-        tree.body[first:first] = ast.parse("from shape_check import checked as _checked_").body
+        tree.body[1:1] = ast.parse("from shape_check import checked as _checked_").body  # behind the docstring
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
 
@@ -76,7 +75,3 @@ def _hints(node) -> list[ast.expr | None]:
 
 def _names_of(hints) -> set[str]:
     return {node.id for hint in hints if hint for node in ast.walk(hint) if isinstance(node, ast.Name)}
-
-
-def _is_future(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"

@@ -346,6 +346,18 @@ def index_of(name: str, names: Sequence[str], where: str) -> int:
     raise ToCoError(f"image = {name!r} is not in {where}: give a name or a number 0..{len(names) - 1}")
 
 
+def listed_files(
+    there: Mapping[str, Path], names: Sequence[str], folder: Path, list_name: str, *, kinds: str = ""
+) -> list[Path]:
+    """The files of names in a list, from those that are in a folder by `one_spelling`. Raises ToCoError with the first
+    one that is missing, followed by `kinds`, and with how many more are."""
+    missing = [name for name in names if one_spelling(name) not in there]
+    if missing:
+        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise ToCoError(f"{folder / missing[0]}{kinds}, named in {list_name}, does not exist{more}")
+    return [there[one_spelling(name)] for name in names]
+
+
 def one_spelling(name: str) -> str:
     """One spelling for names that look alike: file systems differ in how they compose accents."""
     return unicodedata.normalize("NFC", name)

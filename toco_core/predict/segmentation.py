@@ -54,8 +54,6 @@ def stretched(image: Tensor, size: int) -> Tensor:
 def merged_label(maps: Sequence[Tensor], size: Sequence[int], *, max_over_scales: bool = True) -> Tensor:
     """B H W labels 0..K at `size` from one or more B C h w logits: per class the maximum over scales, as published, or
     their mean, then the strongest class."""
-    if len(maps) == 1:
-        return upsampled_argmax(maps[0].float(), tuple(size))
     return merged_argmax([m.float() for m in maps], size, max_over_scales=max_over_scales)
 
 

@@ -92,7 +92,7 @@ class Run:
     def data_changes(self, data: TrainVal) -> dict[str, bool]:
         """What differs, in words, between the data that the run knows and these, and whether training depends on it. A
         run without a manifest cannot be compared."""
-        known = self.manifest() if (self.folder / "manifest.json").is_file() else {}
+        known = self._known()
         parts = known.get("fingerprint")
         if isinstance(parts, dict):
             return data_differences(parts, data_fingerprint(data, parts))
@@ -113,7 +113,7 @@ class Run:
         differs, ways = [*changes], ["train(..., resume=False) replaces that run", "another out_dir keeps both"]
         if differs and not self.finished:
             ways.append("changed_data=True (toco train --changed-data) goes on with the data of today")
-        before = self.manifest().get("weights_sha256") if (self.folder / "manifest.json").is_file() else None
+        before = self._known().get("weights_sha256")
         if weights and isinstance(before, str) and os.path.isfile(weights) and file_digest(weights) != before:
             differs.append(f"the file {weights} has other weights")
         if differs:
@@ -172,10 +172,13 @@ class Run:
         """The images that were left out of its data, as broken; none where no manifest tells them."""
         return frozenset(self._names("left_out"))
 
+    def _known(self) -> dict:
+        """The manifest; nothing where there is none."""
+        return self.manifest() if (self.folder / "manifest.json").is_file() else {}
+
     def _names(self, key: str) -> list[str]:
         """A list of names that the manifest has of the data; [] where it has none."""
-        known = self.manifest() if (self.folder / "manifest.json").is_file() else {}
-        data = known.get("data")
+        data = self._known().get("data")
         names = data.get(key) if isinstance(data, dict) else None
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 

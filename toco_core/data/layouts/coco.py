@@ -25,6 +25,7 @@ from toco_core.data.split import (
     Split,
     holdout,
     inside_name,
+    listed_files,
     one_spelling,
     read_lines,
     refuse_twice,
@@ -398,8 +399,4 @@ def _find_images(file_names: Sequence[str], path: Path, root: Path) -> list[Path
         tried = ", ".join(below[:-1])
         raise ToCoError(f"{file_names[0]}, named in {path.name}, is in none of the folders {tried} of {bases[0]}")
     there = {one_spelling(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if p.suffix}
-    missing = [name for name in file_names if one_spelling(name) not in there]
-    if missing:
-        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-        raise ToCoError(f"{folder / missing[0]}, named in {path.name}, does not exist{more}")
-    return [there[one_spelling(name)] for name in file_names]
+    return listed_files(there, file_names, folder, path.name)

@@ -31,6 +31,7 @@ from toco_core.data.split import (
     Report,
     Split,
     inside_name,
+    listed_files,
     one_hot,
     one_spelling,
     read_lines,
@@ -78,7 +79,8 @@ class VOCFolder(Split):
         _require_layout(self.root, masks=require_masks)
         images = _index(self.root / "JPEGImages", IMAGE_SUFFIXES)
         self.names, mask_folder = _read_list(self.root, split, images)
-        self._images = _looked_up(images, self.names, f"{split}.txt", self.root / "JPEGImages")
+        folder, kinds = self.root / "JPEGImages", f" ({'/'.join(IMAGE_SUFFIXES)})"
+        self._images = listed_files(images, self.names, folder, f"{split}.txt", kinds=kinds)
         masks = _index_masks(self.root, mask_folder)
         self._masks = [masks.get(one_spelling(name)) for name in self.names]
         bare = [path for path, mask in zip(self._images, self._masks, strict=True) if mask is None]
@@ -167,15 +169,6 @@ def _read_mask(path: Path) -> UInt8[np.ndarray, "H W"]:
 
 def _is_augmented(root: Path) -> bool:
     return (root / AUGMENTED).is_dir() or sbd_folder(root) is not None
-
-
-def _looked_up(files: dict[str, Path], names: Sequence[str], list_name: str, folder: Path) -> list[Path]:
-    missing = [name for name in names if one_spelling(name) not in files]
-    if missing:
-        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-        first = f"{folder / missing[0]} ({'/'.join(IMAGE_SUFFIXES)})"
-        raise ToCoError(f"{first}, named in {list_name}, does not exist{more}")
-    return [files[one_spelling(name)] for name in names]
 
 
 def _read_list(root: Path, split: str, images: Mapping[str, Path]) -> tuple[tuple[str, ...], str]:
